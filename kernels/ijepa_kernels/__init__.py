@@ -1,0 +1,5 @@
+"""Triton kernels for masked latent prediction. This version contains none yet; see
+kernels/README.md.
+"""
+
+__all__: list[str] = []

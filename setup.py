@@ -1,0 +1,58 @@
+"""One distribution, two import packages: `ijepa_fast` (the trainer) and `ijepa_kernels` (the
+kernels).
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "ijepa_fast" / "__init__.py").read_text(), re.MULTILINE
+)
+assert VERSION is not None
+
+EXTRAS = {
+    "train": [
+        "tyro>=1.0",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "safetensors>=0.5",
+        "pillow>=11.0",
+        "nvidia-dali-cuda130>=2.4; sys_platform == 'linux'",
+    ],
+    "gpu": ["xformers>=0.0.35"],
+    "log": ["tensorboard>=2.18"],
+    "viz": ["matplotlib>=3.9"],
+    "test": [
+        "pytest>=8.3",
+        "pytest-benchmark>=5.1",
+        "hypothesis>=6.100",
+        "scikit-image>=0.25",
+        "mypy>=1.14",
+        "ruff>=0.9",
+        "types-PyYAML",
+    ],
+}
+EXTRAS["all"] = [requirement for extra in EXTRAS.values() for requirement in extra]
+
+setup(
+    name="ijepa-fast",
+    version=VERSION.group(1),
+    description="Faithful and fast I-JEPA pretraining",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), "ijepa_kernels"],
+    package_dir={"ijepa_kernels": "kernels/ijepa_kernels"},
+    package_data={"ijepa_fast": ["py.typed"], "ijepa_kernels": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy>=1.26"],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
