@@ -1,0 +1,376 @@
+"""Configuration of a run: frozen, keyword-only dataclasses, validated on creation.
+
+A field's text is its ``--help`` text. Defaults are the published recipe (arXiv 2301.08243,
+appendix A) where it has a value. Nothing here touches data or a device, so that a wrong value
+fails at once.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "OptimConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Dimensions of a ViT: width D, depth, heads H, MLP width F."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_hidden: int
+    predictor_depth: int
+
+
+ARCHITECTURES = {
+    name: Architecture(
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_hidden=mlp_hidden,
+        predictor_depth=predictor_depth,
+    )
+    for name, width, depth, heads, mlp_hidden, predictor_depth in (
+        ("vit_tiny", 192, 12, 3, 768, 6),
+        ("vit_small", 384, 12, 6, 1536, 6),
+        ("vit_base", 768, 12, 12, 3072, 6),
+        ("vit_large", 1024, 24, 16, 4096, 12),
+        ("vit_huge", 1280, 32, 16, 5120, 12),
+        ("vit_giant", 1408, 40, 16, 6144, 16),
+    )
+}
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
+    ordered = low < bounds[0] <= bounds[1] <= high
+    _require(ordered, name, f"two ascending numbers above {low:g} and at most {high:g}", bounds)
+
+
+def _require_choices(section: str, config: object) -> None:
+    """Literal fields hold one of their values; type checkers see it, Python does not."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            _require(False, f"{section}{name}", f"one of {', '.join(get_args(hint))}", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Encoder and predictor dimensions."""
+
+    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"] = (
+        "vit_base"
+    )
+    """Named size; the fields below override single dimensions of it."""
+    patch_size: int = 16
+    """Side of a square patch, pixels."""
+    width: int | None = None
+    """Encoder width D."""
+    depth: int | None = None
+    """Encoder blocks."""
+    heads: int | None = None
+    """Attention heads of encoder and predictor."""
+    mlp_hidden: int | None = None
+    """Width of the encoder's MLPs."""
+    predictor_width: int = 384
+    """Predictor width P."""
+    predictor_depth: int | None = None
+    """Predictor blocks."""
+
+    def __post_init__(self) -> None:
+        _require_choices("model.", self)
+        _require(self.patch_size >= 1, "model.patch_size", "at least 1", self.patch_size)
+        a = self.architecture
+        for name, value in vars(a).items():
+            _require(value >= 1, f"model.{name}", "at least 1", value)
+        for name, width in (("width", a.width), ("predictor_width", self.predictor_width)):
+            _require(
+                width % 4 == 0 and width > 0, f"model.{name}", "a positive multiple of 4", width
+            )
+            rule = f"divisible by the number of heads ({a.heads})"
+            _require(width % a.heads == 0, f"model.{name}", rule, width)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The named size with the overrides applied."""
+        base = ARCHITECTURES[self.name]
+        width = self.width or base.width
+        hidden = base.mlp_hidden if self.width is None else 4 * width
+        return Architecture(
+            width=width,
+            depth=base.depth if self.depth is None else self.depth,
+            heads=base.heads if self.heads is None else self.heads,
+            mlp_hidden=hidden if self.mlp_hidden is None else self.mlp_hidden,
+            predictor_depth=base.predictor_depth
+            if self.predictor_depth is None
+            else self.predictor_depth,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Multi-block masks (paper, section 3 and appendix A)."""
+
+    geometry: Literal["published", "unbiased"] = "published"
+    """`published`: as the released sampler, which never uses the last row and column;
+    `unbiased`: every position equally likely, scale and aspect drawn independently."""
+    num_targets: int = 4
+    """Target blocks M of an image."""
+    num_contexts: int = 1
+    """Context blocks of an image."""
+    target_scale: tuple[float, float] = (0.15, 0.2)
+    """Area of a target block, as a share of the grid."""
+    target_aspect: tuple[float, float] = (0.75, 1.5)
+    """Height over width of a target block."""
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    """Area of a context block before the targets are removed, as a share of the grid."""
+    context_aspect: tuple[float, float] = (1.0, 1.0)
+    """Height over width of a context block."""
+    min_keep: int = 10
+    """A context must keep more than this many patches."""
+    truncation_group: int = 128
+    """Contexts of this many consecutive images of the global batch are cut to their shortest, as
+    the published recipe does within the batch of one GPU; 1 = every context whole."""
+
+    def __post_init__(self) -> None:
+        _require_choices("masks.", self)
+        for name in ("num_targets", "num_contexts", "truncation_group"):
+            _require(getattr(self, name) >= 1, f"masks.{name}", "at least 1", getattr(self, name))
+        _require(self.min_keep >= 0, "masks.min_keep", "at least 0", self.min_keep)
+        for name in ("target_scale", "context_scale"):
+            _require_range(f"masks.{name}", getattr(self, name), 0.0, 1.0)
+        for name in ("target_aspect", "context_aspect"):
+            _require_range(f"masks.{name}", getattr(self, name), 0.0, 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images and their augmentation (paper, appendix A: random resized crops only)."""
+
+    root: str = "shapes"
+    """A folder of images (any nesting), or `shapes`, the embedded data set. `--data DIR` is
+    short for it.
+    """
+    crop: int | tuple[int, int] = 224
+    """Side of the training crop in pixels, or its height and width."""
+    scale: tuple[float, float] = (0.3, 1.0)
+    """Area of the random crop, as a share of the image."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the random crop (log-uniform)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means in 0-1 units, subtracted on the training device."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations in 0-1 units, divided by on the training device."""
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    """`auto` is DALI where it is installed and Pillow elsewhere."""
+    threads: int | None = None
+    """Decoder threads of each rank; by default half of the machine's cores, at most 8."""
+    prefetch: int = 3
+    """Batches decoded ahead of the step."""
+    max_bad_share: float = 0.001
+    """The run stops once more than this share of the files (and more than one file) is unusable."""
+
+    def __post_init__(self) -> None:
+        _require_choices("data.", self)
+        _require(min(self.crop_size) >= 1, "data.crop", "at least 1 pixel", self.crop)
+        _require_range("data.scale", self.scale, 0.0, 1.0)
+        _require_range("data.ratio", self.ratio, 0.0, 100.0)
+        for value in self.std:
+            _require(value > 0, "data.std", "positive", self.std)
+        _require(
+            self.threads is None or self.threads >= 1, "data.threads", "at least 1", self.threads
+        )
+        _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
+        share = self.max_bad_share
+        _require(0 <= share <= 1, "data.max_bad_share", "between 0 and 1", share)
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """Height and width of the training crop, pixels."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Loss, AdamW and the three schedules (paper, appendix A)."""
+
+    epochs: int = 600
+    """Passes over the data; a run has epochs * floor(images / batch.global) steps."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    start_lr: float = 2e-4
+    """Learning rate at the start of the warm-up."""
+    final_lr: float = 1e-6
+    """Learning rate at the end."""
+    warmup: float = 40
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.04
+    """Weight decay at the start (cosine to the final value)."""
+    final_weight_decay: float = 0.4
+    """Weight decay at the end."""
+    momentum: float = 0.996
+    """Momentum of the target encoder at the start (linear to the final value)."""
+    final_momentum: float = 1.0
+    """Momentum of the target encoder at the end."""
+    ipe_scale: float = 1.0
+    """Stretches the schedules, not the run."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.999
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: added outside the square root."""
+    loss: Literal["smooth_l1", "l2", "l1"] = "smooth_l1"
+    """Distance between predicted and target features; the paper writes l2, its trainer uses
+    smooth_l1.
+    """
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """`bfloat16` autocasts matrix products; weights, moments, norms and loss stay float32 in
+    both.
+    """
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How the three learning rates follow a changed batch.global."""
+    lr_reference_batch: int = 2048
+    """The global batch that the learning rates belong to."""
+
+    def __post_init__(self) -> None:
+        _require_choices("optim.", self)
+        _require(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
+        for name in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "warmup"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"optim.{name}", "at least 0", value)
+        for name in ("momentum", "final_momentum", "beta1", "beta2"):
+            value = getattr(self, name)
+            high = 1.0 if "momentum" in name else math.nextafter(1.0, 0.0)
+            _require(0 <= value <= high, f"optim.{name}", "between 0 and 1", value)
+        _require(self.eps > 0, "optim.eps", "positive", self.eps)
+        _require(self.ipe_scale > 0, "optim.ipe_scale", "positive", self.ipe_scale)
+        reference = self.lr_reference_batch
+        _require(reference >= 1, "optim.lr_reference_batch", "at least 1", reference)
+        rule = f"at most optim.epochs * optim.ipe_scale ({self.epochs * self.ipe_scale:g})"
+        _require(self.warmup <= self.epochs * self.ipe_scale, "optim.warmup", rule, self.warmup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """The recipe's batch and the hardware's."""
+
+    global_: Annotated[int, tyro.conf.arg(name="global")] = 2048
+    """Images of one optimiser step over all ranks; sets steps per epoch, schedules and mask
+    groups.
+    """
+    device: int | Literal["auto"] = "auto"
+    """Images of one forward pass on one rank; the rest is gradient accumulation. `auto` takes
+    the largest that the memory estimate allows."""
+
+    def __post_init__(self) -> None:
+        _require(self.global_ >= 1, "batch.global", "at least 1", self.global_)
+        if self.device != "auto":
+            _require(self.device >= 1, "batch.device", "at least 1", self.device)
+            rule = f"a divisor of batch.global ({self.global_})"
+            _require(self.global_ % self.device == 0, "batch.device", rule, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training."""
+
+    interval: int = 20
+    """Optimiser steps between two lines of metrics."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into OUT/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 1, "log.interval", "at least 1", self.interval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    minutes: float = 10.0
+    """Write one after this many minutes (and at each epoch's end, and at the run's)."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+    keep_every: int | None = None
+    """Also keep the checkpoint at every so many epochs."""
+
+    def __post_init__(self) -> None:
+        _require(self.minutes > 0, "checkpoint.minutes", "positive", self.minutes)
+        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+        every = self.keep_every
+        _require(every is None or every >= 1, "checkpoint.keep_every", "at least 1", every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """k-nearest-neighbour accuracy at the start and the end of the run."""
+
+    data: str | None = None
+    """A folder with one sub-folder a class, or `shapes`; nothing is evaluated without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. Everything but `out`, `log`, `checkpoint`, `eval` and `max_steps` is the
+    recipe.
+    """
+
+    out: str = "runs/demo"
+    """The run's folder; the same command on the same folder resumes."""
+    seed: int = 0
+    """Seed of everything random."""
+    max_steps: int | None = None
+    """Stop after so many steps, schedules unchanged."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` is CUDA where there is one."""
+    allow_changed_recipe: bool = False
+    """Resume although the recipe differs from the one the run was started with."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _require_choices("", self)
+        _require(0 <= self.seed < 2**63, "seed", "in 0..2**63-1", self.seed)
+        _require(bool(self.out), "out", "a folder", self.out)
+        _require(
+            self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps
+        )
+        for side in self.data.crop_size:
+            rule = f"a multiple of model.patch_size ({self.model.patch_size})"
+            _require(side % self.model.patch_size == 0, "data.crop", rule, side)
+        group = self.masks.truncation_group
+        rule = f"divisible by masks.truncation_group ({group})"
+        _require(self.batch.global_ % group == 0, "batch.global", rule, self.batch.global_)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a crop: rows, columns."""
+        height, width = self.data.crop_size
+        return height // self.model.patch_size, width // self.model.patch_size

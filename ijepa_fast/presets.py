@@ -1,0 +1,119 @@
+"""Named recipes as functions. The released ones follow the paper's appendix A and its
+configurations.
+"""
+
+from collections.abc import Callable
+
+from ijepa_fast.config import (
+    BatchConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+)
+
+__all__ = ["PRESETS", "preset"]
+
+
+def demo() -> Config:
+    """A 6-block, 192-wide network on the embedded data set: minutes on two cores."""
+    return Config(
+        model=ModelConfig(
+            name="vit_tiny", patch_size=8, depth=6, predictor_width=96, predictor_depth=4
+        ),
+        data=DataConfig(root="shapes", crop=64),
+        masks=MaskConfig(min_keep=4, truncation_group=64),
+        optim=OptimConfig(epochs=6, warmup=1, lr_reference_batch=64),
+        batch=BatchConfig(global_=64, device=64),
+        eval=EvalConfig(data="shapes"),
+        out="runs/demo",
+        log=LogConfig(interval=20),
+    )
+
+
+def vits16() -> Config:
+    """ViT-S/16 at 224: small enough for one modest GPU; not a released configuration."""
+    return Config(
+        model=ModelConfig(name="vit_small", patch_size=16),
+        optim=OptimConfig(epochs=300, warmup=15),
+        out="runs/vits16",
+    )
+
+
+def vitb16_in1k() -> Config:
+    """ViT-B/16, the community recipe for ImageNet-1k: predictor depth 6, 600 epochs."""
+    return Config(model=ModelConfig(name="vit_base", patch_size=16), out="runs/vitb16_in1k")
+
+
+def vitl16_in1k() -> Config:
+    """ViT-L/16, the community recipe for ImageNet-1k: predictor depth 12, 600 epochs."""
+    return Config(model=ModelConfig(name="vit_large", patch_size=16), out="runs/vitl16_in1k")
+
+
+def vith14_in1k() -> Config:
+    """ViT-H/14 on ImageNet-1k: 300 epochs, released at 128 images a GPU on 16 GPUs."""
+    return Config(
+        model=ModelConfig(name="vit_huge", patch_size=14),
+        optim=OptimConfig(epochs=300),
+        out="runs/vith14_in1k",
+    )
+
+
+def vith16_448_in1k() -> Config:
+    """ViT-H/16 at 448 on ImageNet-1k: 300 epochs, released at 16 images a GPU on 128 GPUs."""
+    return Config(
+        model=ModelConfig(name="vit_huge", patch_size=16),
+        data=DataConfig(crop=448),
+        masks=MaskConfig(truncation_group=16),
+        optim=OptimConfig(epochs=300),
+        out="runs/vith16_448_in1k",
+    )
+
+
+def vith14_in22k() -> Config:
+    """ViT-H/14 on ImageNet-22k: 66 epochs, released at 32 images a GPU on 64 GPUs."""
+    return Config(
+        model=ModelConfig(name="vit_huge", patch_size=14),
+        masks=MaskConfig(truncation_group=32),
+        optim=OptimConfig(epochs=66, warmup=3),
+        out="runs/vith14_in22k",
+    )
+
+
+def vitg16_in22k() -> Config:
+    """ViT-g/16 on ImageNet-22k: 44 epochs, released at 16 images a GPU on 128 GPUs."""
+    return Config(
+        model=ModelConfig(name="vit_giant", patch_size=16),
+        masks=MaskConfig(truncation_group=16),
+        optim=OptimConfig(epochs=44, warmup=3),
+        out="runs/vitg16_in22k",
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    function.__name__: function
+    for function in (
+        demo,
+        vits16,
+        vitb16_in1k,
+        vitl16_in1k,
+        vith14_in1k,
+        vith16_448_in1k,
+        vith14_in22k,
+        vitg16_in22k,
+    )
+}
+
+
+def preset(name: str) -> Config:
+    """The named recipe.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]()
