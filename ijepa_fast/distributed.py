@@ -1,0 +1,162 @@
+"""Ranks: process group, reductions, broadcast of plain arrays. One process without torchrun is
+rank 0 of 1.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Agreement", "Ranks", "all_reduce_sum_", "barrier", "broadcast_arrays", "start", "stop"]
+
+# one flat buffer of so many elements is reduced at a time, which bounds the extra memory
+BUCKET_ELEMENTS = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process's place: rank r of n, and the device it trains on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+
+def start(device: str) -> Ranks:
+    """Joins torchrun's process group where there is one.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`; `auto` is CUDA where there is one.
+
+    Returns:
+        Rank, number of ranks, device (cuda:LOCAL_RANK, or cpu).
+
+    Raises:
+        ValueError: CUDA is asked for and missing.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be cpu or auto where torch sees no CUDA device, got 'cuda'")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(chosen)
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(rank=0, world=1, device=chosen)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    dist.init_process_group(
+        backend, timeout=timedelta(minutes=10), device_id=chosen if use_cuda else None
+    )
+    return Ranks(rank=dist.get_rank(), world=dist.get_world_size(), device=chosen)
+
+
+def stop() -> None:
+    """Leaves the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _active() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_sum_(tensors: Sequence[Tensor]) -> None:
+    """Sums tensors of one dtype over all ranks, in place, a flat bucket at a time."""
+    if not _active():
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in [*tensors, None]:
+        full = tensor is None or size + tensor.numel() > BUCKET_ELEMENTS
+        if bucket and full:
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat)
+            pieces = flat.split([t.numel() for t in bucket])
+            torch._foreach_copy_(
+                bucket, [p.view_as(t) for p, t in zip(pieces, bucket, strict=True)]
+            )
+            bucket, size = [], 0
+        if tensor is not None:
+            bucket.append(tensor)
+            size += tensor.numel()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if _active():
+        dist.barrier()
+
+
+def broadcast_arrays(
+    arrays: Mapping[str, NDArray[np.generic]] | None,
+) -> dict[str, NDArray[np.generic]]:
+    """Rank 0's arrays on every rank, as bytes behind a small JSON header: nothing is pickled.
+
+    Args:
+        arrays: named arrays on rank 0, None elsewhere.
+    """
+    if not _active():
+        assert arrays is not None
+        return dict(arrays)
+    if dist.get_rank() == 0:
+        assert arrays is not None
+        header = json.dumps([(k, v.dtype.str, v.shape) for k, v in arrays.items()]).encode()
+    size = torch.tensor([len(header) if dist.get_rank() == 0 else 0])
+    dist.broadcast(size, 0)
+    text = np.zeros(int(size[0]), dtype=np.uint8)
+    if dist.get_rank() == 0:
+        text[:] = np.frombuffer(header, dtype=np.uint8)
+    dist.broadcast(torch.from_numpy(text), 0)
+    result = {}
+    for name, dtype, shape in json.loads(text.tobytes()):
+        value = np.empty(shape, dtype=np.dtype(dtype))
+        if arrays is not None:
+            value[...] = arrays[name]
+        if value.size:
+            dist.broadcast(torch.from_numpy(value.reshape(-1).view(np.uint8)), 0)
+        result[name] = value
+    return result
+
+
+class Agreement:
+    """Lets all ranks act on one rank's wish at the same step, without waiting on the device.
+
+    Each step every rank hands in its wishes; what it gets back is the maximum over ranks of the
+    step before, whose reduction has had a whole step to finish.
+    """
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def exchange(self, wishes: Sequence[int]) -> list[int]:
+        """Hands in this rank's wishes and returns the agreed ones of the step before (0 at
+        first).
+        """
+        if not _active():
+            return list(wishes)
+        agreed = [0] * len(wishes)
+        if self._work is not None and self._values is not None:
+            self._work.wait()
+            agreed = [int(v) for v in self._values]
+        self._values = torch.tensor(list(wishes))
+        self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, async_op=True)
+        return agreed
+
+    def finish(self) -> None:
+        """Waits for the reduction under way."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
