@@ -1,0 +1,145 @@
+"""From an encoded file to RGB pixels with Pillow: the one conversion rule that both decoders share.
+
+- The first frame of a file; EXIF orientation is ignored, as the published loader does.
+- Grey and 1-bit pixels are repeated into three channels, palettes are looked up.
+- Alpha and palette transparency are dropped (no background is mixed in).
+- 16-bit samples keep their high byte, ``v >> 8``; this is also what Pillow itself does where it
+  reads 16-bit RGB as 8-bit.
+- CMYK by Pillow's arithmetic conversion; ICC profiles and PNG gamma are ignored.
+- Floating-point pixels have no agreed range and are refused.
+"""
+
+import io
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "EXTENSIONS",
+    "check_mode",
+    "decode_crop",
+    "describe",
+    "is_plain",
+    "open_image",
+    "to_rgb",
+]
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+"""File names taken for images, any case. The format itself is read from the header."""
+
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+_CONVERTIBLE = frozenset(
+    ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+)
+_INTEGER = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
+# A PNG starts with 8 bytes signature, then IHDR: 4 length, 4 name, 4 width, 4 height, 1 depth.
+_PNG_DEPTH_AT = 24
+_RGB_COMPONENTS = (ord("R"), ord("G"), ord("B"))
+
+
+def open_image(file: BinaryIO | bytes) -> "Image.Image":
+    """Opens an image lazily: only its header is read.
+
+    Raises:
+        Exception: anything that Pillow raises on a file that it cannot read.
+    """
+    from PIL import Image
+
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS)
+
+
+def check_mode(image: "Image.Image") -> None:
+    """Raises ValueError if the pixels have no stated conversion to RGB."""
+    if image.mode not in _CONVERTIBLE and image.mode not in _INTEGER:
+        raise ValueError(
+            f"pixels must have a stated conversion to RGB, got Pillow mode {image.mode!r}"
+        )
+
+
+def is_plain(image: "Image.Image", header: bytes) -> bool:
+    """Whether every decoder reads these pixels alike, so that DALI may.
+
+    Plain are 8-bit grey or YCbCr JPEG and 8-bit grey or RGB PNG without transparency. JPEG that
+    stores RGB is not: GPU decoders take its channels for YCbCr.
+
+    Args:
+        image: opened, not loaded.
+        header: at least the first 25 bytes of the file.
+    """
+    if image.mode not in ("L", "RGB"):
+        return False
+    if image.format in ("JPEG", "MPO"):
+        components = tuple(layer[0] for layer in getattr(image, "layer", ()))
+        return image.info.get("adobe_transform") != 0 and components != _RGB_COMPONENTS
+    if image.format == "PNG":
+        depth = header[_PNG_DEPTH_AT] if len(header) > _PNG_DEPTH_AT else 0
+        return depth == 8 and "transparency" not in image.info
+    return False
+
+
+def to_rgb(image: "Image.Image") -> "Image.Image":
+    """Converts to mode RGB by the rule above.
+
+    Raises:
+        ValueError: the mode has no stated conversion.
+    """
+    from PIL import Image
+
+    if image.mode == "RGB":
+        return image
+    check_mode(image)
+    if image.mode in _INTEGER:
+        # Mode I holds 16-bit values in 32 bits (PGM, for one).
+        high = np.clip(np.asarray(image), 0, 65535) >> 8
+        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def decode_crop(
+    encoded: bytes, window: NDArray[np.int32], crop_size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Decodes, cuts the window out, converts to RGB and resizes (bilinear, antialiased).
+
+    The whole file is decoded whatever the window, so that its validity does not depend on the crop.
+
+    Args:
+        encoded: the file.
+        window: (4,) top, left, height, width, pixels.
+        crop_size: height and width of the result, pixels.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        ValueError: the window does not lie in the image.
+        Exception: anything that Pillow raises on a file that it cannot read.
+    """
+    from PIL import Image
+
+    top, left, height, width = (int(value) for value in window)
+    with open_image(encoded) as image:
+        image_w, image_h = image.size
+        if top < 0 or left < 0 or top + height > image_h or left + width > image_w:
+            rule = f"inside the image ({image_w}x{image_h}: has the file changed?)"
+            raise ValueError(f"the crop window must lie {rule}, got {top, left, height, width}")
+        crop = image.crop((left, top, left + width, top + height))
+    resized = to_rgb(crop).resize((crop_size[1], crop_size[0]), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def describe(error: BaseException) -> str:
+    """One line on what is wrong with a file, the same in every run (no memory addresses)."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image: no header of JPEG, PNG, BMP, WebP, TIFF or PPM"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    # Control characters and lone surrogates from a hostile header do not reach a log.
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

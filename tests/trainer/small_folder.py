@@ -1,0 +1,62 @@
+"""A small folder of JPEG files and a loader over it, for the tests of loader and quarantine."""
+
+import importlib.util
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ijepa_fast.config import DataConfig
+from ijepa_fast.data import Loader
+
+IMAGES = 37
+HAS_DALI = (
+    importlib.util.find_spec("nvidia") is not None
+    and importlib.util.find_spec("nvidia.dali") is not None
+)
+DECODERS = [
+    "pillow",
+    pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")),
+]
+CONFIG = {"crop": 32, "threads": 2, "max_bad_share": 0.2}
+
+
+def jpeg(seed, size=(60, 48)):
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def folder(root, count=IMAGES):
+    root.mkdir(exist_ok=True)
+    for i in range(count):
+        (root / f"{i:03d}.jpg").write_bytes(jpeg(i, (60 + i % 3, 48 + i % 5)))
+    return root
+
+
+def spoil(index, rows):
+    """Files that were good when they were indexed and are not now."""
+    for row in rows:
+        path = os.path.join(index.root, index.name(row))
+        with open(path, "r+b") as file:
+            file.write(b"\0" * int(index.length[row]))
+
+
+def make_loader(index, *, decoder="pillow", prefetch=3, **options):
+    config = DataConfig(decoder=decoder, prefetch=prefetch, **CONFIG)
+    return Loader(
+        index, config, **{"seed": 7, "global_batch": 8, "device_batch": 8, "steps": 10, **options}
+    )
+
+
+def run(index, **options):
+    with make_loader(index, **options) as loader:
+        return [(batch.ids.tolist(), batch.images.clone()) for batch in loader]
+
+
+def sample_ids(index, **options):
+    return [ids for ids, _ in run(index, **options)]

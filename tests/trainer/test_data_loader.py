@@ -1,0 +1,235 @@
+"""The loader: identity across ranks and resumes, errors, running ahead, shutdown."""
+
+import subprocess
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+
+from ijepa_fast.config import DataConfig
+from ijepa_fast.data import (
+    Loader,
+    PillowDecoder,
+    build_index,
+    crop_windows,
+    epoch_order,
+)
+from tests.trainer.small_folder import (
+    CONFIG,
+    DECODERS,
+    IMAGES,
+    folder,
+    make_loader,
+    run,
+    sample_ids,
+)
+
+
+@pytest.fixture
+def index(tmp_path):
+    return build_index(folder(tmp_path / "images"))
+
+
+def test_batches_are_what_order_and_crops_say(index):
+    config = DataConfig(decoder="pillow", **CONFIG)
+    decoder = PillowDecoder((32, 32), 1)
+    with Loader(
+        index, config, seed=7, global_batch=8, device_batch=8, start_step=0, steps=9
+    ) as loader:
+        assert loader.steps_per_epoch == IMAGES // 8 == 4
+        batches = list(loader)
+    assert len(batches) == 9
+    for step, batch in enumerate(batches):
+        epoch, step_in_epoch = divmod(step, 4)
+        ids = epoch_order(IMAGES, seed=7, epoch=epoch)[8 * step_in_epoch : 8 * step_in_epoch + 8]
+        assert batch.ids.dtype == torch.int64
+        assert batch.ids.tolist() == ids.tolist()
+        windows = crop_windows(
+            index.width[ids],
+            index.height[ids],
+            ids,
+            seed=7,
+            epoch=epoch,
+            scale=(0.3, 1.0),
+            ratio=(3 / 4, 4 / 3),
+        )
+        expected = decoder.decode([index.read(row) for row in ids], windows)
+        assert torch.equal(batch.images, expected)
+    decoder.close()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(("world", "device_batch"), [(1, 2), (2, 4), (2, 1), (4, 2)])
+def test_ranks_and_accumulation_see_the_same_positions(index, decoder, world, device_batch):
+    whole = run(index, decoder=decoder, steps=5)
+    ranks = [
+        run(index, decoder=decoder, steps=5, rank=rank, world=world, device_batch=device_batch)
+        for rank in range(world)
+    ]
+    accumulation = 8 // (world * device_batch)
+    assert {len(batches) for batches in ranks} == {5 * accumulation}
+    for step, (ids, images) in enumerate(whole):
+        parts = [
+            ranks[rank][step * accumulation + micro_step]
+            for micro_step in range(accumulation)
+            for rank in range(world)
+        ]
+        assert [i for part, _ in parts for i in part] == ids
+        assert torch.equal(torch.cat([part for _, part in parts]), images)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_resume_in_the_middle_of_an_epoch(index, decoder):
+    whole = run(index, decoder=decoder, steps=10, device_batch=4)
+    for start in (3, 4, 9):
+        rest = run(index, decoder=decoder, start_step=start, steps=10, device_batch=4)
+        assert len(rest) == 2 * (10 - start)
+        for (ids, images), (ids_before, images_before) in zip(
+            rest, whole[2 * start :], strict=True
+        ):
+            assert ids == ids_before
+            assert torch.equal(images, images_before)
+    assert run(index, start_step=10, steps=10) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"global_batch": 40, "device_batch": 40}, ["37", "40"]),
+        ({"device_batch": 3}, ["divisible", "3", "8"]),
+        ({"start_step": 11}, ["start_step", "11"]),
+        ({"rank": 2, "world": 2, "device_batch": 4}, ["rank", "2"]),
+    ],
+)
+def test_wrong_arguments_are_named(index, options, words):
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match=words[0]) as caught:
+        make_loader(index, **options)
+    assert all(word in str(caught.value) for word in words)
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_early_close_ends_every_thread(index, decoder, taken):
+    before = set(threading.enumerate())
+    loader = make_loader(index, decoder=decoder, steps=10**6, prefetch=2)
+    for _ in range(taken):
+        next(loader)
+    started = time.monotonic()
+    loader.close()
+    loader.close()
+    assert time.monotonic() - started < 5
+    assert set(threading.enumerate()) <= before
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+class _Faulty:
+    """Raises something that is no DecodeError at the third batch."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def decode(self, encoded, windows, plain=None):
+        self.calls += 1
+        if self.calls == 3:
+            raise ZeroDivisionError("the third batch")
+        return torch.zeros(len(encoded), 32, 32, 3, dtype=torch.uint8)
+
+    def close(self):
+        raise AssertionError("a decoder that was given is closed by its owner")
+
+
+def test_errors_of_the_thread_reach_the_consumer(index):
+    config = DataConfig(**CONFIG)
+    with Loader(
+        index, config, seed=7, global_batch=8, device_batch=8, steps=10, decoder=_Faulty()
+    ) as loader:
+        next(loader)
+        next(loader)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError, match="the third batch") as caught:
+                next(loader)
+        frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+        assert "decode" in frames  # where it happened, not only where it was raised again
+
+
+def test_decoding_runs_ahead_but_bounded(index):
+    class Counting(_Faulty):
+        def decode(self, encoded, windows, plain=None):
+            self.calls += 1
+            return torch.zeros(len(encoded), 32, 32, 3, dtype=torch.uint8)
+
+    decoder = Counting()
+    config = DataConfig(prefetch=4, **CONFIG)
+    with Loader(
+        index, config, seed=0, global_batch=8, device_batch=8, steps=100, decoder=decoder
+    ) as loader:
+        deadline = time.monotonic() + 5
+        while decoder.calls < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        # Four in the queue and one in the thread's hand.
+        assert decoder.calls == 5
+        assert loader.wait_seconds == 0
+        next(loader)
+        assert loader.wait_seconds > 0
+
+
+def test_wait_seconds_counts_waiting(index):
+    class Slow(_Faulty):
+        def decode(self, encoded, windows, plain=None):
+            time.sleep(0.1)
+            return torch.zeros(len(encoded), 32, 32, 3, dtype=torch.uint8)
+
+    with Loader(
+        index,
+        DataConfig(**CONFIG),
+        seed=0,
+        global_batch=8,
+        device_batch=8,
+        steps=3,
+        decoder=Slow(),
+    ) as loader:
+        assert len(list(loader)) == 3
+        assert loader.wait_seconds > 0.25
+
+
+def test_an_abandoned_loader_does_not_keep_the_process_alive(index):
+    # Neither closed nor exhausted: the interpreter must still end, and quietly.
+    code = (
+        "import sys\n"
+        "from ijepa_fast.config import DataConfig\n"
+        "from ijepa_fast.data import Loader, build_index\n"
+        "config = DataConfig(crop=32, threads=1)\n"
+        "loader = Loader(build_index(sys.argv[1]), config, seed=0, global_batch=8, device_batch=8,"
+        " steps=10**6)\n"
+        "next(loader)\n"
+        "print('done')\n"
+    )
+    command = [sys.executable, "-c", code, index.root]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "done\n"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_decoder_in_use_is_logged_once(index, caplog):
+    with caplog.at_level("INFO", logger="ijepa_fast.data"):
+        sample_ids(index, steps=3)
+    assert [r.getMessage() for r in caplog.records] == ["decoder: Pillow, as asked (2 threads)"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_images_arrive_on_the_gpu(index, decoder):
+    cpu = run(index, decoder="pillow", steps=4)
+    gpu = run(index, decoder=decoder, steps=4, device="cuda")
+    for (ids, images), (gpu_ids, gpu_images) in zip(cpu, gpu, strict=True):
+        assert ids == gpu_ids
+        assert gpu_images.device.type == "cuda"
+        assert (images.int() - gpu_images.cpu().int()).abs().float().mean() < 1.5
