@@ -114,7 +114,7 @@ class ModelConfig:
     def architecture(self) -> Architecture:
         """The named size with the overrides applied."""
         base = ARCHITECTURES[self.name]
-        width = self.width or base.width
+        width = base.width if self.width is None else self.width
         hidden = base.mlp_hidden if self.width is None else 4 * width
         return Architecture(
             width=width,
@@ -195,8 +195,10 @@ class DataConfig:
         _require(min(self.crop_size) >= 1, "data.crop", "at least 1 pixel", self.crop)
         _require_range("data.scale", self.scale, 0.0, 1.0)
         _require_range("data.ratio", self.ratio, 0.0, 100.0)
+        for value in self.mean:
+            _require(math.isfinite(value), "data.mean", "finite", self.mean)
         for value in self.std:
-            _require(value > 0, "data.std", "positive", self.std)
+            _require(0 < value < math.inf, "data.std", "positive and finite", self.std)
         _require(
             self.threads is None or self.threads >= 1, "data.threads", "at least 1", self.threads
         )
@@ -263,8 +265,9 @@ class OptimConfig:
             value = getattr(self, name)
             high = 1.0 if "momentum" in name else math.nextafter(1.0, 0.0)
             _require(0 <= value <= high, f"optim.{name}", "between 0 and 1", value)
-        _require(self.eps > 0, "optim.eps", "positive", self.eps)
-        _require(self.ipe_scale > 0, "optim.ipe_scale", "positive", self.ipe_scale)
+        for name in ("eps", "ipe_scale"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"optim.{name}", "positive and finite", value)
         reference = self.lr_reference_batch
         _require(reference >= 1, "optim.lr_reference_batch", "at least 1", reference)
         rule = f"at most optim.epochs * optim.ipe_scale ({self.epochs * self.ipe_scale:g})"

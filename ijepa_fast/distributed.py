@@ -22,10 +22,11 @@ BUCKET_ELEMENTS = 32 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process's place: rank r of n, and the device it trains on."""
+    """This process: rank r of n, local_rank on its machine, and the device it trains on."""
 
     rank: int
     world: int
+    local_rank: int
     device: torch.device
 
     @property
@@ -54,12 +55,12 @@ def start(device: str) -> Ranks:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if "WORLD_SIZE" not in os.environ:
-        return Ranks(rank=0, world=1, device=chosen)
+        return Ranks(rank=0, world=1, local_rank=0, device=chosen)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     dist.init_process_group(
         backend, timeout=timedelta(minutes=10), device_id=chosen if use_cuda else None
     )
-    return Ranks(rank=dist.get_rank(), world=dist.get_world_size(), device=chosen)
+    return Ranks(rank=dist.get_rank(), world=dist.get_world_size(), local_rank=local, device=chosen)
 
 
 def stop() -> None:

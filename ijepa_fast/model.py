@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_fast.attention import attend
 from ijepa_fast.config import ModelConfig
 
 __all__ = [
@@ -95,8 +96,7 @@ class Attention(nn.Module):
         sequences, length, width = x.shape
         qkv = self.qkv(x).reshape(sequences, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mask = None if valid is None else valid[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attend(q, k, v, valid)
         return self.proj(out.transpose(1, 2).reshape(sequences, length, width))
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.masks import Masks
@@ -148,7 +148,10 @@ class _Recording:
             raise ValueError(
                 f"FILE must have the metadata entry 'case', got {sorted(metadata)} in {path}"
             )
-        self.case: dict[str, Any] = json.loads(metadata["case"])
+        try:
+            self.case: dict[str, Any] = dict(json.loads(metadata["case"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"'case' of FILE must be a JSON object, got {error}") from None
         self.unused = set(self.tensors)
 
     def __contains__(self, name: str) -> bool:
@@ -196,7 +199,7 @@ def _models(recording: _Recording) -> tuple[VisionTransformer, Predictor]:
         depth=case["depth"],
         heads=case["heads"],
         mlp_hidden=4 * case["dim"],
-        in_channels=recording.tensors["step0.images_uint8"].shape[1],
+        in_channels=recording.take("step0.images_uint8").shape[1],
     )
     predictor = Predictor(
         grid=encoder.grid,
@@ -209,10 +212,30 @@ def _models(recording: _Recording) -> tuple[VisionTransformer, Predictor]:
     return encoder, predictor
 
 
+def _load(network: nn.Module, weights: dict[str, Tensor], prefix: str) -> None:
+    """Loads the initial weights; names and shapes must match exactly."""
+    wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in weights.items()}
+    differing = [n for n in wanted | given if wanted.get(n) != given.get(n)]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"FILE must hold {prefix}{name} as its case says ({wanted.get(name, 'not at all')}), "
+            f"got {given.get(name, 'none')}"
+        )
+    network.load_state_dict(weights)
+
+
 def _masks(recording: _Recording, step: int, num_patches: int) -> Masks:
     case = recording.case
     contexts = [recording.take(f"step{step}.context{i}") for i in range(case["nenc"])]
     targets = [recording.take(f"step{step}.target{i}") for i in range(case["npred"])]
+    for index in (*contexts, *targets):
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < num_patches:
+            raise ValueError(
+                f"mask indices of step {step} must be in 0..{num_patches - 1}, "
+                f"got {int(index.min())}..{int(index.max())}"
+            )
     image = torch.arange(case["B"])[:, None] * num_patches
     lengths = torch.tensor([0] + [c.shape[1] for c in contexts for _ in range(case["B"])])
     return Masks(
@@ -277,8 +300,8 @@ def _replay(recording: _Recording, report: Report, limits: Limits, device: torch
     ):
         error = float("inf") if loaded is None else _relative(table, loaded)
         report.add("forward", f"init.{name}", error, LIMITS["float32"].forward)
-    encoder.load_state_dict(initial)
-    predictor.load_state_dict(initial_predictor)
+    _load(encoder, initial, "init.encoder.")
+    _load(predictor, initial_predictor, "init.predictor.")
     config = OptimConfig(
         loss=case["loss"], precision="bfloat16" if report.dtype == "bfloat16" else "float32"
     )
@@ -303,6 +326,11 @@ def _replay(recording: _Recording, report: Report, limits: Limits, device: torch
         momentum=case["ema"][0],
         final_momentum=case["ema"][1],
     )
+    for entry in ("loss", "lr", "wd", "momentum"):
+        if (count := recording.take(entry).numel()) != case["steps"]:
+            raise ValueError(
+                f"FILE must hold {entry!r} of every step ({case['steps']}), got {count} values"
+            )
     for index in range(case["steps"]):
         values = schedules.at(index + 1)
         images = recording.take(f"step{index}.images_uint8").permute(0, 2, 3, 1).to(device)

@@ -53,6 +53,10 @@ class Schedules:
         for name in ("steps_per_epoch", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.total_steps < 1:
+            raise ValueError(
+                f"ipe_scale must give schedules of at least 1 step, got {self.ipe_scale}"
+            )
 
     @classmethod
     def of(cls, config: OptimConfig, *, global_batch: int, steps_per_epoch: int) -> Self:

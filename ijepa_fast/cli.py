@@ -1,0 +1,200 @@
+"""Command line and YAML to `Config`: flags over YAML over preset, one parser for both."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from ijepa_fast.config import Config
+from ijepa_fast.presets import PRESETS, preset
+
+__all__ = ["Invocation", "UsageError", "as_dict", "dump_yaml", "parse", "read_yaml"]
+
+DESCRIPTION = f"""Trains I-JEPA.
+
+--preset NAME      start from a named recipe: {", ".join(PRESETS)}
+--config FILE      YAML with the same nested names as the flags; flags win over it
+--data DIR         short for --data.root DIR
+--print-config     print the whole configuration as YAML and stop
+--dry-run          print parameters, FLOPs, token counts, memory and hours, and stop"""
+
+
+# read before the configuration's own flags
+OWN_OPTIONS = ("preset", "config", "data", "print-config", "dry-run")
+
+
+class UsageError(ValueError):
+    """Wrong input of the user: one line, exit code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invocation:
+    """A parsed command line."""
+
+    config: Config
+    print_config: bool
+    dry_run: bool
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    return field.name.rstrip("_")
+
+
+def as_dict(config: object) -> dict[str, Any]:
+    """Nested plain values of a configuration, under the names that flags and YAML use."""
+    assert dataclasses.is_dataclass(config)
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = as_dict(value)
+        result[_key(field)] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def dump_yaml(config: Config) -> str:
+    """The configuration as YAML that `--config` reads back."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, default_flow_style=None, width=100)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Flat settings of a YAML file, keys checked.
+
+    Raises:
+        UsageError: unreadable, not YAML, not a mapping, or an unknown key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"--config must be a readable YAML file, got {path}: {text}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"--config must hold a mapping, got {type(tree).__name__} in {path}")
+    flat = flatten(tree)
+    for key in flat:
+        _check_known(str(key), f"{path}: unknown key {key}")
+    return flat
+
+
+def _known() -> dict[str, Any]:
+    return flatten(as_dict(Config()))
+
+
+def _check_known(key: str, complaint: str, also: Sequence[str] = ()) -> None:
+    known = _known()
+    if key in known:
+        return
+    # a section or a bare field name is as near as a misspelt full name
+    near = difflib.get_close_matches(key, [*known, *also], n=1, cutoff=0.6) or [
+        name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    hint = f"; did you mean {near[0]}?" if near else "; see --help for the valid ones"
+    raise UsageError(complaint + hint)
+
+
+def _as_arguments(flat: dict[str, Any]) -> list[str]:
+    arguments: list[str] = []
+    for key, value in flat.items():
+        flag = "--" + key
+        if isinstance(value, bool):
+            head, _, tail = key.rpartition(".")
+            arguments.append(flag if value else f"--{head}{'.' if head else ''}no-{tail}")
+        elif isinstance(value, list | tuple):
+            arguments += [flag, *(str(item) for item in value)]
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def _check_flags(arguments: Sequence[str]) -> None:
+    known = _known()
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        name = argument[2:].partition("=")[0].replace("-", "_")
+        head, _, tail = name.rpartition(".")
+        positive = f"{head}{'.' if head else ''}{tail.removeprefix('no_')}"
+        if isinstance(known.get(positive), bool) or name == "help":
+            continue
+        _check_known(name, f"unknown option {argument.partition('=')[0]}", also=OWN_OPTIONS)
+
+
+def parse(argv: Sequence[str] | None = None) -> Invocation:
+    """Command line to a validated configuration.
+
+    Raises:
+        UsageError: an unknown or contradictory value, in one line.
+        SystemExit: after `--help`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", default="demo")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--data")
+    first.add_argument("--print-config", action="store_true")
+    first.add_argument("--dry-run", action="store_true")
+    try:
+        known, rest = first.parse_known_args(arguments)
+        start = preset(known.preset)
+    except (argparse.ArgumentError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    settings = read_yaml(known.config) if known.config else {}
+    _check_flags(rest)
+    shorthand = [] if known.data is None else ["--data.root", known.data]
+    config = _parse_config(start, [*_as_arguments(settings), *shorthand, *rest])
+    return Invocation(config=config, print_config=known.print_config, dry_run=known.dry_run)
+
+
+def _parse_config(start: Config, arguments: list[str]) -> Config:
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                Config,
+                args=arguments,
+                default=start,
+                prog="python -m ijepa_fast.train",
+                description=DESCRIPTION,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        message = _first_paragraph(errors.getvalue())
+        raise UsageError(re.sub(r"^Error parsing [\w.]+: ", "", message)) from None
+
+
+def _first_paragraph(box: str) -> str:
+    """What is wrong, in one line: tyro prints a title, rules and paragraphs, in a box where the
+    output is UTF-8 and with dashes elsewhere.
+    """
+    words: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(" │")
+        if text.strip("─-╰╯"):
+            words += text.split()
+        elif words:
+            break
+    return " ".join(words)
