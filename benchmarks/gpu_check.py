@@ -1,0 +1,180 @@
+"""What to run on a CUDA machine: ``make gpu-check PART=reference OUT=dir PYTHON=python3``.
+
+Part `reference`: parity of the reference path in float32 and bfloat16, then images/s of the
+reference step at batch 128 for B/16, L/16 and H/14. Results are written to OUT after every
+configuration, as JSON and Markdown. Needs torch, numpy, safetensors, pyyaml and tyro; no network
+and no data set.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ijepa_fast import parity
+from ijepa_fast.config import BatchConfig
+from ijepa_fast.estimate import estimate
+from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.masks import sample_masks
+from ijepa_fast.metrics import peak_flops
+from ijepa_fast.model import build_models
+from ijepa_fast.presets import preset
+from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.schedules import Schedules
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "p8_64.safetensors"
+WARMUP_STEPS, TIMED_STEPS, REPEATS = 3, 8, 5
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Names that every number belongs to."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "CPU",
+        "driver": torch.version.cuda,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def check_parity(device: torch.device) -> list[dict[str, Any]]:
+    """Replays the recording in both precisions."""
+    results = []
+    for dtype in ("float32", "bfloat16"):
+        report = parity.replay(GOLDEN, dtype=dtype, device=device)
+        worst: dict[str, float] = {}
+        for row in report.rows:
+            worst[row.kind] = max(worst.get(row.kind, 0.0), row.error)
+        results.append({"dtype": dtype, "ok": report.ok, "worst": worst})
+        print(report.table().splitlines()[-1], flush=True)
+    return results
+
+
+def _seconds(device: torch.device, body: Callable[[], None]) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        body()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    began = time.perf_counter()
+    body()
+    return time.perf_counter() - began
+
+
+def time_reference(name: str, batch: int, device: torch.device) -> dict[str, Any]:
+    """Images/s of the reference step: bf16, published masks, random images, no data loading."""
+    recipe = preset(name)
+    group = min(recipe.masks.truncation_group, batch)
+    config = replace(
+        recipe,
+        masks=replace(recipe.masks, truncation_group=group),
+        batch=BatchConfig(global_=batch, device=batch),
+    )
+    generator = torch_generator(0, Stream.INIT)
+    encoder, predictor = build_models(config.model, config.data.crop_size, generator)
+    training = ReferenceStep(
+        encoder.to(device),
+        predictor.to(device),
+        config.optim,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+    schedules = Schedules.of(config.optim, global_batch=batch, steps_per_epoch=1000)
+    height, width = config.data.crop_size
+    images = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, device=device)
+    masks = [
+        sample_masks(
+            config.masks, grid=config.grid, seed=0, step=step, positions=np.arange(batch)
+        ).to(device)
+        for step in range(TIMED_STEPS)
+    ]
+
+    def steps(count: int) -> None:
+        for step in range(count):
+            targets = masks[step].target_index
+            rows = batch * config.masks.num_contexts * targets.shape[1] * targets.shape[2]
+            elements = rows * config.model.architecture.width
+            training.accumulate(images, masks[step], elements)
+            training.update(schedules.at(step + 1))
+
+    steps(WARMUP_STEPS)
+    times = [_seconds(device, lambda: steps(TIMED_STEPS)) / TIMED_STEPS for _ in range(REPEATS)]
+    seconds = statistics.median(times)
+    peak = peak_flops(device, "bfloat16")
+    needed = estimate(config)
+    cuda = device.type == "cuda"
+    return {
+        "preset": name,
+        "batch": batch,
+        "truncation_group": group,
+        "precision": config.optim.precision,
+        "step_ms": round(1e3 * seconds, 3),
+        "spread_ms": round(1e3 * (max(times) - min(times)), 3),
+        "repeats": REPEATS,
+        "images_per_second": round(batch / seconds, 1),
+        "mfu": round(batch / seconds * needed.flops / peak, 4) if peak else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if cuda else None,
+        "estimated_gib": round(needed.memory(batch) / 2**30, 2),
+        "steps_skipped": int(training.skipped[2]),
+    }
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """Flushes what is known so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "reference.json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [
+        f"{result['machine']['device']}, torch {result['machine']['torch']}",
+        "",
+        "| preset | batch | ms/step | images/s | MFU | peak GiB | estimated GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['preset']} | {r['batch']} | {r['step_ms']} | {r['images_per_second']} | {r['mfu']} "
+        f"| {r['peak_gib']} | {r['estimated_gib']} |"
+        for r in result["steps"]
+    ]
+    (folder / "reference.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["reference"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda", help="cpu tries the script out")
+    parser.add_argument(
+        "--presets", nargs="+", default=["vitb16_in1k", "vitl16_in1k", "vith14_in1k"]
+    )
+    parser.add_argument("--batch", type=int, default=128)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("error: gpu-check needs a CUDA device, torch sees none", file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {"machine": machine(device), "parity": check_parity(device)}
+    result["steps"] = []
+    write(args.out, result)
+    for name in args.presets:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        result["steps"].append(time_reference(name, args.batch, device))
+        write(args.out, result)
+        print(json.dumps(result["steps"][-1]), flush=True)
+    return 0 if all(p["ok"] for p in result["parity"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

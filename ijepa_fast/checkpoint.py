@@ -1,0 +1,270 @@
+"""A run's state on disk: safetensors, JSON and a SHA-256 manifest; never pickle.
+
+Layout: ``OUT/checkpoints/step-00001234/{state.safetensors, state.json, manifest.json}``. A
+checkpoint is written into a temporary folder, flushed to the disk and renamed, so that a folder
+with a final name is complete or, if its manifest does not match, damaged. Tensors are full
+float32 tensors named ``encoder.*``, ``predictor.*``, ``target_encoder.*``, ``exp_avg.*`` and
+``exp_avg_sq.*``: nothing depends on the path or on the number of ranks.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ijepa_fast.reference import ReferenceStep
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "State",
+    "checkpoint_folders",
+    "load_latest",
+    "read",
+    "rotate",
+    "write",
+]
+
+FORMAT_VERSION = 1
+PREFIX = "step-"
+# a copy that somebody made (step-00000100.bak) is not one of ours
+_NAME = re.compile(rf"{PREFIX}\d{{8,}}")
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, or none of those present can be used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: all tensors, on the CPU.
+        step: optimiser steps done, skipped ones included: the schedule's step.
+        adam_step: updates that AdamW has applied.
+        meta: plain JSON values: configuration, data digest, whatever the caller adds.
+    """
+
+    tensors: Mapping[str, Tensor]
+    step: int
+    adam_step: int
+    meta: Mapping[str, Any]
+
+
+def capture(training: ReferenceStep, *, step: int, meta: Mapping[str, Any]) -> State:
+    """Copies a run's state to the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in _networks(training).items():
+        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    adam_step = 0
+    for key, parameter in _trained(training).items():
+        state = training.optimizer.state.get(parameter)
+        if state:
+            adam_step = int(state["step"])
+            tensors[f"exp_avg.{key}"] = state["exp_avg"]
+            tensors[f"exp_avg_sq.{key}"] = state["exp_avg_sq"]
+        else:  # before the first update
+            tensors[f"exp_avg.{key}"] = tensors[f"exp_avg_sq.{key}"] = torch.zeros_like(parameter)
+    copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    return State(tensors=copies, step=step, adam_step=adam_step, meta=meta)
+
+
+def restore(training: ReferenceStep, state: State) -> None:
+    """Puts a captured state back.
+
+    Raises:
+        CheckpointError: names or shapes differ from the networks'.
+    """
+    for name, module in _networks(training).items():
+        part = {
+            k.removeprefix(f"{name}."): v
+            for k, v in state.tensors.items()
+            if k.startswith(f"{name}.")
+        }
+        try:
+            module.load_state_dict(part)
+        except RuntimeError as error:
+            raise CheckpointError(f"{name} does not fit the configuration: {error}") from None
+    for key, parameter in _trained(training).items():
+        training.optimizer.state[parameter] = {
+            "step": torch.tensor(float(state.adam_step), device=parameter.device),
+            "exp_avg": state.tensors[f"exp_avg.{key}"].to(parameter.device, copy=True),
+            "exp_avg_sq": state.tensors[f"exp_avg_sq.{key}"].to(parameter.device, copy=True),
+        }
+    training.skipped = torch.tensor([0, 0, state.step - state.adam_step], device=training.device)
+
+
+def _networks(training: ReferenceStep) -> dict[str, torch.nn.Module]:
+    return {
+        "encoder": training.encoder,
+        "predictor": training.predictor,
+        "target_encoder": training.target_encoder,
+    }
+
+
+def _trained(training: ReferenceStep) -> dict[str, torch.nn.Parameter]:
+    return {
+        f"{name}.{key}": parameter
+        for name in ("encoder", "predictor")
+        for key, parameter in _networks(training)[name].named_parameters()
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(folder: Path, state: State) -> Path:
+    """Writes one checkpoint atomically.
+
+    Args:
+        folder: the run's `checkpoints` folder, made if missing.
+        state: what to write.
+
+    Returns:
+        The checkpoint's own folder. One that already stands at this step is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    final = folder / f"{PREFIX}{state.step:08d}"
+    temporary = folder / f".tmp-{final.name}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        save_file(dict(state.tensors), temporary / "state.safetensors")
+        header = {
+            "format_version": FORMAT_VERSION,
+            "step": state.step,
+            "adam_step": state.adam_step,
+            **state.meta,
+        }
+        (temporary / "state.json").write_text(json.dumps(header, indent=1))
+        files = sorted(temporary.iterdir())
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in [*files, temporary / "manifest.json", temporary]:
+            _fsync(path)
+        if final.exists():
+            _remove(final)
+        temporary.rename(final)
+        _fsync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _sweep(folder: Path) -> None:
+    """Deletes what interrupted writes left behind: their names can come again, as in a container
+    the process number is always the same.
+    """
+    for path in folder.iterdir():
+        if path.name.startswith((".tmp-", ".trash-")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    # renamed first, so that a kill in the middle leaves no half-deleted checkpoint under a final
+    # name
+    trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
+    folder.rename(trash)
+    shutil.rmtree(trash)
+
+
+def read(folder: Path) -> State:
+    """Reads and verifies one checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing, differs from the manifest or has another format version.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name in ("state.safetensors", "state.json"):
+            path, entry = folder / name, manifest[name]
+            if path.stat().st_size != entry["bytes"]:
+                raise CheckpointError(
+                    f"{path} must have {entry['bytes']} bytes, got {path.stat().st_size}"
+                )
+            if _sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{path} does not match the SHA-256 in its manifest")
+        header = json.loads((folder / "state.json").read_text())
+        if header["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder} must have format_version {FORMAT_VERSION}, "
+                f"got {header['format_version']}"
+            )
+        step, adam_step = header.pop("step"), header.pop("adam_step")
+        tensors = load_file(folder / "state.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error!r}") from None
+    return State(tensors=tensors, step=step, adam_step=adam_step, meta=header)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def load_latest(folder: Path) -> State | None:
+    """The newest usable checkpoint, or None where there never was one.
+
+    A damaged one is named in the log and the next older one is used.
+
+    Raises:
+        CheckpointError: there are checkpoints and every one is damaged.
+    """
+    folders = checkpoint_folders(folder)
+    for candidate in folders:
+        try:
+            return read(candidate)
+        except CheckpointError as error:
+            _logger.warning(
+                "checkpoint %s is unusable, trying an older one: %s", candidate.name, error
+            )
+    if folders:
+        raise CheckpointError(
+            f"all {len(folders)} checkpoints in {folder} are damaged; nothing was deleted. "
+            "Restore one, or train into another --out"
+        )
+    return None
+
+
+def rotate(folder: Path, *, newest: int, keep: int, keep_every_steps: int | None) -> None:
+    """Deletes all but the newest `keep` checkpoints (and those at multiples of
+    `keep_every_steps`), and what interrupted writes left behind.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        newest: the step just written. Later ones do not count: they are damaged, else the run
+            would have gone on from them.
+        keep: how many to keep, `newest` included.
+        keep_every_steps: None deletes all older ones.
+    """
+    _sweep(folder)
+    steps = {path: int(path.name.removeprefix(PREFIX)) for path in checkpoint_folders(folder)}
+    for path in [path for path, step in steps.items() if step <= newest][keep:]:
+        if keep_every_steps is None or steps[path] % keep_every_steps:
+            _remove(path)

@@ -1,0 +1,188 @@
+"""One rank's part of a run: networks, data and files, from the newest checkpoint on."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from ijepa_fast import checkpoint, distributed, evaluate
+from ijepa_fast.cli import UsageError, as_dict
+from ijepa_fast.config import Config
+from ijepa_fast.data import Batch, Index, Quarantine, build_index
+from ijepa_fast.data.index import index_from_arrays, index_to_arrays
+from ijepa_fast.data.order import steps_per_epoch
+from ijepa_fast.data.shapes import write_shapes
+from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.masks import Masks
+from ijepa_fast.metrics import Journal, MetricsFile, Reporter
+from ijepa_fast.model import build_models
+from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.run_folder import RunFolder
+from ijepa_fast.schedules import Schedules
+
+__all__ = ["Run", "load_index"]
+
+_logger = logging.getLogger(__name__)
+
+
+def load_index(config: Config, ranks: distributed.Ranks) -> Index:
+    """Rank 0 lists the images, the others receive the list."""
+    root = config.data.root
+    if root == "shapes":
+        # once on every machine, as its ranks read the files
+        if ranks.local_rank == 0:
+            write_shapes()
+        distributed.barrier()
+        root = str(write_shapes() / "train")
+    arrays = None
+    if ranks.is_main:
+        arrays = index_to_arrays(build_index(root, min_side=config.model.patch_size))
+    return index_from_arrays(distributed.broadcast_arrays(arrays))
+
+
+class Run:
+    """One rank's part of a run, from its newest checkpoint on.
+
+    Args:
+        config: the whole configuration.
+        ranks: this rank.
+        folder: the run's folder on rank 0, None on the others.
+        device_batch: images of one forward pass.
+
+    Raises:
+        ValueError: the data set cannot be used, or is not the one that the run was started with.
+        CheckpointError: there are checkpoints, and all are damaged.
+        TooManyBadFiles: more files than allowed cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: distributed.Ranks,
+        folder: RunFolder | None,
+        device_batch: int,
+    ) -> None:
+        self.config, self.ranks, self.folder = config, ranks, folder
+        self.device_batch = device_batch
+        self.index = load_index(config, ranks)
+        self.digest = self.index.digest()
+        self.schedules = Schedules.of(
+            config.optim,
+            global_batch=config.batch.global_,
+            steps_per_epoch=steps_per_epoch(len(self.index), config.batch.global_),
+        )
+        self.end = min(self.schedules.run_steps, config.max_steps or self.schedules.run_steps)
+        generator = torch_generator(config.seed, Stream.INIT)
+        encoder, predictor = build_models(config.model, config.data.crop_size, generator)
+        self.training = ReferenceStep(
+            encoder.to(ranks.device),
+            predictor.to(ranks.device),
+            config.optim,
+            mean=config.data.mean,
+            std=config.data.std,
+        )
+        self.step = self._resume()
+        # a smaller max_steps than is done already asks for nothing more
+        self.end = max(self.end, self.step)
+        self.saved_at = time.monotonic()
+        path = Path(config.out)
+        files = len(self.index) + len(self.index.bad)
+        self.quarantine = Quarantine(path / "quarantine.jsonl", config.data.max_bad_share, files)
+        metrics = reporter = None
+        if folder:
+            interval = config.log.interval if self.step < self.end else 1
+            metrics = MetricsFile(path / "metrics.jsonl", step=self.step, interval=interval)
+            events = path / "tensorboard" if config.log.tensorboard else None
+            reporter = Reporter(last_step=self.end, tensorboard=events)
+        self.journal = Journal(metrics, reporter)
+
+    def _resume(self) -> int:
+        """Restores the newest checkpoint on every rank; returns the steps done."""
+        numbers = arrays = None
+        if self.folder:
+            state = checkpoint.load_latest(self.folder.checkpoints)
+            numbers = {"steps": np.array([state.step, state.adam_step] if state else [-1, -1])}
+            if state:
+                self._check_data(state.meta.get("data"))
+                arrays = {k: v.numpy() for k, v in state.tensors.items()}
+        step, adam_step = (int(n) for n in distributed.broadcast_arrays(numbers)["steps"])
+        if step < 0:
+            return 0
+        tensors = {k: torch.from_numpy(v) for k, v in distributed.broadcast_arrays(arrays).items()}
+        checkpoint.restore(
+            self.training,
+            checkpoint.State(tensors=tensors, step=step, adam_step=adam_step, meta={}),
+        )
+        _logger.info("resumed from the checkpoint at step %d", step)
+        return step
+
+    def _check_data(self, digest: str | None) -> None:
+        if digest != self.digest and not self.config.allow_changed_recipe:
+            raise UsageError(
+                f"the images in {self.config.data.root} differ from those that the run was started "
+                f"with (digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
+                "another --out, or add --allow-changed-recipe"
+            )
+
+    def save(self) -> None:
+        """Writes what is queued for the log, then (rank 0) a checkpoint, and deletes the oldest."""
+        self.journal.flush()
+        self.saved_at = time.monotonic()
+        if not (self.folder and self.journal.file):
+            return
+        self.journal.file.sync()
+        meta = {"config": as_dict(self.config), "data": self.digest, "images": len(self.index)}
+        state = checkpoint.capture(self.training, step=self.step, meta=meta)
+        checkpoint.write(self.folder.checkpoints, state)
+        every = self.config.checkpoint.keep_every
+        checkpoint.rotate(
+            self.folder.checkpoints,
+            newest=self.step,
+            keep=self.config.checkpoint.keep,
+            keep_every_steps=every * self.schedules.steps_per_epoch if every else None,
+        )
+
+    def score(self, name: str, *, with_pixels: bool) -> None:
+        """Appends the kNN accuracy of the target encoder, once for each step."""
+        root, file = self.config.eval.data, self.journal.file
+        if not (root and file) or any("knn" in r and r["step"] == self.step for r in file.rows):
+            return
+        splits = evaluate.labelled_data(root, self.config.data, self.ranks.device)
+        encoders = {name: self.training.target_encoder}
+        scores = evaluate.knn_scores(encoders, splits, self.config, with_pixels=with_pixels)
+        file.append({"step": self.step, "knn": scores})
+
+    def summary(self) -> None:
+        """Prints all kNN scores of the run and draws its curves."""
+        if not (self.folder and self.journal.file):
+            return
+        rows = self.journal.file.rows
+        scores = {name: value for row in rows for name, value in row.get("knn", {}).items()}
+        if scores:
+            _logger.info("%s", evaluate.table(scores))
+        self._draw("curves.png", lambda v, path: v.draw_curves(path, rows))
+
+    def draw_masks(self, batch: Batch, masks: Masks) -> None:
+        """Draws the masks of a batch's first images over them."""
+        images = batch.images[:4].cpu().numpy()
+        self._draw("masks.png", lambda v, path: v.draw_masks(path, images, masks, self.config.grid))
+
+    def _draw(self, name: str, draw: Callable[[ModuleType, Path], None]) -> None:
+        if not self.folder:
+            return
+        try:
+            from ijepa_fast import visualize
+
+            draw(visualize, self.folder.path / name)
+        except ModuleNotFoundError as error:
+            _logger.warning("%s is not drawn: %s (pip install 'ijepa-fast[viz]')", name, error)
+
+    def close(self) -> None:
+        """Closes the metrics file and the progress bar."""
+        if self.journal.file and self.journal.reporter:
+            self.journal.reporter.close()
+            self.journal.file.close()

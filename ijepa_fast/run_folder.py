@@ -1,0 +1,153 @@
+"""The folder of a run: one owner at a time, its configuration, its log."""
+
+import fcntl
+import logging
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from ijepa_fast.checkpoint import checkpoint_folders
+from ijepa_fast.cli import UsageError, as_dict, dump_yaml, flatten
+from ijepa_fast.config import Config
+
+__all__ = ["RunFolder", "recipe_difference"]
+
+_logger = logging.getLogger(__name__)
+
+# what may change between two starts of one run: where and how it runs, not what is computed
+NOT_RECIPE = (
+    "out",
+    "max_steps",
+    "device",
+    "allow_changed_recipe",
+    "batch.device",
+    "data.decoder",
+    "data.threads",
+    "data.prefetch",
+    "data.max_bad_share",
+    "log.",
+    "checkpoint.",
+    "eval.",
+)
+
+
+def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Recipe entries that differ, as "key: old -> new".
+
+    Args:
+        old, new: nested settings as `as_dict` gives them.
+    """
+    flat_old, flat_new = flatten(dict(old)), flatten(dict(new))
+    return [
+        f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if not key.startswith(NOT_RECIPE) and flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+class RunFolder:
+    """Owns OUT while a run is alive; only rank 0 makes one.
+
+    Args:
+        config: the run's configuration.
+
+    Raises:
+        UsageError: OUT cannot be written, another run holds it, or its recipe differs.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.out)
+        self._handlers: list[logging.Handler] = []
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise UsageError(
+                f"out must be a folder that can be written, got {config.out}: {error}"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UsageError(
+                f"out must not be in use: another run is training in {config.out}"
+            ) from None
+        try:
+            self._write_config(config)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._start_log()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / "checkpoints"
+
+    def _write_config(self, config: Config) -> None:
+        path = self.path / "config.yaml"
+        new = as_dict(config)
+        if path.exists():
+            try:
+                old = yaml.safe_load(path.read_text())
+            except yaml.YAMLError as error:
+                raise UsageError(
+                    f"{path} must be YAML, got: {' '.join(str(error).split())}"
+                ) from None
+            changed = recipe_difference(old or {}, new)
+            if changed and not checkpoint_folders(self.checkpoints):
+                # an earlier start came to nothing (a mistyped path, say): what it left goes with it
+                for name in ("metrics.jsonl", "quarantine.jsonl"):
+                    (self.path / name).unlink(missing_ok=True)
+                changed = []
+            if changed and not config.allow_changed_recipe:
+                raise UsageError(
+                    f"the recipe differs from the one in {path} ({'; '.join(changed)}); train into "
+                    "another --out, or add --allow-changed-recipe"
+                )
+            if changed:
+                spare = next(
+                    p
+                    for p in (self.path / f"config-{n}.yaml" for n in range(1, 10**6))
+                    if not p.exists()
+                )
+                # a copy: a kill between here and the end leaves no folder without config.yaml
+                shutil.copyfile(path, spare)
+        temporary = self.path / ".config.yaml.tmp"
+        temporary.write_text(dump_yaml(config))
+        temporary.replace(path)
+
+    def _start_log(self) -> None:
+        logger = logging.getLogger("ijepa_fast")
+        self._logger_was = (logger.level, logger.propagate)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+        file = logging.FileHandler(self.path / "train.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._handlers.append(file)
+        if sys.stdout.isatty():
+            from rich.logging import RichHandler
+
+            self._handlers.append(RichHandler(show_path=False, show_level=False, markup=False))
+        else:
+            plain = logging.StreamHandler(sys.stdout)
+            plain.setFormatter(logging.Formatter("%(message)s"))
+            self._handlers.append(plain)
+        self._handlers[1].setLevel(logging.INFO)
+        for handler in self._handlers:
+            logger.addHandler(handler)
+
+    def close(self) -> None:
+        """Gives the folder back."""
+        logger = logging.getLogger("ijepa_fast")
+        for handler in self._handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()
+        logger.setLevel(self._logger_was[0])
+        logger.propagate = self._logger_was[1]
+        self._lock.close()

@@ -1,0 +1,266 @@
+"""Entry point and training loop: ``torchrun -m ijepa_fast.train``.
+
+Exit codes: 0 done, 2 wrong input, 3 no usable checkpoint, 4 too many bad files or non-finite
+gradients, 5 a file that cannot be read or written, 128 + signal after SIGTERM or SIGINT (a
+checkpoint is saved, and the same command goes on from there).
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ijepa_fast import distributed, estimate
+from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.cli import Invocation, UsageError, dump_yaml, parse
+from ijepa_fast.config import Config
+from ijepa_fast.data import Loader, TooManyBadFiles, positions
+from ijepa_fast.masks import check_masks, sample_masks
+from ijepa_fast.metrics import Meter, NonFiniteError, id_hash, peak_flops
+from ijepa_fast.run import Run, load_index
+from ijepa_fast.run_folder import RunFolder
+from ijepa_fast.schedules import StepValues
+
+__all__ = ["main", "train"]
+
+# not __name__: that is __main__ under `python -m`, and the log belongs to the package
+_logger = logging.getLogger("ijepa_fast.train")
+
+
+class _Signals:
+    """Remembers SIGTERM and SIGINT until the step is over; a second one ends the process at
+    once.
+    """
+
+    received = 0
+
+    def __enter__(self) -> "_Signals":
+        self._old = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """This rank's share of one step's loss, feature std and hash of sample ids."""
+
+    loss: Tensor
+    feature_std: Tensor
+    ids_hash: Tensor
+
+
+def train(run: Run, signals: _Signals) -> int:
+    """Trains to the end; returns the signal that ended it before, or 0.
+
+    Nothing in the loop waits for the device: numbers are read one log interval late.
+    """
+    config, ranks = run.config, run.ranks
+    meter = Meter(
+        images=config.batch.global_,
+        world=ranks.world,
+        flops=estimate.estimate(config).flops,
+        peak=peak_flops(ranks.device, config.optim.precision),
+        device=ranks.device,
+    )
+    agreement = distributed.Agreement()
+    received = 0
+    with Loader(
+        run.index,
+        config.data,
+        seed=config.seed,
+        global_batch=config.batch.global_,
+        device_batch=run.device_batch,
+        steps=run.end,
+        start_step=run.step,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+        quarantine=run.quarantine,
+    ) as loader:
+        meter.restart(run.step, 0.0)
+        while run.step < run.end:
+            values = run.schedules.at(run.step + 1)
+            sums = _forward_backward(run, loader)
+            run.training.update(values)
+            run.step += 1
+            if run.step % config.log.interval == 0 or run.step == run.end:
+                _report(run, values, sums, meter.read(run.step, loader.wait_seconds, run.end))
+            due = time.monotonic() - run.saved_at >= 60 * config.checkpoint.minutes
+            received, save = agreement.exchange([signals.received, int(due)])
+            epoch_ends = run.step % run.schedules.steps_per_epoch == 0
+            if received or save or epoch_ends or run.step == run.end:
+                run.save()
+            if received:
+                break
+        agreement.finish()
+    # what the ranks agreed on: the signal may have reached another rank only
+    return received if run.step < run.end else 0
+
+
+def _forward_backward(run: Run, loader: Loader) -> _Sums:
+    """All micro-steps of one optimiser step."""
+    config, ranks = run.config, run.ranks
+    loss = feature_std = torch.zeros((), device=ranks.device)
+    ids_hash = torch.zeros((), dtype=torch.int64)
+    for micro_step in range(loader.accumulation):
+        batch = next(loader)
+        own = positions(ranks.rank, ranks.world, micro_step, run.device_batch)
+        masks = sample_masks(
+            config.masks, grid=config.grid, seed=config.seed, step=run.step, positions=own
+        )
+        if run.step == micro_step == 0:
+            run.draw_masks(batch, masks)
+        if ranks.device.type == "cuda":
+            masks = masks.pin_memory().to(ranks.device, non_blocking=True)
+        _, num_targets, target_length = masks.target_index.shape
+        # of the whole global batch: its images share one target size
+        rows = config.batch.global_ * config.masks.num_contexts * num_targets * target_length
+        elements = rows * config.model.architecture.width
+        part, part_std = run.training.accumulate(batch.images, masks, elements)
+        loss = loss + part
+        feature_std = feature_std + part_std / (loader.accumulation * ranks.world)
+        ids_hash = ids_hash + id_hash(batch.ids, own)
+    return _Sums(loss=loss, feature_std=feature_std, ids_hash=ids_hash)
+
+
+def _report(run: Run, values: StepValues, sums: _Sums, timing: dict[str, Any]) -> None:
+    numbers = torch.stack([sums.loss, sums.feature_std])
+    distributed.all_reduce_sum_([numbers])
+    distributed.all_reduce_sum_([sums.ids_hash])
+    row = {
+        "step": run.step,
+        "epoch": (run.step - 1) // run.schedules.steps_per_epoch,
+        "lr": values.lr,
+        "weight_decay": values.weight_decay,
+        "momentum": values.momentum,
+    }
+    skipped = run.training.skipped
+    run.journal.queue(row, numbers, skipped=skipped, ids_hash=sums.ids_hash, timing=timing)
+
+
+def _announce(run: Run) -> None:
+    """One look at what is about to run."""
+    config, ranks = run.config, run.ranks
+    accumulation = config.batch.global_ // (run.device_batch * ranks.world)
+    _logger.info(
+        "%d images in %d classes; %d steps of %d images (%d ranks x %d on the device x %d "
+        "accumulated), %s on %s",
+        len(run.index),
+        len(run.index.classes),
+        run.end,
+        config.batch.global_,
+        ranks.world,
+        run.device_batch,
+        accumulation,
+        config.optim.precision,
+        ranks.device,
+    )
+    reference, total = config.optim.lr_reference_batch, config.batch.global_
+    if total != reference:
+        _logger.info(
+            "batch.global is %d, the learning rates belong to %d: optim.lr_scaling=%s makes the "
+            "peak %g",
+            total,
+            reference,
+            config.optim.lr_scaling,
+            run.schedules.lr,
+        )
+
+
+def _run(config: Config, ranks: distributed.Ranks) -> int:
+    """Everything after the arguments are known to be right; returns the exit code."""
+    check_masks(config.masks, config.grid)
+    memory = estimate.device_memory(ranks.device)
+    if ranks.device.type == "cpu":
+        memory //= ranks.world
+    device_batch = estimate.device_batch(config, world=ranks.world, memory=memory)
+    folder = RunFolder(config) if ranks.is_main else None
+    try:
+        with _Signals() as signals:
+            run = Run(config, ranks, folder, device_batch)
+            try:
+                _announce(run)
+                if run.step == 0:
+                    run.score("untrained network", with_pixels=True)
+                if run.step == run.end:
+                    _logger.info("the run is complete at step %d: nothing to train", run.end)
+                started = time.perf_counter()
+                received = train(run, signals) if run.step < run.end else 0
+                _logger.info("trained for %.0f s", time.perf_counter() - started)
+                if received:
+                    _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
+                    return 128 + received
+                run.score(f"target encoder, step {run.step}", with_pixels=False)
+                run.summary()
+                _logger.info("done: %s", Path(config.out))
+            finally:
+                run.close()
+    except Exception as error:
+        # into train.log only; main() decides what the user sees
+        _logger.debug("ended by an error", exc_info=error)
+        raise
+    finally:
+        if folder:
+            folder.close()
+    return 0
+
+
+def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
+    config = invocation.config
+    check_masks(config.masks, config.grid)
+    images = len(load_index(config, ranks))
+    print(estimate.report(config, world=ranks.world, device=ranks.device, images=images))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    ranks = None
+    try:
+        invocation = parse(argv)
+        if invocation.print_config:
+            print(dump_yaml(invocation.config), end="")
+            return 0
+        ranks = distributed.start(invocation.config.device)
+        if invocation.dry_run:
+            _dry_run(invocation, ranks)
+            return 0
+        return _run(invocation.config, ranks)
+    except (UsageError, ValueError, ImportError) as error:
+        return _fail(error, 2)
+    except CheckpointError as error:
+        return _fail(error, 3)
+    except (TooManyBadFiles, NonFiniteError) as error:
+        return _fail(error, 4)
+    except OSError as error:
+        return _fail(error, 5)
+    finally:
+        if ranks is not None:
+            distributed.stop()
+
+
+def _fail(error: Exception, code: int) -> int:
+    # one line a run, not one a rank
+    if os.environ.get("RANK", "0") == "0" or code >= 4:
+        print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

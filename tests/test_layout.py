@@ -1,0 +1,358 @@
+"""The house rules that a machine can check: who imports whom, what importing does, sizes."""
+
+import ast
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ijepa_fast
+
+ROOT = Path(__file__).parents[1]
+TRAINER = sorted((ROOT / "ijepa_fast").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+PACKAGES = [*TRAINER, *KERNELS]
+
+# from the ground up; a module imports from its own floor or from lower ones, and never in a circle
+FLOORS = (
+    ("keyed_random", "config", "attention", "model", "schedules", "distributed", "knn", "metrics"),
+    ("masks", "data", "presets"),
+    ("reference", "checkpoint", "cli", "estimate"),
+    ("evaluate", "run_folder", "visualize", "parity"),
+    ("run",),
+    ("train",),
+)
+FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+
+
+def _module(path):
+    """`ijepa_fast/data/order.py` -> `ijepa_fast.data.order`."""
+    base = ROOT / "kernels" if path in KERNELS else ROOT
+    return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {_module(path): path for path in PACKAGES}
+
+
+def _tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _imports(path):
+    """Full names of what a file imports, inside functions and under TYPE_CHECKING too.
+
+    `from a.b import c` is a.b.c where that is a module of ours, else a.b.
+    """
+    found = set()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module)
+    return found
+
+
+def _ours(path, package):
+    """Imported modules of one of the packages."""
+    return {n for n in _imports(path) if n == package or n.startswith(package + ".")}
+
+
+def _part(name):
+    """`ijepa_fast.data.order` -> `data`; the package itself -> ''."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def _ids(paths):
+    return [_module(path) for path in paths]
+
+
+# --- who imports whom ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=_ids(KERNELS))
+def test_kernels_need_torch_and_triton_only(path):
+    allowed = {"torch", "triton", "ijepa_kernels", *sys.stdlib_module_names}
+    assert {name.partition(".")[0] for name in _imports(path)} <= allowed
+
+
+# these gather the ops, or test them
+GATHERERS = {"", "nn", "optim", "testing"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=_ids(KERNELS))
+def test_no_op_imports_another(path):
+    if _part(_module(path)) in GATHERERS:
+        return
+    others = {n for n in _ours(path, "ijepa_kernels") if n != _module(path)}
+    # what several ops share starts with an underscore
+    assert all(_part(name).startswith("_") for name in others)
+
+
+def test_the_reference_path_is_free_of_kernels():
+    """And whatever it imports."""
+    seen, pending = set(), ["ijepa_fast.reference"]
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        assert not _ours(MODULES[name], "ijepa_kernels"), name
+        pending += _ours(MODULES[name], "ijepa_fast")
+    assert {"ijepa_fast.model", "ijepa_fast.masks"} < seen
+
+
+@pytest.mark.parametrize("path", TRAINER, ids=_ids(TRAINER))
+def test_arrows_point_down(path):
+    part = _part(_module(path))
+    if part == "":
+        assert not _ours(path, "ijepa_fast"), "the package itself imports nothing of its own"
+        return
+    assert part in FLOOR, f"{part} has no floor yet: add it to FLOORS"
+    for name in _ours(path, "ijepa_fast"):
+        imported = _part(name)
+        assert imported == "" or FLOOR[imported] <= FLOOR[part], f"{part} imports {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    edges = {name: _ours(path, name.partition(".")[0]) for name, path in MODULES.items()}
+    # a package's __init__ gathers its modules; they reach each other past it
+    gathered = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    done = set()
+
+    def visit(name, above):
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in sorted(edges.get(name, set()) - gathered - {name}):
+                visit(other, [*above, name])
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, [])
+
+
+def test_data_knows_nothing_of_training():
+    for path in TRAINER:
+        if _part(_module(path)) == "data":
+            parts = {_part(name) for name in _ours(path, "ijepa_fast")}
+            assert parts <= {"data", "config", "keyed_random"}, path
+
+
+BANNED_IMPORTS = {"torchvision", "apex", "pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
+BANNED_CALLS = {
+    "eval",
+    "exec",
+    "torch.load",
+    "torch.save",
+    "yaml.load",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "os.system",
+    "os.popen",
+    "np.load",
+    "numpy.load",
+}
+BANNED_METHODS = {"extractall", "load_state_dict_from_url"}
+
+
+def _offences(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names]
+            yield from (n for n in names if n.partition(".")[0] in BANNED_IMPORTS)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in BANNED_CALLS or name.rpartition(".")[2] in BANNED_METHODS:
+                yield name
+            for keyword in node.keywords:
+                value = keyword.value
+                off = isinstance(value, ast.Constant) and value.value is False
+                if keyword.arg == "shell" and not off:
+                    yield "shell=True"
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=_ids(PACKAGES))
+def test_nothing_that_runs_what_it_reads(path):
+    assert not list(_offences(_tree(path)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from torchvision import transforms",
+        "x = torch.load(p, weights_only=True)",
+        "yaml.load(f, Loader=L)",
+        "subprocess.run(c, shell=True)",
+        "tarfile.open(p).extractall(q)",
+        "eval(s)",
+    ],
+)
+def test_the_check_above_finds_what_it_looks_for(text):
+    assert list(_offences(ast.parse(text)))
+
+
+# --- what importing does -------------------------------------------------------------------------
+
+PROBE = """
+import os, sys, threading
+environment = dict(os.environ)
+import torch
+grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+
+def settings():
+    return (
+        torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(),
+        torch.get_num_threads(), torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic,
+        torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
+        torch.initial_seed(), torch.random.get_rng_state().sum().item(),
+    )
+
+before, alive, modules = settings(), threading.active_count(), set(sys.modules)
+import ijepa_fast, ijepa_kernels
+new = {n.partition(".")[0] for n in set(sys.modules) - modules}
+assert new <= {"ijepa_fast", "ijepa_kernels"}, new
+for name in %r:
+    __import__(name)
+after = settings()
+assert before == after, (before, after)
+assert threading.active_count() == alive
+assert dict(os.environ) == environment
+assert not torch.cuda.is_initialized()
+unwanted = {"nvidia.dali", "PIL", "matplotlib", "tensorboard", "transformers", "xformers"}
+assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
+"""
+
+
+def test_importing_is_quiet_and_changes_nothing(tmp_path):
+    """Every module of both packages."""
+    names = [name for name in MODULES if not name.endswith("__main__")]
+    result = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", PROBE % names],
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout, result.stderr) == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environment_is_read_by_the_launcher_only():
+    readers = {
+        _module(path)
+        for path in PACKAGES
+        if re.search(r"\bos\.(environ|getenv)\b", path.read_text(encoding="utf-8"))
+    }
+    # torchrun's variables; where the cache lies
+    assert readers <= {"ijepa_fast.distributed", "ijepa_fast.train", "ijepa_fast.data.shapes"}
+
+
+def test_hugging_face_kernels_stays_importable(tmp_path):
+    """A regular package `kernels` anywhere on the path wins over the folder in the repository."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(): return 'theirs'\n")
+    code = "import kernels; print(kernels.__file__); print(kernels.get_kernel())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(tmp_path / "kernels" / "__init__.py"), "theirs"]
+
+
+# --- sizes, words, version -----------------------------------------------------------------------
+
+
+def test_files_stay_readable():
+    limits = {"ijepa_fast/train.py": 300}
+    for path in [*PACKAGES, *(ROOT / "benchmarks").rglob("*.py")]:
+        name = str(path.relative_to(ROOT))
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= limits.get(name, 450), f"{name} has {lines} lines"
+    assert not [p for p in PACKAGES if p.name in ("utils.py", "helpers.py", "common.py")]
+
+
+@pytest.mark.parametrize("path", PACKAGES, ids=_ids(PACKAGES))
+def test_what_a_module_offers_exists(path):
+    """`__all__` holds strings that the module defines or imports, sorted."""
+    tree = _tree(path)
+    offers, defined = None, set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.ImportFrom):
+            defined |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {t.id for t in targets if isinstance(t, ast.Name)}
+            defined |= names
+            if "__all__" in names:
+                assert node.value
+                offers = ast.literal_eval(node.value)
+    if _module(path) in ("ijepa_fast", "ijepa_kernels") and offers is None:
+        return
+    assert offers is not None, "no __all__"
+    assert set(offers) <= defined
+
+
+def test_setup_reads_the_version_from_the_package(monkeypatch):
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert given["version"] == ijepa_fast.__version__
+    assert ijepa_fast.__version__ not in (ROOT / "setup.py").read_text()
+    assert given["name"] == "ijepa-fast"
+    # every folder of modules is shipped, and nothing else
+    folders = {_module(path) for path in PACKAGES if path.name == "__init__.py"}
+    assert set(given["packages"]) == folders
+    assert given["package_dir"] == {"ijepa_kernels": "kernels/ijepa_kernels"}
+    assert (ROOT / "ijepa_fast" / "__init__.py").exists()
+    for package, files in given["package_data"].items():
+        folder = ROOT / given["package_dir"].get(package, package)
+        assert all((folder / name).is_file() for name in files), package
+
+
+def test_the_changelog_is_about_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (\S+)", text, re.MULTILINE)
+    assert headings
+    assert headings[0].strip("[]") == ijepa_fast.__version__
+
+
+def test_every_kernel_has_its_parts():
+    """Op file, export, test, benchmark, catalogue row, changelog."""
+    ops = [
+        path.stem
+        for path in KERNELS
+        if _part(_module(path)) not in GATHERERS and not path.stem.startswith("_")
+    ]
+    exports = (ROOT / "kernels" / "ijepa_kernels" / "__init__.py").read_text()
+    catalogue = (ROOT / "kernels" / "README.md").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    for op in ops:
+        assert f"ijepa_kernels.{op} import" in exports, op
+        assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file(), op
+        assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file(), op
+        assert f"`{op}`" in catalogue, op
+        assert f"`{op}`" in changelog, op

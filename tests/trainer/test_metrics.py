@@ -1,0 +1,269 @@
+"""Rows, rates and the hash of sample ids."""
+
+import json
+import logging
+import resource
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_fast import metrics
+from ijepa_fast.metrics import Journal, Meter, MetricsFile, NonFiniteError, Reporter, id_hash
+from tests.trainer import tiny
+
+CPU = torch.device("cpu")
+
+
+def _row(step, **changes):
+    timing = {
+        "images_per_second": 123.4,
+        "images_per_second_per_device": 61.7,
+        "step_ms": 64.8,
+        "data_wait_ms": 1.25,
+        "memory_gib": 1.5,
+        "mfu": None,
+        "eta_seconds": 3725,
+    }
+    row = {
+        "step": step,
+        "epoch": 0,
+        "lr": 0.00123,
+        "weight_decay": 0.0456,
+        "momentum": 0.99612,
+        "loss": 0.25,
+        "feature_std": 0.75,
+        "skipped": 0,
+        "ids_hash": "00",
+        "timing": timing,
+    }
+    return {**row, **changes}
+
+
+# --- hash ----------------------------------------------------------------------------------------
+
+
+def _batch():
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.permutation(1000)[:24]), np.arange(24)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 24])
+def test_the_hash_does_not_depend_on_the_division(parts):
+    ids, positions = _batch()
+    whole = id_hash(ids, positions)
+    # any share of the positions, in any order
+    order = np.random.default_rng(parts).permutation(24)
+    shares = np.array_split(order, parts)
+    total = torch.stack([id_hash(ids[share], positions[share]) for share in shares]).sum()
+    assert whole.dtype == total.dtype == torch.int64
+    assert whole.shape == ()
+    assert int(total) == int(whole)
+
+
+def test_the_hash_sees_every_change_and_every_swap():
+    ids, positions = _batch()
+    hashes = {int(id_hash(ids, positions))}
+    for i in range(24):
+        for change in (1, -1, 1000, 2**31):
+            other = ids.clone()
+            other[i] += change
+            hashes.add(int(id_hash(other, positions)))
+        for j in range(i):
+            other = ids.clone()
+            other[[i, j]] = other[[j, i]]
+            hashes.add(int(id_hash(other, positions)))
+    assert len(hashes) == 1 + 24 * 4 + 24 * 23 // 2
+
+
+def test_the_hash_of_small_numbers_has_no_collisions():
+    grid = np.stack(np.meshgrid(np.arange(300), np.arange(300)), axis=-1).reshape(-1, 2)
+    words = [int(id_hash(torch.tensor([i]), np.array([p]))) for i, p in grid[::7].tolist()]
+    assert len(set(words)) == len(words)
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def test_rows_past_the_step_are_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 0, "knn": {"a": 0.5}}, *(_row(step) for step in (2, 4, 6, 8))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = MetricsFile(path, step=4)
+    assert file.rows == rows[:3]
+    assert tiny.rows(tmp_path, timing=True) == rows[:3]
+    file.append(_row(6, loss=0.125))
+    # there at once, not at the end
+    assert tiny.rows(tmp_path, timing=True)[-1]["loss"] == 0.125
+    assert file.rows[-1]["loss"] == 0.125
+    file.sync()
+    file.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "kept"), [(2, [2, 4, 5]), (5, [2, 4, 5, 5]), (1, [2, 4, 5, 5])]
+)
+def test_a_row_between_two_log_lines_is_cut_where_training_goes_on(tmp_path, interval, kept):
+    path = tmp_path / "metrics.jsonl"
+    rows = [_row(2), _row(4), _row(5), {"step": 5, "knn": {"a": 0.5}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = MetricsFile(path, step=5, interval=interval)
+    file.close()
+    assert [row["step"] for row in tiny.rows(tmp_path)] == kept
+    assert "knn" in tiny.rows(tmp_path)[-1]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 6, "loss": 0.2', '{"st', "\0\0\0\0", ""])
+def test_a_torn_last_line_is_left_out(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(_row(2)) + "\n" + json.dumps(_row(4)) + "\n" + torn)
+    file = MetricsFile(path, step=100)
+    file.append(_row(6))
+    file.close()
+    assert [row["step"] for row in tiny.rows(tmp_path)] == [2, 4, 6]
+
+
+def test_a_new_file(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", step=0)
+    file.close()
+    assert file.rows == []
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+# --- the journal ---------------------------------------------------------------------------------
+
+
+def _queue(journal, step, *, skipped=(0, 0, 0), loss=0.5, ids_hash=3):
+    row = {"step": step, "epoch": 0, "lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
+    journal.queue(
+        row,
+        torch.tensor([loss, 0.75]),
+        skipped=torch.tensor(skipped),
+        ids_hash=torch.tensor(ids_hash),
+        timing=_row(0)["timing"],
+    )
+
+
+@pytest.fixture
+def journal(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", step=0)
+    journal = Journal(file, Reporter(last_step=9, tensorboard=None))
+    yield journal
+    file.close()
+
+
+def test_a_row_is_written_one_interval_late(tmp_path, journal):
+    _queue(journal, 2, loss=0.5)
+    assert tiny.rows(tmp_path) == []
+    _queue(journal, 4, loss=0.25, skipped=(1, 1, 2), ids_hash=-1)
+    assert [row["step"] for row in tiny.rows(tmp_path)] == [2]
+    journal.flush()
+    journal.flush()
+    first, second = tiny.rows(tmp_path, timing=True)
+    assert (first["loss"], first["feature_std"], first["skipped"]) == (0.5, 0.75, 0)
+    assert (second["loss"], second["skipped"]) == (0.25, 2)
+    assert (first["ids_hash"], second["ids_hash"]) == ("0" * 15 + "3", "f" * 16)
+    assert second["timing"]["step_ms"] == 64.8
+
+
+def test_the_third_skip_in_a_row_is_written_and_raised(tmp_path, journal):
+    _queue(journal, 2, skipped=(2, 2, 5))
+    journal.flush()
+    _queue(journal, 4, skipped=(0, 3, 6))
+    with pytest.raises(NonFiniteError, match="got 3 steps in a row with NaN or infinity by step 4"):
+        journal.flush()
+    assert [row["skipped"] for row in tiny.rows(tmp_path)] == [5, 6]
+
+
+def test_every_rank_raises_though_one_writes():
+    journal = Journal(None, None)
+    _queue(journal, 2)
+    _queue(journal, 4, skipped=(3, 3, 3))
+    with pytest.raises(NonFiniteError):
+        journal.flush()
+
+
+# --- rates ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peak", [None, 1e12])
+def test_rates(monkeypatch, peak):
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    meter = Meter(images=64, world=2, flops=2e9, peak=peak, device=CPU)
+    now = 105.0
+    meter.restart(10, 3.0)
+    now = 113.0
+    # 4 steps in 8 s, of which 1 s waiting
+    timing = meter.read(14, 4.0, 114)
+    used = timing.pop("memory_gib")
+    assert 0 < used <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 + 0.001
+    assert timing == {
+        "images_per_second": 32.0,
+        "images_per_second_per_device": 16.0,
+        "step_ms": 2000.0,
+        "data_wait_ms": 250.0,
+        "mfu": None if peak is None else 0.032,
+        "eta_seconds": 200,
+    }
+    # the next interval starts here
+    now = 114.0
+    timing = meter.read(18, 4.0, 114)
+    assert (timing["step_ms"], timing["data_wait_ms"], timing["eta_seconds"]) == (250.0, 0.0, 24)
+
+
+def test_peak_is_known_of_cuda_devices_in_bfloat16_only(monkeypatch):
+    assert metrics.peak_flops(CPU, "bfloat16") is None
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
+    assert metrics.peak_flops(cuda, "bfloat16") == 989e12
+    assert metrics.peak_flops(cuda, "float32") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
+    assert metrics.peak_flops(cuda, "bfloat16") is None
+
+
+# --- what a person sees --------------------------------------------------------------------------
+
+
+def test_the_line_says_everything():
+    text = metrics.line(_row(40), 400)
+    assert text == (
+        "step 40/400  loss 0.25000  lr 1.23e-03  wd 0.046  momentum 0.99612  feature std 0.750  "
+        "123 img/s  65 ms/step  data wait 1.2 ms  1.50 GiB  ETA 1:02:05"
+    )
+
+
+def test_the_line_says_more_where_there_is_more():
+    row = _row(40, skipped=2)
+    row["timing"]["mfu"] = 0.4567
+    text = metrics.line(row, 400)
+    assert "MFU 45.7 %" in text
+    assert "SKIPPED 2 (gradient not finite)" in text
+
+
+def test_the_reporter_logs_plain_lines_elsewhere_than_on_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    reporter = Reporter(last_step=400, tensorboard=None)
+    assert reporter.progress is None
+    with tiny.log_lines() as lines:
+        reporter.show(_row(40))
+        reporter.show(_row(60))
+    reporter.close()
+    assert lines == [metrics.line(_row(step), 400) for step in (40, 60)]
+
+
+def test_the_reporter_draws_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    reporter = Reporter(last_step=400, tensorboard=None)
+    try:
+        assert reporter.progress is not None
+        logging.getLogger("ijepa_fast").setLevel(logging.ERROR)
+        reporter.show(_row(40))
+        task = reporter.progress.tasks[0]
+        assert (task.completed, task.total) == (40, 400)
+        assert "loss 0.2500" in task.fields["status"]
+    finally:
+        logging.getLogger("ijepa_fast").setLevel(logging.NOTSET)
+        reporter.close()
