@@ -36,11 +36,15 @@ _logger = logging.getLogger("ijepa_fast.train")
 
 
 class _Signals:
-    """Remembers SIGTERM and SIGINT until the step is over; a second one ends the process at
-    once.
+    """Remembers SIGTERM and SIGINT until the step is over; a later one ends the process at once.
+
+    Ctrl-C reaches a worker from the terminal and again from torchrun, so whatever comes within a
+    few seconds of the first counts as the same.
     """
 
+    SAME_SECONDS = 5.0
     received = 0
+    at = 0.0
 
     def __enter__(self) -> "_Signals":
         self._old = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -51,10 +55,11 @@ class _Signals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
+        elif time.monotonic() - self.at > self.SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
 
 
 @dataclass(frozen=True, kw_only=True)
