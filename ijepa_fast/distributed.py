@@ -4,9 +4,10 @@ rank 0 of 1.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Agreement", "Ranks", "all_reduce_sum_", "barrier", "broadcast_arrays", "start", "stop"]
+__all__ = [
+    "Agreement",
+    "MainRankError",
+    "Ranks",
+    "all_reduce_sum_",
+    "barrier",
+    "broadcast_arrays",
+    "on_main",
+    "start",
+    "stop",
+]
+
+T = TypeVar("T")
 
 # one flat buffer of so many elements is reduced at a time, which bounds the extra memory
 BUCKET_ELEMENTS = 32 * 1024 * 1024
@@ -98,6 +111,35 @@ def barrier() -> None:
     """Waits for all ranks."""
     if _active():
         dist.barrier()
+
+
+class MainRankError(RuntimeError):
+    """Rank 0 has failed and says why; the others only leave."""
+
+
+def on_main(ranks: Ranks, body: Callable[[], T]) -> T | None:
+    """Runs something on rank 0 alone; if it raises there, all ranks leave.
+
+    Returns:
+        What `body` returns on rank 0, None on the others.
+
+    Raises:
+        MainRankError: on the other ranks, after an error on rank 0 (where that error is raised).
+    """
+    result, error = None, None
+    if ranks.is_main:
+        try:
+            result = body()
+        except Exception as caught:  # noqa: BLE001  # raised again below, once the others know
+            error = caught
+    if _active():
+        failed = torch.tensor([int(error is not None)])
+        dist.broadcast(failed, 0)
+        if failed[0] and not ranks.is_main:
+            raise MainRankError
+    if error is not None:
+        raise error
+    return result
 
 
 def broadcast_arrays(

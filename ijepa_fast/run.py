@@ -38,9 +38,9 @@ def load_index(config: Config, ranks: distributed.Ranks) -> Index:
             write_shapes()
         distributed.barrier()
         root = str(write_shapes() / "train")
-    arrays = None
-    if ranks.is_main:
-        arrays = index_to_arrays(build_index(root, min_side=config.model.patch_size))
+    arrays = distributed.on_main(
+        ranks, lambda: index_to_arrays(build_index(root, min_side=config.model.patch_size))
+    )
     return index_from_arrays(distributed.broadcast_arrays(arrays))
 
 
@@ -103,12 +103,10 @@ class Run:
     def _resume(self) -> int:
         """Restores the newest checkpoint on every rank; returns the steps done."""
         numbers = arrays = None
+        state = distributed.on_main(self.ranks, self._load_latest)
         if self.folder:
-            state = checkpoint.load_latest(self.folder.checkpoints)
             numbers = {"steps": np.array([state.step, state.adam_step] if state else [-1, -1])}
-            if state:
-                self._check_data(state.meta.get("data"))
-                arrays = {k: v.numpy() for k, v in state.tensors.items()}
+            arrays = {k: v.numpy() for k, v in state.tensors.items()} if state else None
         step, adam_step = (int(n) for n in distributed.broadcast_arrays(numbers)["steps"])
         if step < 0:
             return 0
@@ -120,13 +118,17 @@ class Run:
         _logger.info("resumed from the checkpoint at step %d", step)
         return step
 
-    def _check_data(self, digest: str | None) -> None:
+    def _load_latest(self) -> checkpoint.State | None:
+        assert self.folder is not None
+        state = checkpoint.load_latest(self.folder.checkpoints)
+        digest = state.meta.get("data") if state else self.digest
         if digest != self.digest and not self.config.allow_changed_recipe:
             raise UsageError(
                 f"the images in {self.config.data.root} differ from those that the run was started "
                 f"with (digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
                 "another --out, or add --allow-changed-recipe"
             )
+        return state
 
     def save(self) -> None:
         """Writes what is queued for the log, then (rank 0) a checkpoint, and deletes the oldest."""

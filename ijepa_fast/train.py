@@ -196,7 +196,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
     if ranks.device.type == "cpu":
         memory //= ranks.world
     device_batch = estimate.device_batch(config, world=ranks.world, memory=memory)
-    folder = RunFolder(config) if ranks.is_main else None
+    folder = distributed.on_main(ranks, lambda: RunFolder(config))
     try:
         with _Signals() as signals:
             run = Run(config, ranks, folder, device_batch)
@@ -255,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 4)
     except OSError as error:
         return _fail(error, 5)
+    except distributed.MainRankError:
+        return 1
     finally:
         if ranks is not None:
             distributed.stop()

@@ -409,7 +409,7 @@ def test_printed_configuration_reads_back(name, tmp_path, capsys):
 
 def test_dictionary_uses_the_names_of_flags():
     tree = as_dict(preset("demo"))
-    assert tree["batch"] == {"global": 64, "device": 64}
+    assert tree["batch"] == {"global": 64, "device": "auto"}
     assert tree["data"]["scale"] == [0.3, 1.0]
     assert tree["seed"] == 0
 
