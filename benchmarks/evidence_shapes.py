@@ -50,7 +50,8 @@ def main() -> int:
 
     config = PRESETS["demo"]()
     data = replace(config.data, decoder="pillow")
-    train, test = evaluate.labelled_data("shapes", data, torch.device("cpu"))
+    parts = evaluate.labelled_data("shapes", data, torch.device("cpu"))
+    train, test = (part.load() for part in parts)
 
     def row(name: str, accuracies: list[float]) -> None:
         print(f"{name:<48}{100 * sum(accuracies) / len(accuracies):6.1f} %", flush=True)

@@ -152,7 +152,10 @@ def write(folder: Path, state: State) -> Path:
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     temporary.mkdir()
     try:
-        save_file(dict(state.tensors), temporary / "state.safetensors")
+        try:
+            save_file(dict(state.tensors), temporary / "state.safetensors")
+        except SafetensorError as error:
+            raise OSError(f"cannot write {temporary / 'state.safetensors'}: {error}") from None
         header = {
             "format_version": FORMAT_VERSION,
             "step": state.step,

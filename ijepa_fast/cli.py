@@ -93,7 +93,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UsageError(f"--config must hold a mapping, got {type(tree).__name__} in {path}")
+    if not isinstance(tree.get("data", {}), dict):
+        # short, as the flag --data is
+        tree["data"] = {"root": tree["data"]}
+    sections = {key for key, value in as_dict(Config()).items() if isinstance(value, dict)}
+    for key in sections & tree.keys():
+        if not isinstance(tree[key], dict):
+            raise UsageError(f"{path}: {key} must hold a mapping, got {tree[key]!r}")
     flat = flatten(tree)
+    if None in (flat.get("out", ""), flat.get("data.root", "")):
+        raise UsageError(f"{path}: out and data.root must be paths, got nothing")
     for key in flat:
         _check_known(str(key), f"{path}: unknown key {key}")
     return flat

@@ -168,9 +168,8 @@ class DataConfig:
     """Images and their augmentation (paper, appendix A: random resized crops only)."""
 
     root: str = "shapes"
-    """A folder of images (any nesting), or `shapes`, the embedded data set. `--data DIR` is
-    short for it.
-    """
+    """A folder of images (any nesting), or `shapes`, the embedded data set; `--data DIR` is short
+    for it. Empty: must still be given."""
     crop: int | tuple[int, int] = 224
     """Side of the training crop in pixels, or its height and width."""
     scale: tuple[float, float] = (0.3, 1.0)

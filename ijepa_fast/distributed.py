@@ -29,17 +29,21 @@ __all__ = [
 
 T = TypeVar("T")
 
+# for waiting until rank 0 has read the headers of a large data set, say: a patient group on the CPU
+_waiting: dict[str, dist.ProcessGroup] = {}
+
 # one flat buffer of so many elements is reduced at a time, which bounds the extra memory
 BUCKET_ELEMENTS = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process: rank r of n, local_rank on its machine, and the device it trains on."""
+    """This process: rank r of n, its place on its machine, and the device it trains on."""
 
     rank: int
     world: int
     local_rank: int
+    local_world: int
     device: torch.device
 
     @property
@@ -68,16 +72,24 @@ def start(device: str) -> Ranks:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if "WORLD_SIZE" not in os.environ:
-        return Ranks(rank=0, world=1, local_rank=0, device=chosen)
+        return Ranks(rank=0, world=1, local_rank=0, local_world=1, device=chosen)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     dist.init_process_group(
         backend, timeout=timedelta(minutes=10), device_id=chosen if use_cuda else None
     )
-    return Ranks(rank=dist.get_rank(), world=dist.get_world_size(), local_rank=local, device=chosen)
+    _waiting["group"] = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+    return Ranks(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        local_rank=local,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        device=chosen,
+    )
 
 
 def stop() -> None:
     """Leaves the process group, if any."""
+    _waiting.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -110,7 +122,7 @@ def all_reduce_sum_(tensors: Sequence[Tensor]) -> None:
 def barrier() -> None:
     """Waits for all ranks."""
     if _active():
-        dist.barrier()
+        dist.barrier(group=_waiting.get("group"))
 
 
 class MainRankError(RuntimeError):
@@ -134,7 +146,7 @@ def on_main(ranks: Ranks, body: Callable[[], T]) -> T | None:
             error = caught
     if _active():
         failed = torch.tensor([int(error is not None)])
-        dist.broadcast(failed, 0)
+        dist.broadcast(failed, 0, group=_waiting.get("group"))
         if failed[0] and not ranks.is_main:
             raise MainRankError
     if error is not None:
@@ -157,18 +169,20 @@ def broadcast_arrays(
         assert arrays is not None
         header = json.dumps([(k, v.dtype.str, v.shape) for k, v in arrays.items()]).encode()
     size = torch.tensor([len(header) if dist.get_rank() == 0 else 0])
-    dist.broadcast(size, 0)
+    dist.broadcast(size, 0, group=_waiting.get("group"))
     text = np.zeros(int(size[0]), dtype=np.uint8)
     if dist.get_rank() == 0:
         text[:] = np.frombuffer(header, dtype=np.uint8)
-    dist.broadcast(torch.from_numpy(text), 0)
+    dist.broadcast(torch.from_numpy(text), 0, group=_waiting.get("group"))
     result = {}
     for name, dtype, shape in json.loads(text.tobytes()):
         value = np.empty(shape, dtype=np.dtype(dtype))
         if arrays is not None:
             value[...] = arrays[name]
         if value.size:
-            dist.broadcast(torch.from_numpy(value.reshape(-1).view(np.uint8)), 0)
+            dist.broadcast(
+                torch.from_numpy(value.reshape(-1).view(np.uint8)), 0, group=_waiting.get("group")
+            )
         result[name] = value
     return result
 

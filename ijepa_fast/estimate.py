@@ -8,10 +8,11 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ijepa_fast.config import Config
-from ijepa_fast.masks import mean_tokens
+from ijepa_fast.masks import mean_tokens, sample_masks
 from ijepa_fast.model import build_models
 
 __all__ = ["Estimate", "device_batch", "estimate", "measured_flops"]
@@ -32,6 +33,7 @@ class Estimate:
     Attributes:
         encoder_parameters, predictor_parameters: trained parameters.
         context_tokens, target_tokens: mean tokens of a context sequence and of a target block.
+        longest_context, longest_target: of 100 steps; a step pads to its longest sequence.
         target_flops, context_flops, predictor_flops: of one image, backward included where there
             is one.
         fixed_bytes: weights, gradients and optimiser state on one rank.
@@ -42,6 +44,8 @@ class Estimate:
     predictor_parameters: int
     context_tokens: float
     target_tokens: float
+    longest_context: int
+    longest_target: int
     target_flops: float
     context_flops: float
     predictor_flops: float
@@ -90,18 +94,24 @@ def estimate(config: Config) -> Estimate:
     context_block = _block_flops(context, a.width, a.mlp_hidden)
     narrow_block = _block_flops(sequence, narrow, narrow_hidden)
     projections = 2 * narrow * a.width * (context + target)
+    # memory is that of the longest step, FLOPs those of the mean one
+    longest_context, longest_target = _longest(config)
     half = config.optim.precision == "bfloat16"
-    kept_wide = contexts * context * a.depth * _block_bytes(a.width, a.mlp_hidden, half)
-    kept_narrow = pairs * sequence * a.predictor_depth * _block_bytes(narrow, narrow_hidden, half)
-    # once more at the seams: prediction and its gradient, latent targets, the target encoder's
-    # output
-    seams = 4 * a.width * (3 * pairs * target + 2 * patches + 2 * contexts * context)
+    wide_bytes = _block_bytes(a.width, a.mlp_hidden, half)
+    narrow_bytes = _block_bytes(narrow, narrow_hidden, half)
+    kept_wide = contexts * longest_context * a.depth * wide_bytes
+    kept_narrow = pairs * (longest_context + longest_target) * a.predictor_depth * narrow_bytes
+    # once more at the seams: prediction and its gradient, latent targets, target encoder's output
+    rows = 3 * pairs * longest_target + 2 * patches + 2 * contexts * longest_context
+    seams = 4 * a.width * rows
     trained = encoder_parameters + predictor_parameters
     return Estimate(
         encoder_parameters=encoder_parameters,
         predictor_parameters=predictor_parameters,
         context_tokens=context,
         target_tokens=target,
+        longest_context=longest_context,
+        longest_target=longest_target,
         target_flops=a.depth * wide_block + embed,
         context_flops=3 * (contexts * a.depth * context_block) + 2 * embed,
         predictor_flops=3 * pairs * (a.predictor_depth * narrow_block + projections),
@@ -111,11 +121,25 @@ def estimate(config: Config) -> Estimate:
     )
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes of the device's memory (of the machine's, on the CPU)."""
+def _longest(config: Config) -> tuple[int, int]:
+    """Longest context sequence and target block of 100 steps of 128 images or one group."""
+    group = config.masks.truncation_group
+    positions = np.arange(group * -(-128 // group))
+    sampled = [
+        sample_masks(
+            config.masks, grid=config.grid, seed=config.seed, step=step, positions=positions
+        )
+        for step in range(100)
+    ]
+    targets = max(int(masks.target_index.shape[2]) for masks in sampled)
+    return max(masks.max_context for masks in sampled), targets
+
+
+def device_memory(device: torch.device, local_world: int) -> int:
+    """Bytes that one rank may use: its GPU's, or its share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_world
 
 
 def device_batch(config: Config, *, world: int, memory: int) -> int:
@@ -153,8 +177,8 @@ def device_batch(config: Config, *, world: int, memory: int) -> int:
     ]
     if not fitting:
         raise ValueError(
-            f"batch.device must fit into memory: one image needs {need.memory(1) / 2**30:.1f} GiB, "
-            f"got {memory / 2**30:.1f} GiB"
+            f"batch.device must fit into {100 * MEMORY_SHARE:.0f} % of the memory "
+            f"({memory / 2**30:.1f} GiB), got one image that needs {need.memory(1) / 2**30:.1f} GiB"
         )
     return fitting[-1]
 
@@ -172,11 +196,23 @@ def measured_flops(device: torch.device, precision: str, seconds: float = 1.0) -
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
-def report(config: Config, *, world: int, device: torch.device, images: int | None) -> str:
-    """What `--dry-run` prints; `images` of the data set, or None to leave the hours out."""
+def report(
+    config: Config, world: int, device: torch.device, memory: int, images: int | None
+) -> str:
+    """What `--dry-run` prints.
+
+    Args:
+        config: the configuration.
+        world: number of ranks.
+        device: the training device.
+        memory: bytes of one rank.
+        images: of the data set, or None to leave the hours out.
+    """
     e = estimate(config)
-    memory = device_memory(device) // (world if device.type == "cpu" else 1)
-    batch = device_batch(config, world=world, memory=memory)
+    try:
+        batch, fits = device_batch(config, world=world, memory=memory), ""
+    except ValueError as error:
+        batch, fits = 1, f"; it does not run here: {error}"
     accumulation = config.batch.global_ // (batch * world)
     share = [100 * part / e.flops for part in (e.target_flops, e.context_flops, e.predictor_flops)]
     grid = " x ".join(str(side) for side in config.grid)
@@ -188,7 +224,7 @@ def report(config: Config, *, world: int, device: torch.device, images: int | No
         f"tokens            grid {grid}, context {e.context_tokens:.1f} "
         f"(truncation group {config.masks.truncation_group}), target block {e.target_tokens:.1f}",
         f"batch             global {config.batch.global_} = {world} ranks x {batch} on the device "
-        f"x {accumulation} accumulated",
+        f"x {accumulation} accumulated{fits}",
         f"memory estimate   {e.memory(batch) / 2**30:.2f} GiB a rank "
         f"({e.fixed_bytes / 2**30:.2f} fixed + {e.image_bytes / 2**20:.1f} MiB an image)",
     ]

@@ -8,10 +8,10 @@ target encoder); images are cropped centrally.
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,21 +34,63 @@ from ijepa_fast.reference import normalise
 __all__ = ["Split", "encoder_features", "knn_scores", "labelled_data", "load_run", "main", "pixels"]
 
 TRAIN_SHARE = 0.8
+BATCH = 256
 PIXEL_SIDE = 64
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Decoded images of one part of a labelled data set.
-
-    Attributes:
-        images: uint8 (n, height, width, 3).
-        labels: int64 (n,).
-    """
+class Images(NamedTuple):
+    """Decoded images uint8 (n, height, width, 3) and their labels int64 (n,)."""
 
     images: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One part of a labelled data set, decoded a batch at a time.
+
+    Attributes:
+        index: the images.
+        rows: int64 (n,), the rows of the index in this part.
+        data: crop and decoder.
+        device: where the decoder puts the images.
+    """
+
+    index: Index
+    rows: NDArray[np.int64]
+    data: DataConfig
+    device: torch.device
+
+    def load(self) -> Images:
+        """All of it at once, on the CPU: for small sets."""
+        parts = list(self.batches())
+        return Images(
+            torch.cat([p.images.cpu() for p in parts]), torch.cat([p.labels for p in parts])
+        )
+
+    def batches(self) -> Iterator[Images]:
+        """Decodes batch after batch; what cannot be decoded is named in the log and left out.
+
+        Raises:
+            ValueError: not one image can be decoded.
+        """
+        decoder, _ = make_decoder(self.data, self.device, max_batch=BATCH)
+        found = False
+        try:
+            for start in range(0, len(self.rows), BATCH):
+                images, rows = _decode(
+                    self.index, self.rows[start : start + BATCH], self.data, decoder
+                )
+                if len(rows):
+                    found = True
+                    yield Images(images, torch.from_numpy(self.index.label[rows].astype(np.int64)))
+        finally:
+            decoder.close()
+        if not found:
+            raise ValueError(
+                f"data must hold images that can be decoded, got none in {self.index.root}"
+            )
 
 
 def central_windows(
@@ -64,34 +106,28 @@ def central_windows(
     return np.stack([top, left, inner_height, inner_width], axis=1).astype(np.int32)
 
 
-def _decode(index: Index, rows: NDArray[np.int64], data: DataConfig, decoder: Decoder) -> Split:
-    images, kept = [], []
-    for start in range(0, len(rows), 256):
-        part = rows[start : start + 256]
-        while len(part):
-            try:
-                encoded = [index.read(int(row)) for row in part]
-                windows = central_windows(index, part, data.crop_size)
-                images.append(decoder.decode(encoded, windows, index.plain[part]).cpu())
-                break
-            except DecodeError as error:
-                for row, reason in error.failures.items():
-                    _logger.warning("left out %s: %s", index.name(int(part[row])), reason)
-                part = np.delete(part, list(error.failures))
-        kept.append(part)
-    if not images:
-        raise ValueError(f"data must hold images that can be decoded, got none in {index.root}")
-    labels = torch.from_numpy(index.label[np.concatenate(kept)].astype(np.int64))
-    return Split(images=torch.cat(images), labels=labels)
+def _decode(
+    index: Index, rows: NDArray[np.int64], data: DataConfig, decoder: Decoder
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """The decodable images of these rows, and their rows."""
+    while len(rows):
+        try:
+            encoded = [index.read(int(row)) for row in rows]
+            windows = central_windows(index, rows, data.crop_size)
+            return decoder.decode(encoded, windows, index.plain[rows]), rows
+        except DecodeError as error:
+            for row, reason in error.failures.items():
+                _logger.warning("left out %s: %s", index.name(int(rows[row])), reason)
+            rows = np.delete(rows, list(error.failures))
+    return torch.empty(0), rows
 
 
 def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
-    """Training and test images of a labelled folder, decoded.
+    """Training and test part of a labelled folder.
 
     Args:
         root: `shapes`, or a folder with one sub-folder a class. With sub-folders `train` and
-            `test` (or
-            `val`) those are the split, else a keyed 80 % / 20 % split of the images.
+            `test` (or `val`) those are the split, else a keyed 80 % / 20 % split of the images.
         data: crop and decoder.
         device: the training device.
 
@@ -100,44 +136,48 @@ def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Sp
     """
     folder = write_shapes() if root == "shapes" else Path(root)
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
-    decoder, _ = make_decoder(data, device, max_batch=256)
-    try:
-        if (folder / "train").is_dir() and held_out:
-            parts = [build_index(folder / "train"), build_index(folder / held_out)]
-            if parts[0].classes != parts[1].classes:
-                raise ValueError(
-                    f"classes of train and {held_out} must be the same, got "
-                    f"{list(parts[0].classes)[:5]}... and {list(parts[1].classes)[:5]}... in {root}"
-                )
-            chosen = [np.arange(len(part)) for part in parts]
-        else:
-            index = build_index(folder)
-            parts = [index, index]
-            draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
-            chosen = [np.flatnonzero(draws < TRAIN_SHARE), np.flatnonzero(draws >= TRAIN_SHARE)]
-        if len(parts[0].classes) < 2:
+    if (folder / "train").is_dir() and held_out:
+        parts = [build_index(folder / "train"), build_index(folder / held_out)]
+        if parts[0].classes != parts[1].classes:
             raise ValueError(
-                "data must have at least 2 classes (sub-folders), "
-                f"got {len(parts[0].classes)} in {root}"
+                f"classes of train and {held_out} must be the same, got "
+                f"{list(parts[0].classes)[:5]}... and {list(parts[1].classes)[:5]}... in {root}"
             )
-        # images beside the class folders carry no label
-        chosen = [c[p.label[c] >= 0] for p, c in zip(parts, chosen, strict=True)]
-        if min(len(c) for c in chosen) == 0:
-            raise ValueError(
-                f"data must leave images for training and test, got an empty part in {root}"
-            )
-        train, test = (_decode(p, c, data, decoder) for p, c in zip(parts, chosen, strict=True))
-    finally:
-        decoder.close()
+        chosen = [np.arange(len(part)) for part in parts]
+    else:
+        index = build_index(folder)
+        parts = [index, index]
+        draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
+        chosen = [np.flatnonzero(draws < TRAIN_SHARE), np.flatnonzero(draws >= TRAIN_SHARE)]
+    if len(parts[0].classes) < 2:
+        raise ValueError(
+            "data must have at least 2 classes (sub-folders), "
+            f"got {len(parts[0].classes)} in {root}"
+        )
+    # images beside the class folders carry no label
+    chosen = [c[p.label[c] >= 0] for p, c in zip(parts, chosen, strict=True)]
+    if min(len(c) for c in chosen) == 0:
+        raise ValueError(
+            f"data must leave images for training and test, got an empty part in {root}"
+        )
+    train, test = (
+        Split(index=part, rows=rows, data=data, device=device)
+        for part, rows in zip(parts, chosen, strict=True)
+    )
     return train, test
 
 
-def pixels(images: Tensor) -> Tensor:
-    """Raw pixels as features, averaged down to at most 64 x 64: float32 (n, h * w * 3)."""
+def pixels(images: Tensor, side: int = PIXEL_SIDE) -> Tensor:
+    """Raw pixels as features, averaged down to at most side x side: float32 (n, h * w * 3)."""
     x = images.permute(0, 3, 1, 2)
-    side = (min(x.shape[2], PIXEL_SIDE), min(x.shape[3], PIXEL_SIDE))
-    parts = [F.adaptive_avg_pool2d(part.float(), side).flatten(1) for part in x.split(256)]
+    size = (min(x.shape[2], side), min(x.shape[3], side))
+    parts = [F.adaptive_avg_pool2d(part.float(), size).flatten(1) for part in x.split(256)]
     return torch.cat(parts)
+
+
+def _pixel_side(images: int) -> int:
+    """64, or less where so many images would take more than 4 GiB."""
+    return min(PIXEL_SIDE, max(8, int((2**32 / (12 * images)) ** 0.5)))
 
 
 @torch.no_grad()
@@ -148,7 +188,7 @@ def encoder_features(
 
     Args:
         encoder: on the device to compute on.
-        images: uint8 (n, height, width, 3), on the CPU.
+        images: uint8 (n, height, width, 3).
         data: mean and std.
         precision: `bfloat16` autocasts matrix products.
 
@@ -185,25 +225,31 @@ def knn_scores(
     Returns:
         name -> accuracy in 0..1, `raw pixels` first.
     """
-    train, test = splits
-    k = min(k, len(train.labels))
-
-    def score(features: list[Tensor]) -> float:
-        return knn_accuracy(features[0], train.labels, features[1], test.labels, k=k)
-
-    scores = {}
-    if with_pixels:
-        scores["raw pixels"] = score([pixels(part.images) for part in splits])
-    for name, encoder in encoders.items():
-        scores[name] = score(
-            [
-                encoder_features(
-                    encoder, part.images, config.data, precision=config.optim.precision
+    networks = dict(encoders)
+    names = [*(["raw pixels"] if with_pixels else []), *networks]
+    side = _pixel_side(len(splits[0].rows))
+    features: list[dict[str, Tensor]] = []
+    labels: list[Tensor] = []
+    for split in splits:
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        classes = []
+        for images, label in split.batches():
+            classes.append(label)
+            for name in names:
+                parts[name].append(
+                    encoder_features(
+                        networks[name], images, config.data, precision=config.optim.precision
+                    )
+                    if name in networks
+                    else pixels(images.cpu(), side)
                 )
-                for part in splits
-            ]
-        )
-    return scores
+        features.append({name: torch.cat(values) for name, values in parts.items()})
+        labels.append(torch.cat(classes))
+    k = min(k, len(labels[0]))
+    return {
+        name: knn_accuracy(features[0][name], labels[0], features[1][name], labels[1], k=k)
+        for name in names
+    }
 
 
 def table(scores: Mapping[str, float]) -> str:
@@ -274,9 +320,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError("data must be given (--data DIR): the run has no eval.data")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         splits = labelled_data(root, config.data, device)
-        if args.k > len(splits[0].labels):
+        if args.k > len(splits[0].rows):
             raise UsageError(
-                f"k must be at most the number of training images ({len(splits[0].labels)}), "
+                f"k must be at most the number of training images ({len(splits[0].rows)}), "
                 f"got {args.k}"
             )
         encoders = {
@@ -290,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    counts = (len(splits[0].labels), len(splits[1].labels))
+    counts = (len(splits[0].rows), len(splits[1].rows))
     if args.json:
         result: dict[str, Any] = {"run": str(args.run), "data": root, "step": step, "k": args.k}
         print(json.dumps({**result, "images": counts, "knn": scores}, indent=1))

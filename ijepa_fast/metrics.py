@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 __all__ = [
@@ -39,6 +38,8 @@ LONGEST_SKIP = 3
 
 # dense bf16 matrix rates of the data sheets, FLOP/s
 _PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "H800": 989e12,
@@ -202,12 +203,21 @@ class Reporter:
     Args:
         last_step: step at which this run ends.
         tensorboard: folder of the events, or None.
+        step: steps done before; events past it are dropped.
     """
 
-    def __init__(self, *, last_step: int, tensorboard: Path | None) -> None:
+    def __init__(self, *, last_step: int, tensorboard: Path | None, step: int = 0) -> None:
         self.last_step = last_step
-        self.progress: Progress | None = None
+        self.progress: Any = None
         if sys.stdout.isatty():
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
             self.progress = Progress(
                 TextColumn("training"),
                 BarColumn(),
@@ -215,13 +225,13 @@ class Reporter:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[status]}"),
             )
-            self.task = self.progress.add_task("train", total=last_step, status="")
+            self.task = self.progress.add_task("train", total=last_step, completed=step, status="")
             self.progress.start()
         self.writer = None
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(tensorboard))
+            self.writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """One row of training metrics."""

@@ -33,10 +33,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Largest errors allowed: relative for loss, relative L2 per tensor for the rest.
+    """Largest errors allowed: relative for loss and schedules, relative L2 per tensor elsewhere.
 
     Attributes:
-        loss, schedule, forward, gradient, weights: of the entries so named; `schedule` is absolute.
+        loss, schedule, forward, gradient, weights: of the entries so named.
         key_bias: absolute, for the key third of qkv biases, whose true gradient is zero.
         target_movement: error of the target encoder, as a share of its own movement from the start.
     """
@@ -364,7 +364,8 @@ def _replay(recording: _Recording, report: Report, limits: Limits, device: torch
             ("wd", values.weight_decay),
             ("momentum", values.momentum),
         ):
-            error = abs(value - float(recording.take(entry)[index]))
+            recorded = float(recording.take(entry)[index])
+            error = abs(value - recorded) / (abs(recorded) or 1.0)
             report.add("schedule", f"step{index}.{entry}", error, limits.schedule)
     for name, network in networks.items():
         for key, parameter in network.named_parameters():

@@ -37,6 +37,7 @@ def demo() -> Config:
 def vits16() -> Config:
     """ViT-S/16 at 224: small enough for one modest GPU; not a released configuration."""
     return Config(
+        data=DataConfig(root=""),
         model=ModelConfig(name="vit_small", patch_size=16),
         optim=OptimConfig(epochs=300, warmup=15),
         out="runs/vits16",
@@ -45,17 +46,26 @@ def vits16() -> Config:
 
 def vitb16_in1k() -> Config:
     """ViT-B/16, the community recipe for ImageNet-1k: predictor depth 6, 600 epochs."""
-    return Config(model=ModelConfig(name="vit_base", patch_size=16), out="runs/vitb16_in1k")
+    return Config(
+        data=DataConfig(root=""),
+        model=ModelConfig(name="vit_base", patch_size=16),
+        out="runs/vitb16_in1k",
+    )
 
 
 def vitl16_in1k() -> Config:
     """ViT-L/16, the community recipe for ImageNet-1k: predictor depth 12, 600 epochs."""
-    return Config(model=ModelConfig(name="vit_large", patch_size=16), out="runs/vitl16_in1k")
+    return Config(
+        data=DataConfig(root=""),
+        model=ModelConfig(name="vit_large", patch_size=16),
+        out="runs/vitl16_in1k",
+    )
 
 
 def vith14_in1k() -> Config:
     """ViT-H/14 on ImageNet-1k: 300 epochs, released at 128 images a GPU on 16 GPUs."""
     return Config(
+        data=DataConfig(root=""),
         model=ModelConfig(name="vit_huge", patch_size=14),
         optim=OptimConfig(epochs=300),
         out="runs/vith14_in1k",
@@ -66,7 +76,7 @@ def vith16_448_in1k() -> Config:
     """ViT-H/16 at 448 on ImageNet-1k: 300 epochs, released at 16 images a GPU on 128 GPUs."""
     return Config(
         model=ModelConfig(name="vit_huge", patch_size=16),
-        data=DataConfig(crop=448),
+        data=DataConfig(root="", crop=448),
         masks=MaskConfig(truncation_group=16),
         optim=OptimConfig(epochs=300),
         out="runs/vith16_448_in1k",
@@ -76,6 +86,7 @@ def vith16_448_in1k() -> Config:
 def vith14_in22k() -> Config:
     """ViT-H/14 on ImageNet-22k: 66 epochs, released at 32 images a GPU on 64 GPUs."""
     return Config(
+        data=DataConfig(root=""),
         model=ModelConfig(name="vit_huge", patch_size=14),
         masks=MaskConfig(truncation_group=32),
         optim=OptimConfig(epochs=66, warmup=3),
@@ -86,6 +97,7 @@ def vith14_in22k() -> Config:
 def vitg16_in22k() -> Config:
     """ViT-g/16 on ImageNet-22k: 44 epochs, released at 16 images a GPU on 128 GPUs."""
     return Config(
+        data=DataConfig(root=""),
         model=ModelConfig(name="vit_giant", patch_size=16),
         masks=MaskConfig(truncation_group=16),
         optim=OptimConfig(epochs=44, warmup=3),

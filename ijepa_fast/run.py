@@ -88,7 +88,7 @@ class Run:
         self.step = self._resume()
         # a smaller max_steps than is done already asks for nothing more
         self.end = max(self.end, self.step)
-        self.saved_at = time.monotonic()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         path = Path(config.out)
         files = len(self.index) + len(self.index.bad)
         self.quarantine = Quarantine(path / "quarantine.jsonl", config.data.max_bad_share, files)
@@ -97,7 +97,7 @@ class Run:
             interval = config.log.interval if self.step < self.end else 1
             metrics = MetricsFile(path / "metrics.jsonl", step=self.step, interval=interval)
             events = path / "tensorboard" if config.log.tensorboard else None
-            reporter = Reporter(last_step=self.end, tensorboard=events)
+            reporter = Reporter(last_step=self.end, tensorboard=events, step=self.step)
         self.journal = Journal(metrics, reporter)
 
     def _resume(self) -> int:
@@ -109,6 +109,9 @@ class Run:
             arrays = {k: v.numpy() for k, v in state.tensors.items()} if state else None
         step, adam_step = (int(n) for n in distributed.broadcast_arrays(numbers)["steps"])
         if step < 0:
+            if self.folder:
+                self.folder.set_aside_records()
+            distributed.barrier()
             return 0
         tensors = {k: torch.from_numpy(v) for k, v in distributed.broadcast_arrays(arrays).items()}
         checkpoint.restore(
@@ -133,7 +136,7 @@ class Run:
     def save(self) -> None:
         """Writes what is queued for the log, then (rank 0) a checkpoint, and deletes the oldest."""
         self.journal.flush()
-        self.saved_at = time.monotonic()
+        self.saved_step, self.saved_at = self.step, time.monotonic()
         if not (self.folder and self.journal.file):
             return
         self.journal.file.sync()
@@ -151,22 +154,30 @@ class Run:
     def score(self, name: str, *, with_pixels: bool) -> None:
         """Appends the kNN accuracy of the target encoder, once for each step."""
         root, file = self.config.eval.data, self.journal.file
-        if not (root and file) or any("knn" in r and r["step"] == self.step for r in file.rows):
+        if not (root and file):
+            return
+        if any(row.get("data") == root and row["step"] == self.step for row in file.rows):
             return
         splits = evaluate.labelled_data(root, self.config.data, self.ranks.device)
         encoders = {name: self.training.target_encoder}
         scores = evaluate.knn_scores(encoders, splits, self.config, with_pixels=with_pixels)
-        file.append({"step": self.step, "knn": scores})
+        file.append({"step": self.step, "data": root, "knn": scores})
 
     def summary(self) -> None:
         """Prints all kNN scores of the run and draws its curves."""
-        if not (self.folder and self.journal.file):
-            return
-        rows = self.journal.file.rows
-        scores = {name: value for row in rows for name, value in row.get("knn", {}).items()}
+        rows = self.journal.file.rows if self.journal.file else []
+        root = self.config.eval.data
+        mine = [row["knn"] for row in rows if "knn" in row and row.get("data") == root]
+        scores = {name: value for knn in mine for name, value in knn.items()}
         if scores:
             _logger.info("%s", evaluate.table(scores))
-        self._draw("curves.png", lambda v, path: v.draw_curves(path, rows))
+        self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Draws the metrics so far."""
+        if self.journal.file:
+            rows = self.journal.file.rows
+            self._draw("curves.png", lambda v, path: v.draw_curves(path, rows))
 
     def draw_masks(self, batch: Batch, masks: Masks) -> None:
         """Draws the masks of a batch's first images over them."""

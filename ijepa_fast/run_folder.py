@@ -1,6 +1,7 @@
 """The folder of a run: one owner at a time, its configuration, its log."""
 
 import fcntl
+import itertools
 import logging
 import shutil
 import sys
@@ -71,7 +72,7 @@ class RunFolder:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.close()
             raise UsageError(
                 f"out must not be in use: another run is training in {config.out}"
@@ -100,9 +101,7 @@ class RunFolder:
                 ) from None
             changed = recipe_difference(old or {}, new)
             if changed and not checkpoint_folders(self.checkpoints):
-                # an earlier start came to nothing (a mistyped path, say): what it left goes with it
-                for name in ("metrics.jsonl", "quarantine.jsonl"):
-                    (self.path / name).unlink(missing_ok=True)
+                # an earlier start came to nothing (a mistyped path, say)
                 changed = []
             if changed and not config.allow_changed_recipe:
                 raise UsageError(
@@ -110,16 +109,30 @@ class RunFolder:
                     "another --out, or add --allow-changed-recipe"
                 )
             if changed:
-                spare = next(
-                    p
-                    for p in (self.path / f"config-{n}.yaml" for n in range(1, 10**6))
-                    if not p.exists()
-                )
                 # a copy: a kill between here and the end leaves no folder without config.yaml
-                shutil.copyfile(path, spare)
+                shutil.copyfile(path, self._spare("config", ".yaml"))
         temporary = self.path / ".config.yaml.tmp"
         temporary.write_text(dump_yaml(config))
         temporary.replace(path)
+
+    def _spare(self, stem: str, suffix: str) -> Path:
+        """The first of STEM-1, STEM-2, ... that is free."""
+        names = (self.path / f"{stem}-{n}{suffix}" for n in itertools.count(1))
+        return next(path for path in names if not path.exists())
+
+    def set_aside_records(self) -> None:
+        """Before a start from step 0: keeps what an earlier one recorded under other names."""
+        for stem in ("metrics", "quarantine"):
+            path = self.path / f"{stem}.jsonl"
+            if path.exists() and path.stat().st_size:
+                spare = self._spare(stem, ".jsonl")
+                path.rename(spare)
+                _logger.warning(
+                    "no checkpoint in %s: starting at step 0, the earlier %s is kept as %s",
+                    self.checkpoints,
+                    path.name,
+                    spare.name,
+                )
 
     def _start_log(self) -> None:
         logger = logging.getLogger("ijepa_fast")

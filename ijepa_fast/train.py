@@ -10,19 +10,21 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import distributed, estimate
 from ijepa_fast.checkpoint import CheckpointError
 from ijepa_fast.cli import Invocation, UsageError, dump_yaml, parse
 from ijepa_fast.config import Config
-from ijepa_fast.data import Loader, TooManyBadFiles, positions
+from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
 from ijepa_fast.masks import check_masks, sample_masks
 from ijepa_fast.metrics import Meter, NonFiniteError, id_hash, peak_flops
 from ijepa_fast.run import Run, load_index
@@ -57,6 +59,7 @@ class _Signals:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if not self.received:
             self.received, self.at = number, time.monotonic()
+            os.write(2, b"stopping: this step is finished and saved first\n")
         elif time.monotonic() - self.at > self.SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -86,9 +89,11 @@ def train(run: Run, signals: _Signals) -> int:
     )
     agreement = distributed.Agreement()
     received = 0
+    # the ranks of one machine share its cores
+    threads = config.data.threads or max(1, default_threads() // ranks.local_world)
     with Loader(
         run.index,
-        config.data,
+        replace(config.data, threads=threads),
         seed=config.seed,
         global_batch=config.batch.global_,
         device_batch=run.device_batch,
@@ -110,8 +115,12 @@ def train(run: Run, signals: _Signals) -> int:
             due = time.monotonic() - run.saved_at >= 60 * config.checkpoint.minutes
             received, save = agreement.exchange([signals.received, int(due)])
             epoch_ends = run.step % run.schedules.steps_per_epoch == 0
-            if received or save or epoch_ends or run.step == run.end:
+            # an agreement is a step old: what was saved meanwhile is not due any more
+            due_here = save and run.step - run.saved_step > 1
+            if received or due_here or epoch_ends or run.step == run.end:
                 run.save()
+            if received or epoch_ends:
+                run.draw_curves()
             if received:
                 break
         agreement.finish()
@@ -189,14 +198,26 @@ def _announce(run: Run) -> None:
         )
 
 
+def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, int]:
+    """What rank 0 decides before anything is read: the folder is free, and the device batch."""
+
+    def decide() -> tuple[RunFolder, int]:
+        if not config.data.root:
+            raise UsageError("data.root must be given: --data DIR")
+        check_masks(config.masks, config.grid)
+        memory = estimate.device_memory(ranks.device, ranks.local_world)
+        batch = estimate.device_batch(config, world=ranks.world, memory=memory)
+        return RunFolder(config), batch
+
+    decided = distributed.on_main(ranks, decide)
+    folder, batch = decided or (None, 0)
+    arrays = distributed.broadcast_arrays({"batch": np.array([batch])} if folder else None)
+    return folder, int(arrays["batch"][0])
+
+
 def _run(config: Config, ranks: distributed.Ranks) -> int:
     """Everything after the arguments are known to be right; returns the exit code."""
-    check_masks(config.masks, config.grid)
-    memory = estimate.device_memory(ranks.device)
-    if ranks.device.type == "cpu":
-        memory //= ranks.world
-    device_batch = estimate.device_batch(config, world=ranks.world, memory=memory)
-    folder = distributed.on_main(ranks, lambda: RunFolder(config))
+    folder, device_batch = _agree(config, ranks)
     try:
         with _Signals() as signals:
             run = Run(config, ranks, folder, device_batch)
@@ -204,6 +225,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
                 _announce(run)
                 if run.step == 0:
                     run.score("untrained network", with_pixels=True)
+                    distributed.barrier()
                 if run.step == run.end:
                     _logger.info("the run is complete at step %d: nothing to train", run.end)
                 started = time.perf_counter()
@@ -230,8 +252,10 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
 def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
     config = invocation.config
     check_masks(config.masks, config.grid)
-    images = len(load_index(config, ranks))
-    print(estimate.report(config, world=ranks.world, device=ranks.device, images=images))
+    images = len(load_index(config, ranks)) if config.data.root else None
+    memory = estimate.device_memory(ranks.device, ranks.local_world)
+    if ranks.is_main:
+        print(estimate.report(config, ranks.world, ranks.device, memory, images))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -263,9 +287,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    # one line a run, not one a rank
-    if os.environ.get("RANK", "0") == "0" or code >= 4:
+    rank = os.environ.get("RANK", "0")
+    # before the process group every rank finds the same error; afterwards each has its own
+    if rank == "0":
         print(f"error: {error}", file=sys.stderr)
+    elif dist.is_initialized():
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
     return code
 
 

@@ -317,6 +317,7 @@ def make_decoder(
 
     Raises:
         ImportError: `dali` is asked for and not installed.
+        ValueError: `dali` is asked for and cannot start (an old driver, no memory).
     """
     device = torch.device(device)
     size, threads = config.crop_size, config.threads or default_threads()
@@ -335,6 +336,15 @@ def make_decoder(
             ) from error
         reason = f"decoder: Pillow ({threads} threads), because DALI cannot be imported: {error}"
         return PillowDecoder(size, threads, device), reason
-    decoder = DaliDecoder(size, threads, max_batch, device)
+    try:
+        decoder = DaliDecoder(size, threads, max_batch, device)
+    except RuntimeError as error:
+        if config.decoder == "dali":
+            raise ValueError(
+                "data.decoder must be a decoder that works here, got 'dali' "
+                f"(data.decoder=pillow does without it): {_last_line(error)}"
+            ) from error
+        reason = f"decoder: Pillow ({threads} threads), because DALI fails: {_last_line(error)}"
+        return PillowDecoder(size, threads, device), reason
     asked = "as asked" if config.decoder == "dali" else "the default where it is installed"
     return decoder, f"decoder: DALI {version}, {asked} ({where})"

@@ -92,11 +92,15 @@ def test_the_encoders_are_those_of_the_checkpoint(run):
     assert not torch.equal(untrained["patch_embed.proj.weight"], weights["patch_embed.proj.weight"])
 
 
+def _loaded(root):
+    return [part.load() for part in labelled_data(root, DATA, CPU)]
+
+
 def test_a_keyed_split_where_there_is_none(data):
-    train, test = labelled_data(str(data), DATA, CPU)
+    train, test = _loaded(str(data))
     assert len(train.labels) + len(test.labels) == 40
     assert 0.6 * 40 < len(train.labels) < 40
-    again = labelled_data(str(data), DATA, CPU)
+    again = _loaded(str(data))
     for one, other in zip((train, test), again, strict=True):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.labels, other.labels)
@@ -112,19 +116,19 @@ def test_a_keyed_split_where_there_is_none(data):
 
 
 def test_sub_folders_are_the_split(split_data, tmp_path):
-    train, test = labelled_data(str(split_data), DATA, CPU)
+    train, test = _loaded(str(split_data))
     assert (len(train.labels), len(test.labels)) == (32, 12)
     assert train.images.shape == (32, 32, 32, 3)
     shutil.copytree(split_data / "train", tmp_path / "train")
     shutil.copytree(split_data / "test", tmp_path / "val")
-    _, val = labelled_data(str(tmp_path), DATA, CPU)
+    _, val = _loaded(str(tmp_path))
     assert torch.equal(val.images, test.images)
 
 
 def test_images_beside_the_class_folders_are_left_out(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shutil.copy(data / "class0" / "000.jpg", tmp_path / "data" / "loose.jpg")
-    parts = labelled_data(str(tmp_path / "data"), DATA, CPU)
+    parts = _loaded(str(tmp_path / "data"))
     assert sum(len(part.labels) for part in parts) == 40
 
 
@@ -132,7 +136,7 @@ def test_an_undecodable_image_is_left_out(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     tiny.bad_png(tmp_path / "data" / "class1" / "bad.png")
     with tiny.log_lines() as lines:
-        parts = labelled_data(str(tmp_path / "data"), DATA, CPU)
+        parts = _loaded(str(tmp_path / "data"))
     assert sum(len(part.labels) for part in parts) == 40
     assert sum(len(part.images) for part in parts) == 40
     assert [line for line in lines if "left out class1/bad.png" in line]
@@ -140,7 +144,7 @@ def test_an_undecodable_image_is_left_out(data, tmp_path):
 
 def test_features_are_the_mean_over_patches(run, data):
     network, config, _ = evaluate.load_run(run)
-    images = labelled_data(str(data), DATA, CPU)[0].images
+    images = _loaded(str(data))[0].images
     features = encoder_features(network, images, config.data, precision="float32")
     assert features.shape == (len(images), 32)
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)

@@ -228,13 +228,20 @@ def _add(name: str, index: int, value: float) -> Callable[[dict[str, Tensor]], N
     return change
 
 
+def _scale_one(name: str, index: int, share: float) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name].view(-1)[index] *= 1 + share
+
+    return change
+
+
 QKV = "encoder.blocks.0.attn.qkv.bias"
 # tensor, which row fails; the change is given as a share of the limit
 ENTRIES: list[tuple[str, Callable[[float], Callable[[dict[str, Tensor]], None]], str, str]] = [
     ("loss", lambda x: _scale("loss", 1e-6 * x), "loss", "step1.loss"),
-    ("lr", lambda x: _add("lr", 1, 1e-9 * x), "schedule", "step1.lr"),
-    ("wd", lambda x: _add("wd", 0, 1e-9 * x), "schedule", "step0.wd"),
-    ("momentum", lambda x: _add("momentum", 1, -1e-9 * x), "schedule", "step1.momentum"),
+    ("lr", lambda x: _scale_one("lr", 1, 1e-9 * x), "schedule", "step1.lr"),
+    ("wd", lambda x: _scale_one("wd", 0, 1e-9 * x), "schedule", "step0.wd"),
+    ("momentum", lambda x: _scale_one("momentum", 1, -1e-9 * x), "schedule", "step1.momentum"),
     (
         "prediction",
         lambda x: _scale("step0.prediction", 1e-6 * x),
