@@ -279,3 +279,17 @@ def test_a_checkpoint_says_nothing_of_its_ranks(data, one_rank, tmp_path):
     assert tiny.run(data, other, max_steps=1) == 0
     a, b = tiny.final_state(out), tiny.final_state(other)
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+
+
+def test_a_due_checkpoint_is_written_once(data, tmp_path):
+    out = tmp_path / "run"
+    # always due: what the ranks agree on is a step old, and must not be done twice
+    codes, _ = tiny.run_ranks(
+        data, out, world=2, batch__device="auto", checkpoint__minutes=1e-9, checkpoint__keep=100
+    )
+    assert codes == [0, 0]
+    steps = sorted(int(p.name.removeprefix("step-")) for p in (out / "checkpoints").iterdir())
+    epoch = 5  # 40 images, 8 a step
+    by_clock = [step for step in steps if step % epoch]
+    assert by_clock
+    assert all(step - 1 not in steps for step in by_clock)
