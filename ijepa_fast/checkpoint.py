@@ -73,7 +73,8 @@ def capture(training: ReferenceStep, *, step: int, meta: Mapping[str, Any]) -> S
     for key, parameter in _trained(training).items():
         state = training.optimizer.state.get(parameter)
         if state:
-            adam_step = int(state["step"])
+            if not adam_step:  # the same for all parameters, and reading it waits for the device
+                adam_step = int(state["step"])
             tensors[f"exp_avg.{key}"] = state["exp_avg"]
             tensors[f"exp_avg_sq.{key}"] = state["exp_avg_sq"]
         else:  # before the first update
@@ -99,6 +100,9 @@ def restore(training: ReferenceStep, state: State) -> None:
         except RuntimeError as error:
             raise CheckpointError(f"{name} does not fit the configuration: {error}") from None
     for key, parameter in _trained(training).items():
+        for name in (f"exp_avg.{key}", f"exp_avg_sq.{key}"):
+            if name not in state.tensors or state.tensors[name].shape != parameter.shape:
+                raise CheckpointError(f"{name} does not fit the configuration, or is missing")
         training.optimizer.state[parameter] = {
             "step": torch.tensor(float(state.adam_step), device=parameter.device),
             "exp_avg": state.tensors[f"exp_avg.{key}"].to(parameter.device, copy=True),

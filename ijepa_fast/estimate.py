@@ -153,8 +153,7 @@ def device_batch(config: Config, *, world: int, memory: int) -> int:
 
     Raises:
         ValueError: batch.global is not divisible by the ranks (and the device batch), or not
-            even one
-            image fits.
+            even one image fits.
     """
     total, chosen = config.batch.global_, config.batch.device
     if total % world:

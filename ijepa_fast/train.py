@@ -226,11 +226,13 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
                 if run.step == 0:
                     run.score("untrained network", with_pixels=True)
                     distributed.barrier()
+                received = 0
                 if run.step == run.end:
                     _logger.info("the run is complete at step %d: nothing to train", run.end)
-                started = time.perf_counter()
-                received = train(run, signals) if run.step < run.end else 0
-                _logger.info("trained for %.0f s", time.perf_counter() - started)
+                else:
+                    started = time.perf_counter()
+                    received = train(run, signals)
+                    _logger.info("trained for %.0f s", time.perf_counter() - started)
                 if received:
                     _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
                     return 128 + received
