@@ -7,12 +7,10 @@ checkpoint is saved, and the same command goes on from there).
 
 import logging
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -30,39 +28,12 @@ from ijepa_fast.metrics import Meter, NonFiniteError, id_hash, peak_flops
 from ijepa_fast.run import Run, load_index
 from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.schedules import StepValues
+from ijepa_fast.signals import Signals
 
 __all__ = ["main", "train"]
 
 # not __name__: that is __main__ under `python -m`, and the log belongs to the package
 _logger = logging.getLogger("ijepa_fast.train")
-
-
-class _Signals:
-    """Remembers SIGTERM and SIGINT until the step is over; a later one ends the process at once.
-
-    Ctrl-C reaches a worker from the terminal and again from torchrun, so whatever comes within a
-    few seconds of the first counts as the same.
-    """
-
-    SAME_SECONDS = 5.0
-    received = 0
-    at = 0.0
-
-    def __enter__(self) -> "_Signals":
-        self._old = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self.at = number, time.monotonic()
-            os.write(2, b"stopping: this step is finished and saved first\n")
-        elif time.monotonic() - self.at > self.SAME_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +45,7 @@ class _Sums:
     ids_hash: Tensor
 
 
-def train(run: Run, signals: _Signals) -> int:
+def train(run: Run, signals: Signals) -> int:
     """Trains to the end; returns the signal that ended it before, or 0.
 
     Nothing in the loop waits for the device: numbers are read one log interval late.
@@ -219,7 +190,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
     """Everything after the arguments are known to be right; returns the exit code."""
     folder, device_batch = _agree(config, ranks)
     try:
-        with _Signals() as signals:
+        with Signals() as signals:
             run = Run(config, ranks, folder, device_batch)
             try:
                 _announce(run)

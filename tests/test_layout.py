@@ -20,7 +20,17 @@ PACKAGES = [*TRAINER, *KERNELS]
 
 # from the ground up; a module imports from its own floor or from lower ones, and never in a circle
 FLOORS = (
-    ("keyed_random", "config", "attention", "model", "schedules", "distributed", "knn", "metrics"),
+    (
+        "keyed_random",
+        "config",
+        "attention",
+        "model",
+        "schedules",
+        "distributed",
+        "knn",
+        "metrics",
+        "signals",
+    ),
     ("masks", "data", "presets"),
     ("reference", "checkpoint", "cli", "estimate"),
     ("evaluate", "run_folder", "visualize", "parity"),

@@ -1,0 +1,36 @@
+"""SIGTERM and SIGINT: finish the step, save, then stop."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+__all__ = ["Signals"]
+
+
+class Signals:
+    """Remembers SIGTERM and SIGINT until the step is over; a later one ends the process at once.
+
+    Ctrl-C reaches a worker from the terminal and again from torchrun, so whatever comes within a
+    few seconds of the first counts as the same.
+    """
+
+    SAME_SECONDS = 5.0
+    received = 0
+    at = 0.0
+
+    def __enter__(self) -> "Signals":
+        self._old = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
+            os.write(2, b"stopping: this step is finished and saved first\n")
+        elif time.monotonic() - self.at > self.SAME_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
