@@ -1,5 +1,9 @@
-"""Triton kernels for masked latent prediction. This version contains none yet; see
-kernels/README.md.
+"""Triton kernels for masked latent prediction, as differentiable torch ops; see kernels/README.md.
+
+CUDA tensors run Triton, CPU tensors run plain torch, under the same names.
 """
 
-__all__: list[str] = []
+from ijepa_kernels._checks import debug_checks
+from ijepa_kernels.add_layer_norm import add_layer_norm
+
+__all__ = ["add_layer_norm", "debug_checks"]
