@@ -1,10 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
-PART ?= reference
+PART ?= ops
 OUT ?= gpu-check
 
-.PHONY: venv demo test lint format bench gpu-check clean
+.PHONY: venv demo test lint format bench bench-accept static-accept gpu-check clean
 
 venv: $(VENV)/.installed
 
@@ -31,9 +31,17 @@ format: venv
 bench: venv
 	$(IN_VENV) -m pytest benchmarks -q
 
-# on a CUDA machine, with its own Python: make gpu-check PART=reference OUT=dir PYTHON=python3
+# this machine's times become its baseline
+bench-accept: venv
+	$(IN_VENV) -m pytest benchmarks -q --accept-baseline
+
+# the compiled code becomes what the gate compares with
+static-accept: venv
+	$(IN_VENV) -m benchmarks.static --accept
+
+# parts ops, sanitize, step, tune; on a CUDA machine, with its own Python: make gpu-check PART=ops OUT=dir PYTHON=python3
 gpu-check:
-	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_check.py $(PART) --out $(OUT)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

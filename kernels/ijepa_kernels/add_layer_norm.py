@@ -258,11 +258,12 @@ def _fwd_cpu(
     residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     residual = residual.contiguous()
-    summed, normed = add_layer_norm_ref(residual, x, weight, bias, eps, out_dtype=out_dtype)
-    flat = _wide(summed).view(-1, summed.shape[-1])
-    mean = flat.mean(1)
-    rstd = ((flat - mean[:, None]).square().mean(1) + eps).rsqrt()
-    return summed, normed.contiguous(), torch.stack([mean, rstd])
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    summed = (residual.to(dtype) + x.to(dtype)).to(residual.dtype)
+    normed, mean, rstd = torch.native_layer_norm(
+        summed.to(dtype), summed.shape[-1:], weight.to(dtype), bias.to(dtype), eps
+    )
+    return summed, normed.to(out_dtype), torch.stack([mean.flatten(), rstd.flatten()])
 
 
 def _bwd_cpu(
@@ -273,26 +274,21 @@ def _bwd_cpu(
     statistics: Tensor,
     x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = summed.shape
-    flat = _wide(summed).reshape(-1, shape[-1])
-    grad = grad_normed.to(flat.dtype).reshape(flat.shape)
-    mean, rstd = statistics[:, :, None]
-    hat = (flat - mean) * rstd
-    grad_hat = grad * weight.to(flat.dtype)
-    along_hat = (grad_hat * hat).mean(1, keepdim=True)
-    grad_r = (grad_hat - grad_hat.mean(1, keepdim=True) - hat * along_hat) * rstd
+    # not aten's backward: that one leaves rounding noise times rstd where the true gradient is zero
+    dtype = statistics.dtype
+    mean, rstd = statistics.view(2, *summed.shape[:-1], 1)
+    grad = grad_normed.to(dtype)
+    hat = (summed.to(dtype) - mean) * rstd
+    grad_hat = grad * weight.to(dtype)
+    along_hat = (grad_hat * hat).mean(-1, keepdim=True)
+    grad_r = (grad_hat - grad_hat.mean(-1, keepdim=True) - hat * along_hat) * rstd
     if grad_sum is not None:
-        grad_r = grad_r + grad_sum.to(flat.dtype).reshape(flat.shape)
-    grad_x = grad_r.view(shape).to(x_dtype) if x_dtype != summed.dtype else grad_r.new_empty(0)
-    return (
-        grad_r.view(shape).to(summed.dtype),
-        grad_x.to(x_dtype),
-        torch.stack([(grad * hat).sum(0), grad.sum(0)]),
-    )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        grad_r = grad_r + grad_sum.to(dtype)
+    separate = x_dtype != summed.dtype
+    grad_x = grad_r.to(x_dtype, copy=True) if separate else grad_r.new_empty(0, dtype=x_dtype)
+    width = summed.shape[-1]
+    grad_affine = torch.stack([t.reshape(-1, width).sum(0) for t in (grad * hat, grad)])
+    return grad_r.to(summed.dtype).contiguous(), grad_x.contiguous(), grad_affine
 
 
 def _fwd_fake(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 from hypothesis import HealthCheck, settings
+
 from ijepa_kernels.testing import launch_on_cpu, nan_filled
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ijepa_kernels import add_layer_norm
 from ijepa_kernels.add_layer_norm import add_layer_norm_bytes, add_layer_norm_ref
 from ijepa_kernels.testing import assert_not_worse
-
 from tests.ops.conftest import INTERPRETED
 
 WIDTHS = [192, 384, 768, 1024, 1280, 1408, 1, 7, 100, 1023]
@@ -76,9 +76,9 @@ def test_not_worse_than_torch(width, dtypes, device):
     _check(_inputs((5, width), dtypes, device), dtypes[2])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 31])
-def test_rows(rows, device):
-    _check(_inputs((rows, 192), (F32, BF16, BF16), device), BF16)
+@pytest.mark.parametrize("shape", [(192,), (1, 192), (2, 192), (31, 192), (3, 5, 2, 192)])
+def test_leading_shapes(shape, device):
+    _check(_inputs(shape, (F32, BF16, BF16), device), BF16)
 
 
 @given(

@@ -1,19 +1,14 @@
-"""What to run on a CUDA machine: ``make gpu-check PART=reference OUT=dir PYTHON=python3``.
-
-Part `reference`: parity of the reference path in float32 and bfloat16, then images/s of the
-reference step at batch 128 for B/16, L/16 and H/14. Results are written to OUT after every
-configuration, as JSON and Markdown. Needs torch, numpy, safetensors and tyro; no network
-and no data set.
+"""Part `step`: parity of the reference path in float32 and bfloat16, then images/s of its step at
+batch 128 for B/16, L/16 and H/14, and where an H/14 step's device time goes. Needs torch, numpy,
+safetensors and tyro; no data set.
 """
 
-import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu_check.files import write_json
+from benchmarks.harness import machine
 from ijepa_fast import parity
 from ijepa_fast.config import BatchConfig
 from ijepa_fast.estimate import estimate
@@ -32,19 +29,8 @@ from ijepa_fast.presets import preset
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "p8_64.safetensors"
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "p8_64.safetensors"
 WARMUP_STEPS, TIMED_STEPS, REPEATS = 3, 8, 5
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Names that every number belongs to."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "CPU",
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def check_parity(device: torch.device) -> list[dict[str, Any]]:
@@ -128,13 +114,32 @@ def time_reference(name: str, batch: int, device: torch.device) -> dict[str, Any
         "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if cuda else None,
         "estimated_gib": round(needed.memory(batch) / 2**30, 2),
         "steps_skipped": int(training.skipped[2]),
+        "profile": _profile(device, lambda: steps(1)),
     }
+
+
+def _profile(device: torch.device, body: Callable[[], None], rows: int = 25) -> list[str]:
+    """A Markdown table of the operations that take most of the device's time in one step."""
+    cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
+        body()
+        if cuda:
+            torch.cuda.synchronize(device)
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda e: -getattr(e, key))
+    total = sum(getattr(e, key) for e in events)
+    lines = ["| operation | calls | ms | share |", "|---|---|---|---|"]
+    for event in events[:rows]:
+        time = getattr(event, key)
+        name = event.key[:90].replace("|", "/")
+        lines.append(f"| `{name}` | {event.count} | {time / 1e3:.3f} | {time / total:.1%} |")
+    return lines
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
     """Flushes what is known so far."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "reference.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(folder / "step.json", result)
     lines = [
         f"{result['machine']['device']}, torch {result['machine']['torch']}",
         "",
@@ -146,40 +151,25 @@ def write(folder: Path, result: dict[str, Any]) -> None:
         f"| {r['peak_gib']} | {r['estimated_gib']} |"
         for r in result["steps"]
     ]
-    (folder / "reference.md").write_text("\n".join(lines) + "\n")
+    for r in result["steps"]:
+        lines += ["", f"{r['preset']}, kernels by device time:", "", *r["profile"]]
+    (folder / "step.md").write_text("\n".join(lines) + "\n")
 
 
-def main() -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["reference"])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda", help="cpu tries the script out")
-    parser.add_argument(
-        "--presets", nargs="+", default=["vitb16_in1k", "vitl16_in1k", "vith14_in1k"]
-    )
-    parser.add_argument("--batch", type=int, default=128)
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("error: gpu-check needs a CUDA device, torch sees none", file=sys.stderr)
-        return 2
-    result: dict[str, Any] = {"machine": machine(device), "parity": check_parity(device)}
+def run(out: Path, device: torch.device, presets: Sequence[str], batch: int) -> bool:
+    """The whole part; True if nothing failed."""
+    result: dict[str, Any] = {"machine": machine(), "parity": check_parity(device)}
     result["steps"] = []
-    write(args.out, result)
+    write(out, result)
     if not all(p["ok"] for p in result["parity"]):
         print("error: parity fails, so nothing is timed", file=sys.stderr)
-        return 1
-    for name in args.presets:
+        return False
+    for name in presets:
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        result["steps"].append(time_reference(name, args.batch, device))
-        write(args.out, result)
+        result["steps"].append(time_reference(name, batch, device))
+        write(out, result)
         print(json.dumps(result["steps"][-1]), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return True

@@ -1,0 +1,46 @@
+"""What to run on a CUDA machine: ``make gpu-check PART=ops|sanitize|step|tune OUT=dir
+PYTHON=python3``.
+
+Each part ends within 9 minutes, needs no network, and writes its results to OUT after every
+configuration, at most 8 files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_check import ops, sanitize, step, tune
+
+PRESETS = ["vitb16_in1k", "vitl16_in1k", "vith14_in1k"]
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.split("\n\n")[1])
+    parser.add_argument("part", choices=["ops", "sanitize", "step", "tune"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda", help="cpu tries the script out")
+    parser.add_argument("--presets", nargs="+", default=PRESETS, help="of part step")
+    parser.add_argument("--batch", type=int, default=128, help="of part step")
+    parser.add_argument("--op", help="of part tune: only this one")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("error: gpu-check needs a CUDA device, torch sees none", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.part == "ops":
+        green = ops.run(args.out, device)
+    elif args.part == "sanitize":
+        green = sanitize.run(args.out)
+    elif args.part == "step":
+        green = step.run(args.out, device, args.presets, args.batch)
+    else:
+        green = tune.run(args.out, args.op)
+    return 0 if green else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,319 @@
+"""Measures one op of `ijepa_kernels` beside plain torch, torch.compile and the best library.
+
+Every provider is verified against the reference before it is timed. On a GPU times come from CUDA
+events around single calls, queued behind a sleeping kernel so that the host is never waited for,
+over input sets that together exceed the L2 cache twice; the median is reported, in GB/s of the
+op's fewest bytes and in percent of the copy bandwidth measured in the same run. Without a GPU the
+shapes are small and the numbers only show that the benchmark works.
+"""
+
+import functools
+import gc
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.shapes import MODELS, SMALL, Model
+from ijepa_kernels.testing import relative_error
+
+__all__ = ["RESULTS", "Bench", "Result", "copy_bandwidth", "machine", "time_on_gpu"]
+
+WARMUP, CALLS, HOST_CALLS, MAX_SETS = 5, 40, 30, 16
+# of the verification, by the coarsest dtype among reference and provider
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One measured case."""
+
+    op: str
+    shape: str
+    direction: str
+    provider: str
+    median_us: float
+    spread_us: float  # between the 20th and the 80th percentile
+    calls: int
+    host_us: float | None = None  # until the call returns, queue not full
+    gb_per_s: float | None = None
+    percent_of_copy: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the case in baselines."""
+        return f"{self.op}/{self.shape}/{self.direction}/{self.provider}"
+
+
+RESULTS: list[Result] = []
+
+
+@functools.cache
+def device() -> torch.device:
+    """Where benchmarks run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def machine() -> dict[str, str | None]:
+    """Names that every number belongs to."""
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "driver": _driver() if cuda else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.processor() or "CPU"
+
+
+def _driver() -> str | None:
+    version = Path("/proc/driver/nvidia/version")
+    found = re.search(r"(\d+\.\d+(\.\d+)?)", version.read_text()) if version.is_file() else None
+    return found[1] if found else None
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+def time_on_gpu(calls: Sequence[Callable[[], object]]) -> tuple[list[float], float]:
+    """Device times of single calls in microseconds, cycling through `calls`, and the host's time
+    per call.
+    """
+    for call, _ in zip(_cycle(calls), range(max(WARMUP, len(calls))), strict=False):
+        call()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for call, _ in zip(_cycle(calls), range(HOST_CALLS), strict=False):
+        call()
+    host_us = (time.perf_counter() - began) / HOST_CALLS * 1e6
+    torch.cuda.synchronize()
+
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS)]
+    torch.cuda._sleep(int(2e6 + CALLS * host_us * 3e3))  # cycles: longer than queueing takes
+    for call, (start, end) in zip(_cycle(calls), events, strict=False):
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in events], host_us
+
+
+def _cycle(calls: Sequence[Callable[[], object]]) -> Iterable[Callable[[], object]]:
+    while True:
+        yield from calls
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """GB/s of a large device-to-device copy, bytes read plus bytes written; median."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    source.random_()
+    times, _ = time_on_gpu([lambda: target.copy_(source)])
+    return 2 * source.numel() / statistics.median(times) / 1e3
+
+
+# --- one op --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What there is to measure of one op.
+
+    Args:
+        name: of the op.
+        inputs: fresh random positional arguments of all providers, drawn with a CPU generator.
+        providers: functions by name, among them `reference` and `ours`; None where the package is
+            missing. `compile` is made of the reference.
+        bytes: fewest bytes of a forward or backward pass.
+        differentiate: positions of the inputs whose gradients the backward pass gives.
+        compile: whether torch.compile of the reference is measured too (on a GPU).
+    """
+
+    name: str
+    inputs: Callable[[Model, torch.device, torch.Generator], tuple[Any, ...]]
+    providers: Mapping[str, Callable[..., Any] | None]
+    bytes: Callable[[Model, bool], int]
+    differentiate: tuple[int, ...] = ()
+    compile: bool = True
+    _verified: set[tuple[str, str]] = field(default_factory=set)
+
+    def cases(self) -> list[tuple[str, str, str]]:
+        """(provider, shape, direction) of everything that this machine can measure."""
+        on_gpu = device().type == "cuda"
+        shapes = list(MODELS) if on_gpu else [SMALL.name]
+        directions = ["forward", "backward"] if self.differentiate else ["forward"]
+        names = [name for name, function in self.providers.items() if function is not None]
+        if on_gpu and self.compile:
+            names.insert(1, "compile")
+        return [(p, s, d) for s in shapes for d in directions for p in names]
+
+    def run(self, benchmark: Any, provider: str, shape: str, direction: str) -> None:
+        """Verifies, times, and records the result; `benchmark` is pytest-benchmark's fixture.
+
+        Raises:
+            AssertionError: the provider does not compute what the reference computes.
+        """
+        model = MODELS.get(shape, SMALL)
+        self.verify(provider, shape)
+        if benchmark.disabled:
+            benchmark(lambda: None)
+            return
+        function = self._function(provider)
+        calls = self._calls(function, model, direction)
+        if device().type == "cuda":
+            fewest = self.bytes(model, direction == "backward")
+            times, host_us = time_on_gpu(calls)
+            benchmark.pedantic(_synchronised(calls[0]), rounds=5, warmup_rounds=1)
+            result = self._result(provider, shape, direction, times, host_us, fewest)
+        else:
+            benchmark.pedantic(calls[0], rounds=30, warmup_rounds=3)
+            times = [1e6 * t for t in benchmark.stats.stats.data]
+            result = self._result(provider, shape, direction, times)
+        RESULTS.append(result)
+        benchmark.extra_info.update(
+            {k: v for k, v in vars(result).items() if isinstance(v, int | float)}
+        )
+
+    def verify(self, provider: str, shape: str) -> None:
+        """Holds a provider's outputs and gradients against the reference's, once."""
+        if provider == "reference" or (provider, shape) in self._verified:
+            return
+        model = MODELS.get(shape, SMALL)
+        theirs = self.outputs(self._function("reference"), model)
+        ours = self.outputs(self._function(provider), model)
+        assert len(ours) == len(theirs), f"{self.name}: {provider} has {len(ours)} results"
+        for number, (actual, truth) in enumerate(zip(ours, theirs, strict=True)):
+            if not truth.is_floating_point():
+                assert torch.equal(actual, truth), f"{self.name}: {provider}, result {number}"
+                continue
+            limit = max(TOLERANCE[actual.dtype], TOLERANCE[truth.dtype])
+            error = relative_error(actual, truth)
+            assert error <= limit, (
+                f"{self.name}: {provider} differs from reference on {shape}, result {number}: "
+                f"{error:.1e} > {limit:.0e}; nothing is timed"
+            )
+        self._verified.add((provider, shape))
+
+    def _function(self, provider: str) -> Callable[..., Any]:
+        if provider == "compile":
+            torch._dynamo.reset()
+            return torch.compile(self._function("reference"), dynamic=False)
+        function = self.providers[provider]
+        assert function is not None
+        return function
+
+    def _arguments(self, model: Model, seed: int) -> tuple[tuple[Any, ...], list[Tensor]]:
+        arguments = self.inputs(model, device(), torch.Generator().manual_seed(seed))
+        leaves = [arguments[position].requires_grad_() for position in self.differentiate]
+        return arguments, leaves
+
+    def outputs(self, function: Callable[..., Any], model: Model) -> list[Tensor]:
+        """Everything a provider computes from the inputs of seed 0: results, then gradients."""
+        arguments, leaves = self._arguments(model, 0)
+        if not leaves:
+            with torch.no_grad():
+                return _flat(function(*arguments))
+        results = _flat(function(*arguments))
+        outputs, weights = _weighted(results)
+        grads = torch.autograd.grad(outputs, leaves, weights)
+        return [t.detach() for t in (*results, *grads)]
+
+    def median_us(self, model: Model) -> dict[str, float]:
+        """Of our own forward and backward passes on a GPU, without verification."""
+        directions = ["forward", "backward"] if self.differentiate else ["forward"]
+        times = {}
+        for direction in directions:
+            calls = self._calls(self._function("ours"), model, direction)
+            times[direction] = statistics.median(time_on_gpu(calls)[0])
+        return times
+
+    def _calls(
+        self, function: Callable[..., Any], model: Model, direction: str
+    ) -> list[Callable[[], object]]:
+        """The same call on as many input sets as it takes to pass the L2 cache twice."""
+        sets = 1
+        if device().type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            l2 = torch.cuda.get_device_properties(device()).L2_cache_size
+            sets = max(2, min(MAX_SETS, -(-2 * l2 // self.bytes(model, direction == "backward"))))
+        return [self._call(function, model, direction, seed) for seed in range(sets)]
+
+    def _call(
+        self, function: Callable[..., Any], model: Model, direction: str, seed: int
+    ) -> Callable[[], object]:
+        arguments, leaves = self._arguments(model, seed)
+        if direction == "backward":
+            outputs, grads = _weighted(_flat(function(*arguments)))
+            return lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        if leaves:
+            return lambda: function(*arguments)
+        return torch.no_grad()(lambda: function(*arguments))
+
+    def _result(
+        self,
+        provider: str,
+        shape: str,
+        direction: str,
+        times: list[float],
+        host_us: float | None = None,
+        fewest: int | None = None,
+    ) -> Result:
+        ordered = sorted(times)
+        median = statistics.median(times)
+        speed = None if fewest is None else fewest / median / 1e3
+        return Result(
+            op=self.name,
+            shape=shape,
+            direction=direction,
+            provider=provider,
+            median_us=round(median, 2),
+            spread_us=round(ordered[len(ordered) * 4 // 5 - 1] - ordered[len(ordered) // 5], 2),
+            calls=len(times),
+            host_us=None if host_us is None else round(host_us, 1),
+            gb_per_s=None if speed is None else round(speed, 1),
+            percent_of_copy=None if speed is None else round(100 * speed / copy_bandwidth(), 1),
+        )
+
+
+def _flat(result: Any) -> list[Tensor]:
+    """Tensors of a result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in _flat(part)]
+
+
+def _weighted(results: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Differentiable results, and a fixed random gradient of each (1 for scalars)."""
+    outputs = [t for t in results if t.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    grads = [
+        torch.randn(t.shape, generator=generator).to(t) if t.ndim else torch.ones_like(t)
+        for t in outputs
+    ]
+    return outputs, grads
+
+
+def _synchronised(call: Callable[[], object]) -> Callable[[], None]:
+    def wait() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return wait
