@@ -4,7 +4,8 @@ Every provider is verified against the reference before it is timed. On a GPU ti
 events around single calls, queued behind a sleeping kernel so that the host is never waited for,
 over input sets that together exceed the L2 cache twice; the median is reported, in GB/s of the
 op's fewest bytes and in percent of the copy bandwidth measured in the same run. Without a GPU the
-shapes are small and the numbers only show that the benchmark works.
+shapes are small and the times only show that the benchmark works; the host's time per call is
+measured with the launch itself left out.
 """
 
 import functools
@@ -13,7 +14,8 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import MODELS, SMALL, Model
+from ijepa_kernels._op import LAUNCHERS, ON_CPU
 from ijepa_kernels.testing import relative_error
 
 __all__ = ["RESULTS", "Bench", "Result", "copy_bandwidth", "machine", "time_on_gpu"]
@@ -43,7 +47,7 @@ class Result:
     median_us: float
     spread_us: float  # between the 20th and the 80th percentile
     calls: int
-    host_us: float | None = None  # until the call returns, queue not full
+    host_us: float | None = None  # until a call returns; without a GPU all but the launch
     gb_per_s: float | None = None
     percent_of_copy: float | None = None
 
@@ -185,7 +189,12 @@ class Bench:
         else:
             benchmark.pedantic(calls[0], rounds=30, warmup_rounds=3)
             times = [1e6 * t for t in benchmark.stats.stats.data]
-            result = self._result(provider, shape, direction, times)
+            host_us = None
+            if provider == "ours":
+                with _stubbed_launches():
+                    (call,) = self._calls(function, model, direction)
+                    host_us = _host_us(call)
+            result = self._result(provider, shape, direction, times, host_us)
         RESULTS.append(result)
         benchmark.extra_info.update(
             {k: v for k, v in vars(result).items() if isinstance(v, int | float)}
@@ -291,6 +300,32 @@ class Bench:
             gb_per_s=None if speed is None else round(speed, 1),
             percent_of_copy=None if speed is None else round(100 * speed / copy_bandwidth(), 1),
         )
+
+
+@contextmanager
+def _stubbed_launches() -> Iterator[None]:
+    """Within it ops on CPU tensors do all that the host does for CUDA tensors, but the launch
+    itself.
+    """
+    run, before = JITFunction.run, dict(ON_CPU)
+    JITFunction.run = lambda *_, **__: None
+    ON_CPU.update(LAUNCHERS)
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+        ON_CPU.update(before)
+
+
+def _host_us(call: Callable[[], object], calls: int = 200) -> float:
+    """Median of five times `calls` calls."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - began) / calls * 1e6)
+    return statistics.median(times)
 
 
 def _flat(result: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ partial row a program and a second pass in fixed order: no atomics.
 Shape letters: R rows after flattening, D width.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def add_layer_norm_bytes(
 MAX_BACKWARD_PROGRAMS = 1056
 
 
+@functools.cache
 def _tile(width: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps, for rows of this width."""
     columns = triton.next_power_of_2(width)
@@ -192,7 +194,7 @@ def _add_layer_norm_fwd(
     statistics = residual.new_empty((2, rows), dtype=torch.float32)
     if rows:
         block_r, block_d, warps = _tile(width)
-        _add_layer_norm_fwd_kernel[(triton.cdiv(rows, block_r),)](
+        _add_layer_norm_fwd_kernel[(-(-rows // block_r),)](
             residual,
             x,
             weight.contiguous(),
@@ -228,7 +230,7 @@ def _add_layer_norm_bwd(
     width = summed.shape[-1]
     rows = summed.numel() // width
     block_r, block_d, warps = _tile(width)
-    programs = max(1, min(MAX_BACKWARD_PROGRAMS, triton.cdiv(rows, block_r)))
+    programs = max(1, min(MAX_BACKWARD_PROGRAMS, -(-rows // block_r)))
     partial = summed.new_empty((programs, 2, width), dtype=torch.float32)
     _add_layer_norm_bwd_kernel[(programs,)](
         grad_normed,
@@ -240,7 +242,7 @@ def _add_layer_norm_bwd(
         grad_x,
         partial,
         rows,
-        triton.cdiv(rows, programs),
+        -(-rows // programs),
         HAS_GRAD_SUM=grad_sum is not None,
         HAS_GRAD_X=separate,
         D=width,

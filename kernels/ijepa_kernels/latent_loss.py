@@ -1,0 +1,450 @@
+"""Loss against rows of the target encoder's output, and its gradient, in one pass.
+
+    t = target[index];  t = (t - mean(t)) / sqrt(var(t) + eps)
+    loss = sum(weight * distance(prediction - t)) / count
+
+Fused: the gather, the LayerNorm without affine (float32; mean, then variance of the centred row,
+from registers), the distance, its sum and its gradient. Neither the gathered nor the normalised
+rows are ever in memory.
+
+The forward pass writes the gradient for an upstream gradient of 1, which is what `loss.backward()`
+starts with, and the backward pass hands that tensor over: a kernel reads the upstream gradient on
+the device and leaves at once if it is 1. If it is not, or in a second pass through a retained
+graph, the gradient is computed anew: scaling the stored one would round twice, and in float16 it
+has underflowed by then. So for float16, whose losses are always scaled, and under torch.compile,
+which would copy what its backward pass writes to, the forward pass writes no gradient.
+
+Bytes per element with bfloat16 prediction and target: 2 + 2 read, 2 written = 6, both passes
+together; 10 where the backward pass computes the gradient, 12 where it turns out that it must.
+Unfused (gather, cast, LayerNorm, cast, loss, and back) about 50.
+
+Shape letters: R rows of the prediction, S rows of the target, D width.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ijepa_kernels._checks import check_dtype, check_index, check_range, check_shape, debugging
+from ijepa_kernels._op import define
+
+__all__ = ["latent_loss", "latent_loss_bytes", "latent_loss_ref", "target_rows"]
+
+Kind = Literal["smooth_l1", "l2", "l1"]
+# smooth-L1 with this beta is l1: far below the differences, and 1 / TINY times them fits float32
+TINY = 2.0**-64
+
+
+def latent_loss_ref(
+    prediction: Tensor,
+    target: Tensor,
+    index: Tensor,
+    *,
+    kind: Kind = "smooth_l1",
+    beta: float = 1.0,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    weight: Tensor | None = None,
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """The specification, in plain torch."""
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    width = prediction.shape[-1:]
+    p = prediction.reshape(-1, *width).to(dtype)
+    t = target.reshape(-1, *width)[index.long()].to(dtype)
+    t = F.layer_norm(t, width, eps=eps) if normalize else t
+    if kind == "smooth_l1":
+        each = F.smooth_l1_loss(p, t, reduction="none", beta=beta)
+    else:
+        each = (F.mse_loss if kind == "l2" else F.l1_loss)(p, t, reduction="none")
+    each = each if weight is None else each * weight.to(dtype)[:, None]
+    return each.sum() / (each.numel() if count is None else count)
+
+
+def latent_loss_bytes(
+    rows: int,
+    width: int,
+    prediction_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    index_dtype: torch.dtype,
+    *,
+    gradient: bool = True,
+) -> int:
+    """Bytes that have to move at least, in both passes together: prediction, target row and index
+    read once for each row of the prediction, its gradient written.
+    """
+    element = prediction_dtype.itemsize * (1 + gradient) + target_dtype.itemsize
+    return rows * (width * element + index_dtype.itemsize)
+
+
+# --- launch table --------------------------------------------------------------------------------
+
+# 8 on each processor of an H100; each keeps one partial sum of the loss
+MAX_PROGRAMS = 1056
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps, for rows of this width."""
+    # not triton.next_power_of_2 nor cdiv: 2 us of the host's time a call
+    columns = 1 << (width - 1).bit_length()
+    rows = max(1, 1024 // columns)
+    return rows, columns, min(16, max(4, rows * columns // 512))
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=["R", "S", "rows_per_program", "scale", "beta", "inverse_beta", "eps"]
+)
+def _latent_loss_fwd_bwd_kernel(
+    prediction_ptr,
+    target_ptr,
+    index_ptr,
+    weight_ptr,
+    count_ptr,
+    grad_loss_ptr,
+    gradient_ptr,
+    partial_ptr,
+    R,
+    S,
+    rows_per_program,
+    scale,
+    beta,
+    inverse_beta,
+    eps,
+    SQUARE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    LOSS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    UNLESS_ONE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Forward with LOSS, backward without: one kernel, so that both give the same bits."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    in_column = column < D
+    first = program * rows_per_program
+    end = tl.minimum(first + rows_per_program, R)
+    if HAS_COUNT:
+        scale /= tl.load(count_ptr).to(tl.float32)
+    if LOSS:
+        total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    else:
+        grad_loss = tl.load(grad_loss_ptr).to(tl.float32)
+        scale *= grad_loss
+        if UNLESS_ONE:
+            # what the forward pass wrote is right as it stands
+            end = tl.where(grad_loss == 1.0, first, end)
+    # indices are loaded one tile ahead: the target's rows wait for them
+    row = first + tl.arange(0, BLOCK_R)
+    source = tl.load(index_ptr + row, mask=row < end, other=-1).to(tl.int64)
+    for start in range(first, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        in_row = row < end
+        mask = in_row[:, None] & in_column[None, :]
+        offset = row[:, None] * D + column[None, :]
+        prediction = tl.load(prediction_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        valid = (source >= 0) & (source < S)
+        target = tl.load(
+            target_ptr + source[:, None] * D + column[None, :],
+            mask=valid[:, None] & in_column[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        ahead = row + BLOCK_R
+        source = tl.load(index_ptr + ahead, mask=ahead < end, other=-1).to(tl.int64)
+
+        if NORMALIZE:
+            mean = tl.sum(target, axis=1) / D
+            centred = tl.where(in_column[None, :], target - mean[:, None], 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+            target = centred * rstd[:, None]
+        difference = prediction - target
+        size = tl.abs(difference)
+        if SQUARE:
+            distance = size * size
+            slope = 2.0 * difference
+        else:
+            # arranged so that the slope of NaN is NaN
+            ratio = difference * inverse_beta
+            distance = tl.where(size < beta, 0.5 * difference * ratio, size - 0.5 * beta)
+            slope = tl.where(difference > beta, 1.0, tl.where(difference < -beta, -1.0, ratio))
+        factor = tl.full((BLOCK_R,), 1.0, tl.float32)
+        if HAS_WEIGHT:
+            factor = tl.load(weight_ptr + row, mask=in_row, other=0.0).to(tl.float32)
+        if LOSS:
+            distance = tl.where(valid[:, None], distance * factor[:, None], float("nan"))
+            total += tl.where(mask, distance, 0.0)
+        if GRADIENT:
+            gradient = tl.where(valid[:, None], slope * (factor * scale)[:, None], 0.0)
+            tl.store(gradient_ptr + offset, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
+    if LOSS:
+        tl.store(partial_ptr + program, tl.sum(tl.sum(total, axis=1), axis=0) * scale)
+
+
+# --- launchers -----------------------------------------------------------------------------------
+
+
+def _launch(
+    grad_loss: Tensor | None, gradient: Tensor | None, unless_one: bool, *inputs: Any
+) -> Tensor:
+    """Fills `gradient`, if given. Without `grad_loss` returns the loss, a sum still to be made."""
+    prediction, target, index, weight, count, scale, square, beta, normalize, eps = inputs
+    prediction, width = prediction.contiguous(), prediction.shape[-1]
+    rows, target_count = prediction.numel() // width, target.numel() // width
+    if debugging():
+        check_range("index", index, target_count)
+    block_r, block_d, warps = _tile(width)
+    tiles, loss = -(-rows // block_r), grad_loss is None
+    programs = max(1, min(MAX_PROGRAMS, tiles))
+    partial = prediction.new_empty(programs, dtype=torch.float32) if loss else prediction
+    _latent_loss_fwd_bwd_kernel[(programs,)](
+        prediction,
+        target.contiguous(),
+        index.contiguous(),
+        prediction if weight is None else weight.contiguous(),
+        prediction if count is None else count,
+        prediction if loss else grad_loss,
+        prediction if gradient is None else gradient,
+        partial,
+        rows,
+        target_count,
+        -(-tiles // programs) * block_r,
+        scale,
+        beta,
+        1.0 / beta,
+        eps,
+        SQUARE=square,
+        NORMALIZE=normalize,
+        HAS_WEIGHT=weight is not None,
+        HAS_COUNT=count is not None,
+        LOSS=loss,
+        GRADIENT=gradient is not None,
+        UNLESS_ONE=unless_one,
+        D=width,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return partial
+
+
+def _latent_loss_fwd(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The loss, float32 (), and the gradient of the prediction (empty if not asked for)."""
+    *options, with_gradient = rest
+    gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
+    partial = _launch(None, gradient if with_gradient else None, False, prediction, *options)
+    return partial.sum(), gradient
+
+
+def _latent_loss_bwd(grad_loss: Tensor, prediction: Tensor, *options: Any) -> Tensor:
+    """The gradient of the prediction."""
+    gradient = prediction.new_empty(prediction.shape)
+    _launch(grad_loss, gradient, False, prediction, *options)
+    return gradient
+
+
+def _latent_loss_bwd_(grad_loss: Tensor, gradient: Tensor, *inputs: Any) -> None:
+    """Overwrites the gradient that the forward pass wrote, unless `grad_loss` is 1."""
+    _launch(grad_loss, gradient, True, *inputs)
+
+
+# --- registration --------------------------------------------------------------------------------
+
+
+def _bwd_cpu(grad_loss: Tensor, prediction: Tensor, *options: Any) -> Tensor:
+    target, index, weight, count, scale, square, beta, normalize, eps = options
+    dtype, width = torch.promote_types(prediction.dtype, torch.float32), prediction.shape[-1:]
+    rows = target.reshape(-1, *width)[index.long()].to(dtype)
+    rows = F.layer_norm(rows, width, eps=eps) if normalize else rows
+    difference = prediction.reshape(-1, *width).to(dtype) - rows
+    slope = 2 * difference if square else (difference / beta).clamp(-1, 1)
+    factor = grad_loss.to(dtype) * scale
+    factor = factor if count is None else factor / count.to(dtype)
+    factor = factor if weight is None else factor * weight.to(dtype)[:, None]
+    return (slope * factor).to(prediction.dtype).view(prediction.shape)
+
+
+def _fwd_cpu(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *options, with_gradient = rest
+    target, index, weight, count, scale, square, *numbers = options
+    check_range("index", index, target.numel() // prediction.shape[-1])
+    named: dict[str, Any] = dict(zip(("beta", "normalize", "eps"), numbers, strict=True))
+    kind: Kind = "l2" if square else "smooth_l1"
+    loss = latent_loss_ref(prediction, target, index, kind=kind, weight=weight, count=1, **named)
+    loss = loss * (scale if count is None else scale / count.to(loss.dtype))
+    one = torch.ones_like(loss)
+    return loss, _bwd_cpu(one, prediction, *options) if with_gradient else prediction.new_empty(0)
+
+
+def _bwd_cpu_(grad_loss: Tensor, gradient: Tensor, *inputs: Any) -> None:
+    if grad_loss != 1:
+        gradient.copy_(_bwd_cpu(grad_loss, *inputs))
+
+
+def _fwd_fake(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    gradient = prediction.new_empty(prediction.shape if rest[-1] else (0,))
+    return prediction.new_empty((), dtype=dtype), gradient
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    gradient, with_gradient, ctx.numbers = output[1], inputs[-1], inputs[5:-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gradient)
+    ctx.save_for_backward(*inputs[:5])
+    # stand-ins of tensors mean that a graph is traced: it may not hold a write to an output
+    ctx.gradient = gradient if with_gradient and type(gradient) is Tensor else None
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    others = (None,) * 10
+    if grad_loss is None:
+        return None, *others
+    inputs = (*ctx.saved_tensors, *ctx.numbers)
+    if ctx.gradient is None or torch.is_grad_enabled():
+        # the op that says that it cannot be differentiated again
+        return _bwd_op(grad_loss, *inputs), *others
+    # handed over: autograd may keep it and write to it, so a second pass makes its own
+    gradient, ctx.gradient = ctx.gradient, None
+    _bwd_op_(grad_loss, gradient, *inputs)
+    return gradient, *others
+
+
+_INPUTS = (
+    "Tensor prediction, Tensor target, Tensor index, Tensor? weight, Tensor? count, float scale, "
+    "bool square, float beta, bool normalize, float eps"
+)
+_bwd_op = define(
+    f"latent_loss_bwd(Tensor grad_loss, {_INPUTS}) -> Tensor",
+    cuda=_latent_loss_bwd,
+    cpu=_bwd_cpu,
+    fake=lambda _, prediction, *__: prediction.new_empty(prediction.shape),
+)
+_bwd_op_ = define(
+    f"latent_loss_bwd_(Tensor grad_loss, Tensor(a!) gradient, {_INPUTS}) -> ()",
+    cuda=_latent_loss_bwd_,
+    cpu=_bwd_cpu_,
+    fake=lambda *_: None,
+)
+_fwd_op = define(
+    f"latent_loss({_INPUTS}, bool with_gradient) -> (Tensor, Tensor)",
+    cuda=_latent_loss_fwd,
+    cpu=_fwd_cpu,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+# --- public --------------------------------------------------------------------------------------
+
+
+def target_rows(target_index: Tensor, num_patches: int, num_contexts: int = 1) -> Tensor:
+    """The target's row for each row of the prediction, both in the order [target block, context
+    block, image, patch].
+
+    Args:
+        target_index: (B, M, T) patches of the target blocks, int32 or int64.
+        num_patches, num_contexts: N and C; each context block repeats a target block's rows.
+
+    Returns:
+        (M * C * B * T,) image * N + patch, int32 (int64 if B * N does not fit).
+    """
+    if target_index.ndim != 3:
+        raise ValueError(f"target_index must be (B, M, T), got {tuple(target_index.shape)}")
+    check_index("target_index", target_index, target_index)
+    if not torch.compiler.is_compiling() and (debugging() or target_index.device.type == "cpu"):
+        check_range("target_index", target_index, num_patches)
+    images, blocks, patches = target_index.shape
+    dtype = torch.int32 if images * num_patches < 2**31 else torch.int64
+    first = torch.arange(images, dtype=dtype, device=target_index.device) * num_patches
+    rows = target_index.transpose(0, 1).to(dtype) + first[:, None]
+    return rows[:, None].expand(blocks, num_contexts, images, patches).flatten()
+
+
+def latent_loss(
+    prediction: Tensor,
+    target: Tensor,
+    index: Tensor,
+    *,
+    kind: Kind = "smooth_l1",
+    beta: float = 1.0,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    weight: Tensor | None = None,
+    count: float | Tensor | None = None,
+) -> Tensor:
+    """Distance between predictions and normalised target features (I-JEPA, Assran et al. 2023,
+    section 3), differentiable once with respect to the prediction.
+
+    `loss.backward()` costs next to nothing; an upstream gradient other than 1 costs a second pass,
+    so let `count` include micro-steps and ranks rather than dividing the loss by them.
+
+    Args:
+        prediction: (..., D), float32, bfloat16 or float16 (float64 on the CPU), R rows in all.
+        target: (S, D) or (B, N, D) output of the target encoder; its dtype may differ.
+        index: (R,) int32 or int64, the target's row for each of the prediction; see `target_rows`.
+        kind: `smooth_l1`, `l2` (the square, without 1/2) or `l1`.
+        beta: where smooth-L1 turns from the square to the line.
+        normalize: LayerNorm without affine of the target's rows, `eps` added to the variance.
+        weight: (R,) factors of the rows.
+        count: what the sum is divided by, a number or a () tensor on the device; by default
+            R * D, which makes it the mean (NaN if R is 0).
+
+    Returns:
+        float32 () (float64 for float64). NaN if an index is out of range; that row's gradient is 0.
+
+    Raises:
+        ValueError: kind, shapes, dtypes or devices do not fit, beta or eps is negative, count is
+            not positive, or target, weight or count requires a gradient, which it would not get.
+    """
+    if kind not in ("smooth_l1", "l2", "l1"):
+        raise ValueError(f"kind must be smooth_l1, l2 or l1, got {kind!r}")
+    if kind == "smooth_l1" and not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and not negative, got {beta}")
+    beta = max(beta, TINY) if kind == "smooth_l1" else TINY
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    check_dtype("prediction", prediction)
+    check_dtype("target", target)
+    if prediction.ndim == 0 or prediction.shape[-1] == 0:
+        raise ValueError(f"prediction must have shape (..., D), got {tuple(prediction.shape)}")
+    width = prediction.shape[-1]
+    if target.ndim not in (2, 3) or target.shape[-1] != width:
+        raise ValueError(
+            f"target must be (S, {width}) or (B, N, {width}), got {tuple(target.shape)}"
+        )
+    check_shape("target", target, target.shape, prediction)
+    rows = prediction.numel() // width
+    check_index("index", index, prediction)
+    check_shape("index", index, (rows,), prediction)
+    if weight is not None:
+        check_dtype("weight", weight)
+        check_shape("weight", weight, (rows,), prediction)
+    divisor, scale = None, math.nan
+    if isinstance(count, Tensor):
+        check_shape("count", count, (), prediction)
+        divisor, scale = count, 1.0
+    elif count is not None:
+        if not count > 0:
+            raise ValueError(f"count must be positive, got {count}")
+        scale = 1.0 / count
+    elif rows:
+        scale = 1.0 / (rows * width)
+    for name, tensor in (("target", target), ("weight", weight), ("count", divisor)):
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient, it gets none: detach it")
+    late = prediction.dtype == torch.float16 or torch.compiler.is_compiling()
+    with_gradient = torch.is_grad_enabled() and prediction.requires_grad and not late
+    numbers = (scale, kind == "l2", beta, normalize, eps)
+    return _fwd_op(prediction, target, index, weight, divisor, *numbers, with_gradient)[0]
