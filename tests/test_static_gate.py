@@ -1,0 +1,456 @@
+"""The gate on compiled code, its parts, and what kernels broken on purpose turn red."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from benchmarks.shapes import MODELS
+from benchmarks.static import gate
+from benchmarks.static.measure import Counts, Numbers, count, measure
+from benchmarks.static.occupancy import SMS, occupancy, resident_blocks
+from benchmarks.static.record import recording
+from benchmarks.static.table import compare, load, pinned_version, save, show
+from tests.ops import test_source_rules as source_rules
+
+ROOT = Path(__file__).parents[1]
+
+# --- broken on purpose ---------------------------------------------------------------------------
+
+UNUSED = """@triton.jit
+def _unused_kernel(x_ptr):
+    tl.store(x_ptr, 0)
+"""
+# in a copy of add_layer_norm.py: what is replaced by what
+BREAKS = {
+    "nothing": {},
+    "spill": {
+        "max(1, 1024 // columns)": "4096 // columns",
+        "min(16, max(4, rows * columns // 512))": "1",
+    },
+    # the width at run time, so that rows may start anywhere
+    "narrow": {
+        'do_not_specialize=["R", "eps"]': 'do_not_specialize=["R", "eps", "D"]',
+        "    eps,\n    D: tl.constexpr,": "    eps,\n    D,",
+        "# --- launchers": UNUSED + "# --- launchers",
+    },
+    "mask": {"row < R, column < D": "row < R, column < D - 1"},
+    "no mask": {"tl.where(in_column[None, :], r - mean[:, None], 0.0)": "r - mean[:, None]"},
+    "half": {"r = stored.to(tl.float32)": "r = stored.to(tl.float16)"},
+    "half sums": {
+        "grad_weight = tl.zeros((BLOCK_D,), tl.float32)": "grad_weight = tl.zeros((BLOCK_D,), "
+        "tl.float16)",
+        "tl.sum(grad * hat, axis=0)": "tl.sum(grad * hat, axis=0).to(tl.float16)",
+    },
+    "int32": {"tl.program_id(0).to(tl.int64) * BLOCK_R": "tl.program_id(0) * BLOCK_R"},
+}
+GATE = ("nothing", "spill", "narrow")
+LANE = ("nothing", "mask", "no mask", "half sums")
+
+
+def _broken(name):
+    """The text of add_layer_norm.py with this change."""
+    text = (ROOT / "kernels" / "ijepa_kernels" / "add_layer_norm.py").read_text(encoding="utf-8")
+    for old, new in BREAKS[name].items():
+        assert old in text, f"add_layer_norm.py has changed: {old!r} is not there to be broken"
+        text = text.replace(old, new, 1)
+    return text
+
+
+def _run(command, copies, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(copies), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What the gate and the lane of the interpreter say to each copy."""
+
+    def copy(name):
+        copies = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        package = shutil.copytree(ROOT / "kernels" / "ijepa_kernels", copies / "ijepa_kernels")
+        (package / "add_layer_norm.py").write_text(_broken(name), encoding="utf-8")
+        return copies
+
+    copies = {name: copy(name) for name in {*GATE, *LANE}}
+    only = ("--only", "add_layer_norm", "--model", "H/14", "--sm", "80")
+    tests = ("-x", "-q", "-p", "no:cacheprovider", "tests/ops/test_add_layer_norm.py", "-k")
+    some = "(not_worse and (192 or 1023)) or statistics"
+    with ThreadPoolExecutor(2) as pool:
+        started = {
+            ("gate", name): pool.submit(_run, ("benchmarks.static", *only), copies[name])
+            for name in GATE
+        } | {
+            ("lane", name): pool.submit(
+                _run,
+                ("pytest", *tests, some, "-o", f"pythonpath=. {copies[name]}"),
+                copies[name],
+                TRITON_INTERPRET="1",
+            )
+            for name in LANE
+        }
+        return {key: run.result() for key, run in started.items()}
+
+
+def _failures(run):
+    assert run.returncode in (0, 1), run.stderr
+    return [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+
+
+def test_an_unchanged_copy_passes(runs):
+    """So the rest is red because of the change."""
+    assert not _failures(runs["gate", "nothing"])
+    assert runs["gate", "nothing"].returncode == 0
+    assert "add_layer_norm_fwd" in runs["gate", "nothing"].stdout
+    assert runs["lane", "nothing"].returncode == 0, runs["lane", "nothing"].stdout
+    assert "11 passed" in runs["lane", "nothing"].stdout
+    assert not list(source_rules.program_ids_are_int64(ast.parse(_broken("nothing")), ""))
+
+
+def test_the_gate_finds_spills(runs):
+    failures = _failures(runs["gate", "spill"])
+    assert any("_add_layer_norm_bwd_kernel | sm_80: spills, must be 0, got " in f for f in failures)
+
+
+@pytest.mark.skipif(triton.__version__ != pinned_version(), reason="judged under the pinned Triton")
+def test_the_gate_finds_narrow_accesses(runs):
+    failures = _failures(runs["gate", "narrow"])
+    for metric in ("128-bit ld %", "128-bit st %", "instr./element"):
+        assert any(
+            "add_layer_norm | fwd fp32 residual | H/14 | _add_layer_norm_fwd_kernel | sm_80: "
+            f"{metric} " in f
+            for f in failures
+        ), failures
+    assert not any("bwd" in f for f in failures)
+
+
+def test_the_gate_finds_a_kernel_without_a_case(runs):
+    failures = _failures(runs["gate", "narrow"])
+    assert "FAILED _unused_kernel is never launched by static_cases" in failures
+
+
+@pytest.mark.parametrize("name", LANE[1:])
+def test_the_interpreter_finds_wrong_masks_and_half_precision(name, runs):
+    run = runs["lane", name]
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "AssertionError" in run.stdout
+    assert "limit" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("int32", source_rules.program_ids_are_int64),
+        ("int32", source_rules.offsets_are_multiplied_in_int64),
+        ("half", source_rules.no_half_precision_inside),
+    ],
+)
+def test_the_source_rules_find(name, rule):
+    assert list(rule(ast.parse(_broken(name)), "add_layer_norm"))
+
+
+# --- occupancy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sm", "warps", "registers", "shared", "blocks"),
+    [
+        # 2048 registers a warp: 8 in each of 4 partitions of 16384, so 32 warps
+        (80, 4, 64, 0, 8),
+        # 65 registers are 2080 a warp, given out as 2304: 7 in a partition, 28 warps
+        (80, 4, 65, 0, 7),
+        (80, 8, 65, 0, 3),
+        # 1376 a warp, given out as 1536
+        (80, 4, 43, 0, 10),
+        # by warps, and by blocks
+        (90, 4, 32, 0, 16),
+        (90, 1, 16, 0, 32),
+        # 40 KB and the 1 KB of the system: 4 in 164 KB, 5 in 228 KB
+        (80, 4, 32, 40 * 1024, 4),
+        (90, 4, 32, 40 * 1024, 5),
+        (100, 4, 32, 40 * 1024, 5),
+        # in units of 128 bytes
+        (80, 4, 32, 32512, 5),
+        (80, 4, 32, 32513, 4),
+        (80, 4, 32, 163 * 1024, 1),
+        (80, 4, 32, 163 * 1024 + 1, 0),
+        (90, 32, 64, 0, 1),
+        (90, 32, 65, 0, 0),
+    ],
+)
+def test_resident_blocks(sm, warps, registers, shared, blocks):
+    """Computed by hand. CUDA 12.9's cuda_occupancy.h gave the same as ours in 1.2 million cases:
+    1 to 32 warps, 16 to 255 registers, 0 to 163 KB, all three architectures.
+    """
+    assert resident_blocks(SMS[sm], warps, registers, shared) == blocks
+    assert occupancy(SMS[sm], warps, registers, shared) == blocks * warps / 64
+
+
+# --- reading machine code ------------------------------------------------------------------------
+
+LISTING = """
+	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;
+        /*0020*/                   LDG.E.64.CONSTANT R8, [R2.64+0x10] ;
+        /*0030*/               @P1 LDG.E.U16 R9, [R2.64+0x10] ;
+        /*0040*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], [R2.64] ;
+        /*0050*/                   LDG.E R10, [R2.64+0x20] ;
+        /*0060*/                   LDS.128 R12, [R3] ;
+        /*0070*/                   LDGDEPBAR ;
+        /*0080*/                   STL [R1], R9 ;
+        /*0090*/             @!UP0 LDL.64 R10, [R1] ;
+        /*00a0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00b0*/                   ST.E.U8 [R2.64], R9 ;
+        /*00c0*/              @!P2 BRA 0x10 ;
+        /*00d0*/                   EXIT ;
+        /*00e0*/                   BRA 0xe0;
+        /*00f0*/                   NOP;
+        /*10000*/                  NOP;
+"""
+
+
+def test_count():
+    assert count(LISTING) == Counts(
+        instructions=14,
+        local_accesses=2,
+        loaded=16 + 8 + 2 + 16 + 4,
+        loaded_wide=32,
+        stored=17,
+        stored_wide=16,
+    )
+
+
+# --- from call to machine code -------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _copy_kernel(
+    x_ptr,
+    out_ptr,
+    size,
+    rows,
+    one,
+    flag,
+    nothing,
+    big,
+    scale,
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < size, other=0.0)
+    tl.store(out_ptr + place, x * scale, mask=place < size)
+
+
+def _copy(size=1 << 20, offset=0, warps=4):
+    x = torch.empty(2 << 20, device="meta")[offset:]
+    _copy_kernel[(1024,)](x, x, size, 16, 1, True, None, 1 << 40, 0.5, BLOCK=1024, num_warps=warps)
+
+
+def test_a_launch_is_recorded_as_triton_would_compile_it():
+    with recording(90) as launches:
+        _copy()
+        _copy(warps=8)
+        _copy(warps=8)
+    four, eight, again = launches
+    assert eight == again != four
+    assert four.kernel == "_copy_kernel"
+    assert four.tile == 1024
+    assert (four.options["num_warps"], eight.options["num_warps"]) == (4, 8)
+    assert four.options["arch"] == "sm90"
+    assert four.signature == {
+        "x_ptr": "*fp32",
+        "out_ptr": "*fp32",
+        "size": "i32",
+        "rows": "i32",
+        "one": "constexpr",
+        "flag": "u1",
+        "nothing": "constexpr",
+        "big": "i64",
+        "scale": "fp32",
+        "BLOCK": "constexpr",
+    }
+    divisible = {place for (place, *_), given in four.attributes.items() if given}
+    # rows is divisible too but must not be specialised
+    assert divisible == {0, 1, 2, 7}
+    assert {place: four.constants[place,] for place in (4, 6, 9)} == {4: 1, 6: None, 9: 1024}
+
+
+def test_nothing_is_left_behind():
+    with pytest.raises(RuntimeError, match="oops"), recording(80):
+        raise RuntimeError("oops")
+    assert triton.knobs.runtime.jit_cache_hook is None
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_measure_sees_alignment(sm):
+    """Addresses and sizes that Triton knows to be multiples of 16 give 128-bit accesses."""
+    with recording(sm) as launches:
+        _copy()
+        _copy(size=(1 << 20) + 1)
+        _copy(offset=1)
+    numbers = measure(launches)
+    aligned, odd_size, odd_start = (numbers[launch] for launch in launches)
+    assert (aligned.wide_loads, aligned.wide_stores, aligned.spills) == (100, 100, 0)
+    assert (odd_size.wide_loads, odd_start.wide_loads) == (0, 0)
+    assert 8 <= aligned.registers <= 32
+    assert (aligned.shared, aligned.occupancy, aligned.warps, aligned.tile) == (0, 100, 4, 1024)
+    assert 1 < aligned.instructions < odd_start.instructions
+
+
+# --- judging -------------------------------------------------------------------------------------
+
+NUMBERS = Numbers(
+    warps=4,
+    tile=1024,
+    registers=40,
+    spills=0,
+    shared=512,
+    occupancy=75.0,
+    wide_loads=100.0,
+    wide_stores=80.0,
+    instructions=20.0,
+)
+ROW = "op | fwd | B/16 | _op_kernel"
+TABLE = {"1.0": {"sm_80": {ROW: NUMBERS}}}
+
+
+def _judged(numbers=NUMBERS, row=ROW, version="1.0", pinned="1.0", **about):
+    report = gate.Report(version=version, table={"sm_80": {row: numbers}}, **about)
+    return gate.judge(report, TABLE, pinned)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"registers": 45}, "registers 40 -> 45"),
+        ({"shared": 528}, "shared B 512 -> 528"),
+        ({"occupancy": 68.8}, "occupancy % 75 -> 68.8"),
+        ({"wide_loads": 99.0}, "128-bit ld % 100 -> 99"),
+        ({"wide_stores": 0.0}, "128-bit st % 80 -> 0"),
+        ({"instructions": 21.1}, "instr./element 20 -> 21.1"),
+    ],
+)
+def test_worse_numbers_fail(change, text):
+    report = _judged(replace(NUMBERS, **change))
+    assert report.worse == (f"{ROW} | sm_80: {text}; if intended, `make static-accept`",)
+    assert report.failures == report.worse
+    assert f"FAILED {report.worse[0]}" in report.text()
+    # told only where another Triton is pinned
+    other = _judged(replace(NUMBERS, **change), version="2.0", pinned="1.0")
+    assert not other.failures
+    assert other.notes == (f"told only, the table is of triton 1.0: {ROW} | sm_80: {text}",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"registers": 44},
+        {"registers": 30},
+        {"shared": 0},
+        {"occupancy": 100.0},
+        {"wide_stores": 100.0},
+        {"wide_stores": None},
+        {"wide_loads": 99.5},
+        {"instructions": 21.0},
+        {"warps": 8, "tile": 2048},
+    ],
+)
+def test_other_changes_are_told(change):
+    report = _judged(replace(NUMBERS, **change))
+    assert not report.failures
+    assert len(report.notes) == len(change)
+    assert all(note.startswith("changed, not for the worse: ") for note in report.notes)
+    assert len(_judged(replace(NUMBERS, **change), version="2.0").notes) == bool(change)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_spills_and_missing_cases_always_fail(version):
+    report = _judged(
+        replace(NUMBERS, spills=8), version=version, unlaunched=frozenset({"_b_kernel"})
+    )
+    assert report.broken == (
+        f"{ROW} | sm_80: spills, must be 0, got 8",
+        "_b_kernel is never launched by static_cases",
+    )
+
+
+def test_rows_must_be_those_of_the_table():
+    report = _judged(row="op | bwd | B/16 | _op_kernel")
+    assert [failure.partition(", first")[0] for failure in report.failures] == [
+        "op: 1 rows not in the table",
+        "op: 1 rows in the table but no longer launched",
+    ]
+    # of what was not measured nothing is expected
+    for about in ({"ops": frozenset({"other"})}, {"skipped": frozenset({ROW})}):
+        assert len(_judged(row="op | bwd | B/16 | _op_kernel", **about).failures) == 1
+    assert not _judged(row="op | bwd | B/16 | _op_kernel", version="2.0").failures
+    assert len(_judged(version="2.0", pinned="2.0").failures) == 1, "no table of this version"
+
+
+def test_accept_keeps_what_was_not_measured(tmp_path):
+    path = tmp_path / "table.json"
+    other = "other | fwd | B/16 | _other_kernel"
+    save({"0.9": TABLE["1.0"], "1.0": {"sm_80": {ROW: NUMBERS, other: NUMBERS}}}, path)
+    new = replace(NUMBERS, registers=50, wide_loads=None)
+    bwd = "op | bwd | B/16 | _op_kernel"
+    table = {"sm_80": {bwd: new}, "sm_100": {bwd: new}}
+    gate.accept(gate.Report(version="1.0", table=table, ops=frozenset({"op"})), path)
+    assert load(path) == {
+        "0.9": TABLE["1.0"],
+        "1.0": {"sm_80": {bwd: new, other: NUMBERS}, "sm_100": {bwd: new}},
+    }
+    before = path.read_text()
+    save(load(path), path)
+    assert path.read_text() == before
+    assert json.loads(before)["1.0"]["sm_100"][bwd]["registers"] == 50
+    assert len(before.splitlines()) == 16, "a row a line"
+
+
+def test_show_merges_what_is_equal():
+    large = "op | fwd | H/14 | _op_kernel"
+    rows = {ROW: NUMBERS, large: NUMBERS}
+    more = {ROW: NUMBERS, large: NUMBERS}
+    text = show({"sm_80": rows, "sm_90": more}).splitlines()
+    assert len(text) == 2
+    assert text[1].split()[:5] == ["op", "fwd", "B/16", "H/14", "op"]
+    more[large] = replace(NUMBERS, registers=41)
+    lines = show({"sm_80": rows, "sm_90": more}, markdown=True).splitlines()
+    assert len(lines) == 4
+    assert "| 40 / 41 | 0 |" in lines[3]
+
+
+def test_compare_sorts_the_worse_first():
+    new = {"sm_80": {ROW: replace(NUMBERS, warps=8, registers=60)}}
+    assert [change.metric for change in compare(TABLE["1.0"], new)] == ["registers", "warps"]
+
+
+def test_unknown_op():
+    with pytest.raises(ValueError, match=r"only must be among .*add_layer_norm.*, got nonsense"):
+        gate.measured(["nonsense"])
+
+
+def test_the_table_is_of_the_pinned_version():
+    table = load()[pinned_version()]
+    assert set(table) == {f"sm_{sm}" for sm in SMS}
+    models = {row.split(" | ")[2] for rows in table.values() for row in rows}
+    assert {name for names in models for name in names.split()} == set(MODELS)
+    assert all(numbers.spills == 0 for rows in table.values() for numbers in rows.values())
