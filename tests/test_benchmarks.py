@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from benchmarks import baselines
 from benchmarks.discover import benches
@@ -156,17 +157,59 @@ def test_tuning_tries_every_candidate_and_restores_the_table(tmp_path, monkeypat
     assert [t["shape"] for t in tables] == ["B/16", "L/16", "H/14"]
     assert "out of resources" in json.dumps(tables)
     rows = (tmp_path / "tune.md").read_text().splitlines()
-    assert rows[2] == "| add_layer_norm | B/16 | forward | 14.0 | 12.0 | (1, 1024, 2) |"
-    assert rows[3] == "| add_layer_norm | B/16 | backward | 26.0 | 22.0 | (1, 1024, 8) |"
+    best = "| add_layer_norm | B/16 | {} | {} | {} | {{'_tile': (1, 1024, {})}} |"
+    assert rows[2] == best.format("forward", 14.0, 12.0, 2)
+    assert rows[3] == best.format("backward", 26.0, 22.0, 8)
 
 
-def test_every_tuned_table_exists():
-    names = {bench.name for bench in benches()}
-    for tuning in TUNINGS:
-        module = importlib.import_module(f"ijepa_kernels.{tuning.op}")
-        assert callable(getattr(module, tuning.table))
-        assert any(name.startswith(tuning.op) for name in names), tuning.op
-        assert all(tuning.candidates(model) for model in MODELS.values())
+@pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: tuning.bench)
+def test_every_tuned_table_exists_and_is_used(tuning):
+    """Every candidate changes what is launched, and the op stays right with it."""
+    bench = {bench.name: bench for bench in benches()}[tuning.bench]
+    assert set(TUNED) == {t.bench for t in TUNINGS}
+    launched = TUNED[tuning.bench]
+    module = importlib.import_module(f"benchmarks.bench_{launched}")
+    before = _launches(module)
+    assert before
+    assert any(b.name == bench.name for b in benches())
+    changed = 0
+    for candidate in tuning.candidates(MODELS["H/14"]):
+        with tuning.applied(candidate):
+            changed += _launches(module) != before
+    assert changed >= len(tuning.candidates(MODELS["H/14"])) - 1
+    assert _launches(module) == before
+
+
+# benchmark modules with the launches, by the name of the tuned benchmark
+TUNED = {
+    "adamw_ema_": "adamw_ema",
+    "add_layer_norm": "add_layer_norm",
+    "ema_update_": "ema_update",
+    "gather_tokens": "gather_tokens",
+    "latent_loss": "latent_loss",
+    "patchify": "patchify",
+    "predictor_tokens": "predictor_tokens",
+    "scatter_tokens": "scatter_tokens",
+    "take_targets": "take_targets",
+}
+
+
+def _launches(module):
+    """Grids and options of all launches at H/14."""
+    seen = []
+
+    def note(self, *args, grid, warmup, **options):
+        grid = grid(options) if callable(grid) else grid
+        seen.append((self.__name__, tuple(grid), sorted((k, str(v)) for k, v in options.items())))
+
+    run = JITFunction.run
+    JITFunction.run = note
+    try:
+        for case in module.static_cases(MODELS["H/14"]).values():
+            case()
+    finally:
+        JITFunction.run = run
+    return seen
 
 
 SANITIZER = """#!/bin/sh

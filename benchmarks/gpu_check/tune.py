@@ -3,8 +3,8 @@
 Leaves tune.json and tune.md, rewritten after every op and shape.
 """
 
-import importlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,48 +25,34 @@ def run(out: Path, only: str | None = None) -> bool:
     end = time.monotonic() + SECONDS
     result: dict[str, Any] = {"machine": machine(), "tables": []}
     by_name = {bench.name: bench for bench in benches()}
-    for tuning in TUNINGS:
-        if only not in (None, tuning.op):
-            continue
-        module = importlib.import_module(f"ijepa_kernels.{tuning.op}")
-        shipped = getattr(module, tuning.table)
-        for bench in (b for name, b in by_name.items() if name.startswith(tuning.op)):
-            for model in MODELS.values():
-                rows: list[tuple[Any, dict[str, Any]]] = []
-                for candidate in tuning.candidates(model):
-                    if time.monotonic() > end:
-                        return False
-                    setattr(module, tuning.table, lambda *_, c=candidate: c)
-                    try:
+    for tuning in (t for t in TUNINGS if only in (None, t.bench)):
+        bench = by_name[tuning.bench]
+        for model in MODELS.values():
+            rows: list[tuple[Any, dict[str, Any]]] = []
+            for candidate in tuning.candidates(model):
+                if time.monotonic() > end:
+                    print(f"stopped after {SECONDS} s; go on with --op", file=sys.stderr)
+                    return False
+                try:
+                    with tuning.applied(candidate):
                         rows.append((candidate, bench.median_us(model)))
-                    except Exception as error:  # noqa: BLE001  # does not fit the machine
-                        rows.append(
-                            (candidate, {"error": f"{type(error).__name__}: {error}"[:200]})
-                        )
-                    finally:
-                        setattr(module, tuning.table, shipped)
-                entry: dict[str, Any] = {
-                    "op": bench.name,
-                    "shape": model.name,
-                    "table": tuning.table,
-                }
-                entry |= {"shipped": bench.median_us(model), "tried": rows}
-                result["tables"].append(entry)
-                write_json(out / "tune.json", result)
-                (out / "tune.md").write_text(_markdown(result["tables"]))
-                print(json.dumps(entry), flush=True)
+                except Exception as error:  # noqa: BLE001  # does not fit the machine
+                    rows.append((candidate, {"error": f"{type(error).__name__}: {error}"[:200]}))
+            entry = {"bench": bench.name, "shape": model.name, "shipped": bench.median_us(model)}
+            result["tables"].append({**entry, "tried": rows})
+            write_json(out / "tune.json", result)
+            (out / "tune.md").write_text(_markdown(result["tables"]))
+            print(json.dumps(entry), flush=True)
     return True
 
 
 def _markdown(tables: list[dict[str, Any]]) -> str:
-    lines = ["| op | shape | pass | shipped us | best us | best |", "|---|---|---|---|---|---|"]
+    lines = ["| bench | shape | pass | shipped us | best us | best |", "|---|---|---|---|---|---|"]
     for entry in tables:
         for direction, shipped in entry["shipped"].items():
             timed = [(c, t[direction]) for c, t in entry["tried"] if direction in t]
             if timed:
                 best, us = min(timed, key=lambda row: row[1])
-                lines.append(
-                    f"| {entry['op']} | {entry['shape']} | {direction} | {shipped:.1f} | {us:.1f} "
-                    f"| {best} |"
-                )
+                case = f"{entry['bench']} | {entry['shape']} | {direction}"
+                lines.append(f"| {case} | {shipped:.1f} | {us:.1f} | {best} |")
     return "\n".join(lines) + "\n"

@@ -4,6 +4,27 @@ CUDA tensors run Triton, CPU tensors run plain torch, under the same names.
 """
 
 from ijepa_kernels._checks import debug_checks
+from ijepa_kernels.adamw_ema import adamw_ema_
 from ijepa_kernels.add_layer_norm import add_layer_norm
+from ijepa_kernels.ema_update import ema_update_
+from ijepa_kernels.gather_tokens import gather_tokens
+from ijepa_kernels.latent_loss import latent_loss, target_rows
+from ijepa_kernels.patchify import pad_patch_weight, patchify
+from ijepa_kernels.predictor_tokens import predictor_tokens
+from ijepa_kernels.scatter_tokens import scatter_tokens
+from ijepa_kernels.take_targets import take_targets
 
-__all__ = ["add_layer_norm", "debug_checks"]
+__all__ = [
+    "adamw_ema_",
+    "add_layer_norm",
+    "debug_checks",
+    "ema_update_",
+    "gather_tokens",
+    "latent_loss",
+    "pad_patch_weight",
+    "patchify",
+    "predictor_tokens",
+    "scatter_tokens",
+    "take_targets",
+    "target_rows",
+]

@@ -46,7 +46,9 @@ def debugging() -> bool:
 
 def check_range(name: str, index: Tensor, size: int) -> None:
     """Raises ValueError unless all values lie in 0 .. size - 1. Reads the values."""
-    bad = ((index < 0) | (index >= size)).flatten()
+    bad = (index < 0).flatten()
+    if size <= torch.iinfo(index.dtype).max:  # otherwise the comparison would wrap
+        bad |= (index >= size).flatten()
     if bad.any():
         position = int(bad.nonzero()[0])
         value = int(index.flatten()[position])

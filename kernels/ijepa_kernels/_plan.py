@@ -1,0 +1,236 @@
+"""What `AdamWEMA` keeps between steps: lists of tensors and tables of their addresses."""
+
+from itertools import chain
+from operator import is_
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ijepa_kernels._adam_step import SCALARS, launch_step
+from ijepa_kernels._checks import FLOATS
+from ijepa_kernels._table import (
+    HALVES,
+    Table,
+    addresses,
+    check_betas,
+    check_disjoint,
+    check_list,
+    check_scalar,
+    launches,
+    local,
+    on,
+    upload,
+)
+
+__all__ = ["WIDE", "Plan", "options_of"]
+
+WIDE = (torch.float32,)
+
+
+class Part:
+    """Parameters of a plan that one launch updates: of one device and one combination of dtypes.
+
+    Args:
+        numbers: of these parameters among all of the plan.
+        groups: number of the parameter group of each.
+        lists: local tensors of each: parameter, moments, step, average, copies; None for the last
+            three where there are none.
+        grad_dtype: of the gradients.
+    """
+
+    def __init__(
+        self,
+        numbers: list[int],
+        groups: list[int],
+        lists: list[list[Any]],
+        grad_dtype: torch.dtype,
+        op: ModuleType,
+    ) -> None:
+        self.op = op
+        self.numbers, self.lists, self.grad_dtype = numbers, lists, grad_dtype
+        # first tensor and number of tensors of every group, which come one after the other
+        self.groups = {g: (groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)}
+        self.device = lists[0][0].device
+        self.launches = launches("adamw_ema_", self.device)
+        # whatever autograd may have seen: an average with a rounded target is ours alone
+        params, *_, emas, copies, targets = lists
+        averages = [a if b is None else b for a, b in zip(emas, targets, strict=True)]
+        self.written = [t for t in (*params, *copies, *averages) if t is not None]
+        if not self.launches:
+            return
+        dtypes = [next((t.dtype for t in tensors if t is not None), None) for tensors in lists[4:]]
+        columns = [*lists[:4], *(c for c, dtype in zip(lists[4:], dtypes, strict=True) if dtype)]
+        self.has_ema, self.copy_dtypes, self.columns = bool(dtypes[0]), dtypes[1:], len(columns)
+        self.table = Table(columns, op.BLOCK)
+        self.scalars = lists[0][0].new_empty((len(numbers), SCALARS), dtype=torch.float32)
+
+    def point_to(self, grad_pointers: list[int]) -> None:
+        """Takes the addresses of the gradients of the whole plan."""
+        if self.launches:
+            mine = torch.tensor([grad_pointers[n] for n in self.numbers])
+            self.grads, self._pinned = upload(mine, self.device)
+
+    def update(
+        self,
+        grads: list[Tensor],
+        param_groups: list[dict[str, Any]],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        flags = {
+            name: None if flag is None else flag.to(self.device, torch.float32)
+            for name, flag in (("grad_scale", grad_scale), ("found_inf", found_inf))
+        }
+        if not self.launches:
+            for group, (first, count) in self.groups.items():
+                part = slice(first, first + count)
+                options = {**flags, **options_of(param_groups[group], self.device)}
+                parameters, *rest = [tensors[part] for tensors in self.lists]
+                self.op.update_on_cpu(parameters, grads[part], *rest, **options)
+            return
+        with on(self.device):
+            for group, (first, count) in self.groups.items():
+                options = {**flags, **options_of(param_groups[group], self.device)}
+                launch_step(self.table, self.scalars, first, count, **options)
+            self.op.launch(
+                self.table,
+                self.columns,
+                self.grads,
+                0,
+                self.scalars,
+                self.grad_dtype,
+                self.has_ema,
+                *self.copy_dtypes,
+            )
+        torch.autograd.graph.increment_version(self.written)
+
+
+def options_of(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Numbers of a parameter group; values on the host as numbers."""
+    options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "momentum")}
+    for name, value in options.items():
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            options[name] = float(value)
+        if name != "betas":
+            high = 1.0 if name == "momentum" else float("inf")
+            check_scalar(name, options[name], device, high)
+    check_betas(options["betas"])
+    return options
+
+
+class Plan:
+    """What a step needs for the parameters that have a gradient, as long as nothing moves.
+
+    Args:
+        optimizer: an `AdamWEMA`.
+        active: whether each of its parameters has a gradient.
+        grads: these gradients.
+        op: the module of `adamw_ema_`, handed over because nothing shared imports an op.
+    """
+
+    def __init__(
+        self, optimizer: Any, active: list[bool], grads: list[Tensor], op: ModuleType
+    ) -> None:
+        groups = optimizer.param_groups
+        self.all = [p for group in groups for p in group["params"]]
+        self.lengths = [len(group["params"]) for group in groups]
+        group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
+        chosen = [number for number, has in enumerate(active) if has]
+        self.params = [self.all[number] for number in chosen]
+        shards = [local(p) for p in self.params]
+        for n, p in enumerate(shards):
+            # each may be on a device of its own
+            check_list([f"params[{chosen[n]}]"], [p], [p], WIDE)
+            check_list([f"gradient of params[{chosen[n]}]"], [local(grads[n])], [p], FLOATS)
+        for p in self.params:
+            optimizer.initialise(p)
+        self.entries = list(optimizer.state.values())
+        self.states = [optimizer.state[p] for p in self.params]
+        targets = [optimizer.targets.get(p) for p in self.params]
+        copies = [optimizer.copies.get(p) for p in self.params]
+        self.others = [*self.params, *(t for t in (*targets, *copies) if t is not None)]
+        values = [value for state in self.states for value in state.values()]
+        self.plain = all(
+            isinstance(t, Tensor) and local(t) is t for t in (*self.others, *values, *grads)
+        )
+        self.pointers = self._addresses()
+        self.grad_dtypes = [grad.dtype for grad in grads]
+        self.strides = [local(grad).stride() for grad in grads]
+        self.grad_pointers: list[int] = []
+        columns: list[list[Any]] = [
+            *([state[key] for state in self.states] for key in ("exp_avg", "exp_avg_sq", "step")),
+            [
+                s["ema"] if t is not None else None
+                for s, t in zip(self.states, targets, strict=True)
+            ],
+            copies,
+            [t if t is not None and t.dtype in HALVES else None for t in targets],
+        ]
+        lists: list[list[Any]] = [shards]
+        lists += ([None if t is None else local(t) for t in c] for c in columns)
+        check_disjoint(lists, [[local(grad) for grad in grads]])
+        self.parts = []
+        for numbers, dtype in _parts(lists, self.grad_dtypes):
+            part_groups = [group_of[chosen[n]] for n in numbers]
+            part = [[tensors[n] for n in numbers] for tensors in lists]
+            self.parts.append(Part(numbers, part_groups, part, dtype, op))
+
+    def _addresses(self) -> list[int]:
+        if self.plain:
+            return addresses(chain(self.others, *map(dict.values, self.states)))
+        values = [value for state in self.states for value in state.values()]
+        tensors = [t for t in (*self.others, *values) if isinstance(t, Tensor)]
+        return addresses(map(local, tensors))
+
+    def fits(self, optimizer: Any, grads: list[Tensor]) -> bool:
+        """True if all tensors but the gradients still are where they were."""
+        groups, entries = optimizer.param_groups, optimizer.state.values()
+        if self.lengths != [len(group["params"]) for group in groups]:
+            return False
+        if not all(map(is_, chain.from_iterable(g["params"] for g in groups), self.all)):
+            return False
+        if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
+            return False
+        try:
+            same = self._addresses() == self.pointers
+        except TypeError:  # a state holds something that is no tensor
+            return False
+        return same and [grad.dtype for grad in grads] == self.grad_dtypes
+
+    def update(self, optimizer: Any, grads: list[Tensor]) -> None:
+        if not self.plain:
+            grads = list(map(local, grads))
+        where = addresses(grads)
+        if where != self.grad_pointers:
+            strides = list(map(Tensor.stride, grads))
+            if strides != self.strides:
+                check_list("gradients", grads, [local(p) for p in self.params], FLOATS)
+            self.grad_pointers, self.strides = where, strides
+            for part in self.parts:
+                part.point_to(where)
+        flags = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+        for part in self.parts:
+            mine = grads if len(self.parts) == 1 else [grads[n] for n in part.numbers]
+            part.update(mine, optimizer.param_groups, *flags)
+
+
+def _parts(
+    lists: list[list[Any]], grad_dtypes: list[torch.dtype]
+) -> list[tuple[list[int], torch.dtype]]:
+    """Numbers of the tensors that one launch can update: one device, one dtype of gradients, one of
+    either copies; tensors without a copy go with any.
+    """
+    parts: list[tuple[list[int], torch.dtype, torch.device, list[torch.dtype | None]]] = []
+    for n, (p, grad_dtype) in enumerate(zip(lists[0], grad_dtypes, strict=True)):
+        mine = [None if tensors[n] is None else tensors[n].dtype for tensors in lists[-2:]]
+        for numbers, dtype, device, kinds in parts:
+            fits = all(a is None or b is None or a == b for a, b in zip(mine, kinds, strict=True))
+            if fits and dtype == grad_dtype and device == p.device:
+                numbers.append(n)
+                kinds[:] = [a or b for a, b in zip(mine, kinds, strict=True)]
+                break
+        else:
+            parts.append(([n], grad_dtype, p.device, mine))
+    return [(numbers, dtype) for numbers, dtype, _, _ in parts]

@@ -1,0 +1,266 @@
+"""Token rows picked by an index, with the rows of a position table added on the way.
+
+    out[r] = x[index[r]] + table[index[r] % N]
+
+Fused: the copy of the picked rows, the addition (in float32, rounded once) and the dtype of the
+table. Backward writes every row of x's gradient once, zeros included, where torch zeroes the
+gradient first and then adds rows to it one by one.
+
+Bytes with bfloat16 rows and a float32 table: 2 D read and 2 D written a picked row, the table read
+once; unfused (gather, cast, gather of the table, addition, cast) 36 D a picked row. Backward: 2 D
+read a picked row and 2 D written a row of x; unfused the gradient is zeroed, then read and written
+again where it is named. Without `unique` a stable sort of the R row numbers comes on top.
+
+Repeated indices have the sum of their gradients, added in a fixed order: see `_segments.py`.
+
+Shape letters: B images, N patches of an image, K picked patches of an image, R picked rows, D
+width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ijepa_kernels._checks import check_dtype, check_index, check_shape
+from ijepa_kernels._op import define
+from ijepa_kernels._segments import (
+    MAX_ROWS,
+    check_indices,
+    flat_rows,
+    inverse_or_segments,
+    sum_segments,
+    take_rows,
+)
+
+__all__ = ["gather_tokens", "gather_tokens_bytes", "gather_tokens_ref"]
+
+
+def gather_tokens_ref(
+    x: Tensor, index: Tensor, table: Tensor | None = None, *, unique: bool = False
+) -> Tensor:
+    """The specification, in plain torch; `unique` changes nothing here."""
+    index = index.long()
+    if index.ndim == 1:
+        out = x.flatten(0, -2).index_select(0, index)
+    else:
+        out = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
+    if table is None:
+        return out
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (out.to(dtype) + table.to(dtype)[index % table.shape[0]]).to(x.dtype)
+
+
+def gather_tokens_bytes(
+    rows: int,
+    picked: int,
+    width: int,
+    dtype: torch.dtype,
+    index_dtype: torch.dtype = torch.int32,
+    *,
+    table_rows: int = 0,
+    table_dtype: torch.dtype = torch.float32,
+    backward: bool = False,
+) -> int:
+    """Bytes that have to move at least: every picked row read once, every output written once.
+
+    Args:
+        rows: of x, all of them.
+        table_rows: of the table that is added or, backward, that has a gradient; 0 if none.
+    """
+    table = table_rows * width * table_dtype.itemsize
+    written = rows if backward else picked
+    return (picked + written) * width * dtype.itemsize + picked * index_dtype.itemsize + table
+
+
+# --- launchers; the kernels and their launch table are in _segments.py ---------------------------
+
+
+def _gather_tokens_fwd(x: Tensor, index: Tensor, table: Tensor | None, unique: bool) -> Tensor:
+    size = _size(x.shape, index)
+    check_indices(index, size, unique=unique)
+    return take_rows(x, index, size, table, nan_if_invalid=True)
+
+
+def _gather_tokens_bwd(
+    grad: Tensor,
+    index: Tensor,
+    x_shape: list[int],
+    table_rows: int,
+    table_dtype: torch.dtype,
+    unique: bool,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, empty if not needed, and of the table, empty if `table_rows` is 0."""
+    size = _size(x_shape, index)
+    check_indices(index, size, unique=unique)
+    grad = grad.contiguous()
+    grad_x = grad.new_empty(x_shape if need_x else (0,))
+    width = grad.shape[-1]
+    grad_table = grad.new_empty((table_rows, width) if table_rows else (0,), dtype=table_dtype)
+    rows = _rows(x_shape)
+    key_n = max(1, table_rows)
+    images = rows // key_n
+    listed, starts = inverse_or_segments(index, size, rows, key_n, inverse=unique)
+    if need_x:
+        sum_segments(grad, listed, starts, grad_x, images=images, key_n=key_n)
+    if table_rows:
+        sum_segments(grad, listed, starts, grad_table, images=images, key_n=key_n, by_patch=True)
+    return grad_x, grad_table
+
+
+def _rows(shape: list[int] | torch.Size) -> int:
+    rows = 1
+    for length in shape[:-1]:
+        rows *= length
+    return rows
+
+
+def _size(shape: list[int] | torch.Size, index: Tensor) -> int:
+    """Rows that an index chooses from."""
+    return _rows(shape) if index.ndim == 1 else shape[1]
+
+
+# --- registration --------------------------------------------------------------------------------
+
+
+def _fwd_cpu(x: Tensor, index: Tensor, table: Tensor | None, unique: bool) -> Tensor:
+    check_indices(index, _size(x.shape, index), unique=unique, always=True)
+    return gather_tokens_ref(x, index, table).contiguous()
+
+
+def _bwd_cpu(
+    grad: Tensor,
+    index: Tensor,
+    x_shape: list[int],
+    table_rows: int,
+    table_dtype: torch.dtype,
+    unique: bool,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:
+    size, width = _size(x_shape, index), x_shape[-1]
+    check_indices(index, size, unique=unique, always=True)
+    row = flat_rows(index, size)
+    flat = grad.reshape(-1, width).to(torch.promote_types(grad.dtype, torch.float32))
+    grad_x, grad_table = grad.new_empty(0), grad.new_empty(0, dtype=table_dtype)
+    if need_x:
+        grad_x = flat.new_zeros((_rows(x_shape), width)).index_add(0, row, flat)
+        grad_x = grad_x.view(x_shape).to(grad.dtype)
+    if table_rows:
+        grad_table = flat.new_zeros((table_rows, width)).index_add(0, row % table_rows, flat)
+        grad_table = grad_table.to(table_dtype)
+    return grad_x, grad_table
+
+
+def _fwd_fake(x: Tensor, index: Tensor, table: Tensor | None, unique: bool) -> Tensor:
+    return x.new_empty((*index.shape, x.shape[-1]))
+
+
+def _bwd_fake(
+    grad: Tensor,
+    index: Tensor,
+    x_shape: list[int],
+    table_rows: int,
+    table_dtype: torch.dtype,
+    unique: bool,
+    need_x: bool,
+) -> tuple[Tensor, Tensor]:
+    table_shape = (table_rows, x_shape[-1]) if table_rows else (0,)
+    return (
+        grad.new_empty(x_shape if need_x else (0,)),
+        grad.new_empty(table_shape, dtype=table_dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, index, table, unique = inputs
+    ctx.save_for_backward(index)
+    ctx.x_shape, ctx.unique = x.shape, unique
+    ctx.table = (0, x.dtype) if table is None else (table.shape[0], table.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (index,) = ctx.saved_tensors
+    need_x, _, need_table, _ = ctx.needs_input_grad
+    table_rows, table_dtype = ctx.table
+    grad_x, grad_table = _bwd_op(
+        grad,
+        index,
+        ctx.x_shape,
+        table_rows if need_table else 0,
+        table_dtype,
+        ctx.unique,
+        need_x,
+    )
+    return grad_x if need_x else None, None, grad_table if need_table else None, None
+
+
+_bwd_op = define(
+    "gather_tokens_bwd(Tensor grad, Tensor index, SymInt[] x_shape, SymInt table_rows, "
+    "ScalarType table_dtype, bool unique, bool need_x) -> (Tensor, Tensor)",
+    cuda=_gather_tokens_bwd,
+    cpu=_bwd_cpu,
+    fake=_bwd_fake,
+)
+_fwd_op = define(
+    "gather_tokens(Tensor x, Tensor index, Tensor? table, bool unique) -> Tensor",
+    cuda=_gather_tokens_fwd,
+    cpu=_fwd_cpu,
+    fake=_fwd_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+# --- public --------------------------------------------------------------------------------------
+
+
+def gather_tokens(
+    x: Tensor, index: Tensor, table: Tensor | None = None, *, unique: bool = False
+) -> Tensor:
+    """Picks token rows, and adds each one's position embedding if there is a table.
+
+    Args:
+        x: (rows, D) or (B, N, D), float32, bfloat16 or float16 (float64 on the CPU).
+        index: int32 or int64. Packed: (R,), rows of x, which are image * N + patch. Rectangular:
+            (B, K), patches of each image, x (B, N, D).
+        table: (N, D), row `patch` of it is added to each picked row; its dtype may differ. Packed,
+            N must divide the rows of x.
+        unique: a promise that no index repeats within an image, which I-JEPA's masks with one
+            context block keep: backward then needs no sort. If it is broken, a row's gradient is
+            one of those it should have summed; `debug_checks` finds out.
+
+    Returns:
+        (R, D) or (B, K, D) in x's dtype, contiguous. x and the table are differentiable, once;
+        gradients are the same bits every time, also with repeated indices.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; on the CPU and within `debug_checks` also
+            indices out of range, or repeated although `unique`.
+    """
+    check_dtype("x", x)
+    check_index("index", index, x)
+    if x.ndim not in (2, 3) or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape (rows, D) or (B, N, D), got {tuple(x.shape)}")
+    if index.ndim not in (1, 2):
+        raise ValueError(f"index must have shape (R,) or (B, K), got {tuple(index.shape)}")
+    if index.ndim == 2 and (x.ndim != 3 or x.shape[0] != index.shape[0]):
+        raise ValueError(
+            f"x must have shape (B, N, D) for an index (B, K) of shape {tuple(index.shape)}, "
+            f"got {tuple(x.shape)}"
+        )
+    rows = _rows(x.shape)
+    if rows > MAX_ROWS or index.numel() > MAX_ROWS:
+        got = max(rows, index.numel())
+        raise ValueError(f"x and index must have at most {MAX_ROWS} rows, got {got}")
+    if table is not None:
+        check_dtype("table", table)
+        if index.ndim == 2:
+            check_shape("table", table, x.shape[1:], x)
+        if table.ndim != 2 or table.shape[0] == 0 or rows % table.shape[0]:
+            raise ValueError(
+                f"table must have shape (N, D) with N dividing the {rows} rows of x, "
+                f"got {tuple(table.shape)}"
+            )
+        check_shape("table", table, (table.shape[0], x.shape[-1]), x)
+    return _fwd_op(x, index, table, unique)

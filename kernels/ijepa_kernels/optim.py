@@ -1,0 +1,356 @@
+"""Averages of weights, and the optimiser that keeps them, as classes.
+
+Both keep tables of addresses between steps and launch without torch's dispatcher, which costs
+0.8 us a tensor. Before every launch the addresses of all tensors are read and compared: weights,
+moments and averages that were moved, replaced or loaded meanwhile are found, and memory in a table
+is held until then. Gradients may be elsewhere in every step; theirs is a table of its own.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_kernels import adamw_ema, ema_update
+from ijepa_kernels._link import Link
+from ijepa_kernels._plan import WIDE, Plan, options_of
+from ijepa_kernels._table import HALVES, check_list, check_scalar, local
+
+__all__ = ["EMA", "AdamWEMA"]
+
+# plans kept, one for each set of parameters with a gradient
+_PLANS = 8
+
+
+def _after_load(ema: nn.Module, _: object) -> None:
+    assert isinstance(ema, EMA)
+    ema.round()
+
+
+class EMA(nn.Module):
+    """Keeps an exponential moving average of a model's weights, in float32.
+
+    Used like timm's ModelEmaV3::
+
+        ema = EMA(model, decay=0.9999)
+        ...
+        optimizer.step()
+        ema.update(model)
+
+    Parameters are averaged; buffers, and parameters that are not floating point, are copied as they
+    are at every update. Tied weights stay tied. The state dict is that of `module`, its names
+    prefixed ``module.``.
+
+    Host time of an update is mostly the reading of addresses, 50 to 60 ns a tensor of either
+    model; one launch for each dtype among the model's parameters.
+
+    Args:
+        model: to be averaged; its weights now are the start. May be wrapped later
+            (DistributedDataParallel, torch.compile).
+        decay: momentum, the weight of the old value, where `update` is given none.
+        copy_dtype: bfloat16 or float16: keep a second module, `copy`, with the averages rounded to
+            it, written in the same pass and used by `forward`. It is not part of the state dict.
+
+    Attributes:
+        module: the averaged model, in evaluation mode and without gradients; float32 parameters
+            whatever the model's (float64 where the model's are).
+        copy: the rounded one, or None.
+
+    Raises:
+        ValueError: decay or copy_dtype is out of range.
+    """
+
+    # Any: what they are is the model's business
+    module: Any
+    copy: Any
+
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, *, copy_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_scalar("decay", decay, torch.device("cpu"), 1.0)
+        if copy_dtype is not None and copy_dtype not in HALVES:
+            raise ValueError(f"copy_dtype must be bfloat16 or float16, got {copy_dtype}")
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        for parameter in self.module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(
+                    torch.promote_types(parameter.dtype, torch.float32)
+                )
+        # not registered, or it would be in the state dict
+        self.__dict__["copy"] = None
+        if copy_dtype is not None:
+            self.__dict__["copy"] = copy.deepcopy(self.module).to(copy_dtype)
+        self._link: Link | None = None
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the averaged model; the rounded one if there is one."""
+        return (self.module if self.copy is None else self.copy)(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, momentum: float | Tensor | None = None) -> None:
+        """average = momentum * average + (1 - momentum) * model.
+
+        Args:
+            model: with parameters named like those at construction.
+            momentum: a number in 0 .. 1, or one float32 or float64 value on the device; `decay` by
+                default.
+
+        Raises:
+            ValueError: the model's parameters do not pair up with the average's.
+        """
+        self._linked(model).update(self.decay if momentum is None else momentum)
+
+    @torch.no_grad()
+    def set(self, model: nn.Module) -> None:
+        """Starts again from the model's weights, as they are."""
+        link = self._linked(model)
+        sources, *others = link.lists
+        for tensors in others if sources else ():
+            torch._foreach_copy_(tensors, sources)
+        link.copy_rest()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Writes the averages into `copy`, after something else than `update` changed them."""
+        if self.copy is not None:
+            for tensor, mine in (
+                *zip(self.copy.parameters(), self.module.parameters(), strict=True),
+                *zip(self.copy.buffers(), self.module.buffers(), strict=True),
+            ):
+                tensor.copy_(mine)
+
+    def _linked(self, model: nn.Module) -> Link:
+        if self._link is None or not self._link.fits(model):
+            self._link = None
+            self._link = Link(self.module, self.copy, model, ema_update)
+        return self._link
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "EMA":
+        super()._apply(fn, recurse)
+        if self.copy is not None:
+            self.copy._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # addresses mean nothing in a copy
+        return {**self.__dict__, "_link": None}
+
+
+def _pairs(source: Any, target: Any) -> list[tuple[Tensor, Tensor]]:
+    """Parameters of two modules by name, or two sequences of tensors by position."""
+    if isinstance(source, nn.Module) and isinstance(target, nn.Module):
+        theirs, mine = dict(source.named_parameters()), dict(target.named_parameters())
+        if set(theirs) != set(mine):
+            odd = sorted(set(theirs) ^ set(mine))
+            raise ValueError(
+                f"source and target must have the same parameters, got {odd[0]} in one"
+            )
+        return [(theirs[name], mine[name]) for name in theirs]
+    left, right = (
+        list(side.parameters()) if isinstance(side, nn.Module) else list(side)
+        for side in (source, target)
+    )
+    if len(left) != len(right):
+        raise ValueError(f"target must have {len(left)} tensors like source, got {len(right)}")
+    return list(zip(left, right, strict=True))
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """AdamW that also keeps the averages of the weights it updates, in the same pass.
+
+    ::
+
+        optimizer = AdamWEMA(groups, lr=1e-3, weight_decay=0.05, momentum=0.996)
+        optimizer.track(context_encoder, target_encoder)
+        ...
+        optimizer.step()                    # updates target_encoder too
+
+    Parameters and moments are float32, gradients float32, bfloat16 or float16. A tracked target
+    that is float32 is itself the average; for one in bfloat16 or float16 the float32 average is
+    kept in the state, under "ema", and the target receives it rounded. It starts at the source's
+    weight where that rounds to the target, else at the target. Buffers are not tracked. A parameter
+    without a gradient in a step is left out: its weight, moments, step and average stay.
+
+    Groups are those of `torch.optim.AdamW` with one key more, "momentum" (of the average); lr,
+    weight_decay and momentum may be changed at any time, as numbers or in place as values on the
+    device. State dicts load both ways between the two; an average that is missing starts as above.
+    Each step counts on the device, and with `found_inf` (as `torch.amp.GradScaler` sets it) a step
+    changes nothing; `grad_scale` divides the gradients, which themselves stay as they are.
+
+    On DTensors the shard of this rank is updated, and the state holds DTensors.
+
+    Launches: one for each parameter group, of one small program a tensor, and one for everything,
+    provided that gradients and copies have one dtype each.
+
+    Args:
+        params: parameters or groups.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+        momentum: weight of the old value in the averages, 0 .. 1.
+        ema: pairs (parameter, target tensor) to track, or a mapping.
+
+    Raises:
+        ValueError: a number is out of range, a tensor has a dtype or strides that are not
+            supported, or one that is written shares memory with another.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        momentum: float | Tensor = 0.996,
+        ema: Iterable[tuple[Tensor, Tensor]] | dict[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.targets: dict[Tensor, Tensor] = {}
+        self.copies: dict[Tensor, Tensor] = {}
+        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._step_supports_amp_scaling = True
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        options_of({**defaults, "momentum": momentum}, torch.device("cpu"))
+        # `fused`: AdamW, given this state, keeps its steps on the device
+        flags: dict[str, bool | None] = dict.fromkeys(
+            ("amsgrad", "maximize", "capturable", "differentiable"), False
+        )
+        flags |= {"foreach": None, "fused": True, "decoupled_weight_decay": True}
+        super().__init__(params, {**defaults, **flags, "momentum": momentum})
+        pairs = ema.items() if isinstance(ema, dict) else ema
+        if pairs is not None:
+            self.track(*zip(*pairs, strict=True))
+
+    def track(self, source: nn.Module | Sequence[Tensor], target: Any) -> None:
+        """Makes the parameters of `target` averages of those of `source`, from the next step on.
+
+        Args:
+            source: a module or tensors, all of them parameters of this optimiser.
+            target: the same modules' or tensors' counterparts; float32, bfloat16 or float16.
+
+        Raises:
+            ValueError: they do not pair up in name, number, shape or device, or are updated twice.
+        """
+        self._write_to(self.targets, "target", source, target, (*WIDE, *HALVES))
+
+    def mirror(self, source: nn.Module | Sequence[Tensor], copies: Any) -> None:
+        """Makes bfloat16 or float16 tensors receive the rounded weights in every step."""
+        self._write_to(self.copies, "copy", source, copies, HALVES)
+
+    def _write_to(
+        self,
+        known: dict[Tensor, Tensor],
+        name: str,
+        source: Any,
+        written: Any,
+        dtypes: tuple[torch.dtype, ...],
+    ) -> None:
+        mine = {p for group in self.param_groups for p in group["params"]}
+        taken = {*mine, *self.targets.values(), *self.copies.values()}
+        pairs = _pairs(source, written)
+        for number, (p, tensor) in enumerate(pairs):
+            if p not in mine:
+                raise ValueError(f"source[{number}] must be a parameter of this optimizer")
+            if p in known or tensor in taken:
+                raise ValueError(f"{name}[{number}] must be written by one parameter, got a second")
+            if (p is local(p)) != (tensor is local(tensor)):
+                raise ValueError(f"{name}[{number}] must be sharded like its source")
+            check_list([f"{name}[{number}]"], [local(tensor)], [local(p)], dtypes)
+            taken.add(tensor)
+        known.update(pairs)
+        self._plans.clear()
+
+    @torch.no_grad()
+    def initialise(self, p: Tensor) -> None:
+        """Completes the state of a parameter."""
+        state = self.state[p]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        target = self.targets.get(p)
+        if target is None:
+            return
+        if target.dtype not in HALVES:
+            now = state.get("ema")
+            if now is None or local(now).data_ptr() != local(target).data_ptr():
+                state["ema"] = target.detach()
+        elif "ema" not in state:
+            near = target == p.to(target.dtype)
+            state["ema"] = torch.where(near, p.detach(), target.detach().to(p.dtype))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = [p.grad for group in self.param_groups for p in group["params"]]
+        active = [grad is not None for grad in found]
+        grads = found if all(active) else [grad for grad in found if grad is not None]
+        if not grads:
+            return loss
+        key = tuple(active)
+        plan = self._plans.get(key)
+        if plan is None or not plan.fits(self, grads):
+            # none that is out of date holds memory
+            if plan is not None or len(self._plans) >= _PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(self, active, grads, adamw_ema)
+        plan.update(self, grads)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch."""
+        self._plans.clear()
+        super().add_param_group(param_group)
+        _check_flags(self.param_groups[-1])
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of an `AdamWEMA` or a `torch.optim.AdamW`, and writes averages that it
+        holds to the targets.
+        """
+        for group in state_dict["param_groups"]:
+            _check_flags(group)
+        super().load_state_dict(state_dict)
+        self._plans.clear()
+        for p, state in self.state.items():
+            step = torch.as_tensor(state["step"], dtype=torch.float32)
+            state["step"] = step.to(p.device, copy=True)
+            target = self.targets.get(p)
+            if target is not None and "ema" in state:
+                target.copy_(state["ema"])
+            if target is not None:
+                self.initialise(p)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "targets": self.targets, "copies": self.copies}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        self._step_supports_amp_scaling = True
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+def _check_flags(group: dict[str, Any]) -> None:
+    for name in ("amsgrad", "maximize", "differentiable"):
+        if group.get(name):
+            raise ValueError(f"{name} must be False, got {group[name]}")
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError("decoupled_weight_decay must be True, got the state of Adam without it")

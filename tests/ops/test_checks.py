@@ -1,0 +1,39 @@
+"""Checks of arguments that the ops share."""
+
+import pytest
+import torch
+
+from ijepa_kernels._checks import check_range, debug_checks, debugging
+
+
+def test_the_first_index_out_of_range_is_named():
+    index = torch.tensor([[0, 4], [5, -1]], dtype=torch.int32)
+    message = r"rows must lie in 0 \.\. 4, got 5 at position 2 of 4"
+    with pytest.raises(ValueError, match=message):
+        check_range("rows", index, 5)
+    with pytest.raises(ValueError, match=r"got -1 at position 3"):
+        check_range("rows", index, 6)
+    check_range("rows", index.abs(), 6)
+
+
+def test_sizes_past_int32():
+    """A size that the index's dtype cannot hold excludes nothing."""
+    index = torch.tensor([0, 2**31 - 1], dtype=torch.int32)
+    check_range("rows", index, 2**31)
+    check_range("rows", index, 2**40)
+    with pytest.raises(ValueError, match="got 2147483647 at position 1"):
+        check_range("rows", index, 2**31 - 1)
+
+
+def test_debug_checks_nest_and_end_with_errors():
+    def fail():
+        with debug_checks():
+            with debug_checks():
+                assert debugging()
+            assert debugging()
+            raise RuntimeError("within")
+
+    assert not debugging()
+    with pytest.raises(RuntimeError, match="within"):
+        fail()
+    assert not debugging()

@@ -1,0 +1,54 @@
+"""The kernels inside other people's training loops: the same losses."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def mae():
+    return runpy.run_path(str(ROOT / "examples" / "drop_in_mae.py"))
+
+
+def test_the_masked_autoencoder_gives_the_same_losses(mae):
+    """Gather, scatter, loss, optimiser and EMA swapped; the last value is the averaged model's."""
+    plain, ours = (mae["train"](30, ours) for ours in (False, True))
+    assert len(plain) == 31
+    for step, (a, b) in enumerate(zip(plain, ours, strict=True)):
+        assert b == pytest.approx(a, rel=1e-6), step
+    # it learns, and the average is not the model itself
+    assert plain[29] < 0.9 * plain[0]
+    assert plain[30] != pytest.approx(plain[29], rel=1e-2)
+
+
+def test_the_averaged_classifier_is_the_same():
+    ema = runpy.run_path(str(ROOT / "examples" / "drop_in_ema.py"))
+    plain, ours = (ema["train"](150, swapped) for swapped in (False, True))
+    assert plain[0] == ours[0]  # the loop itself is untouched
+    assert plain[1] == ours[1] > 0.6
+    theirs = dict(plain[2].state_dict())
+    for name, tensor in ours[2].state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["drop_in_mae.py", "drop_in_ema.py"])
+def test_they_run_as_scripts_and_stay_short(name):
+    path = ROOT / "examples" / name
+    assert len(path.read_text().splitlines()) < 150
+    command = [sys.executable, str(path), "--ours", "--steps", "5"]
+    result = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "kernels")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "averaged model" in result.stdout
