@@ -31,14 +31,17 @@ def dump(path: Path, machine: Mapping[str, Any], results: Iterable[Result]) -> N
 
 
 def accept(machine: Mapping[str, Any], results: Iterable[Result], folder: Path = FOLDER) -> Path:
-    """Makes these results the device's baseline; cases that were not run keep theirs."""
+    """Makes these results the device's baseline. Cases that were not run keep theirs, unless that
+    was measured under another driver, torch or triton.
+    """
     path = path_of(str(machine["device"]), folder)
     kept: list[Result] = []
     results = list(results)
     if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))["results"]
+        old = json.loads(path.read_text(encoding="utf-8"))
         new = {r.key for r in results}
-        kept = [Result(**fields) for key, fields in old.items() if key not in new]
+        if not _changed(old["machine"], machine):
+            kept = [Result(**f) for key, f in old["results"].items() if key not in new]
     dump(path, machine, sorted([*kept, *results], key=lambda r: r.key))
     return path
 
@@ -69,10 +72,13 @@ def compare(
             )
     theirs = baseline["machine"]
     head = f"{compared} cases held against {path.name}"
-    changed = [k for k in ("driver", "torch", "triton") if theirs.get(k) != machine.get(k)]
-    if changed:
+    if changed := _changed(theirs, machine):
         head += "; mind: " + ", ".join(f"{k} was {theirs.get(k)}" for k in changed)
     return head, slower
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [k for k in ("driver", "torch", "triton") if old.get(k) != new.get(k)]
 
 
 def table(results: Iterable[Result]) -> str:
@@ -88,7 +94,7 @@ def table(results: Iterable[Result]) -> str:
     ]
 
     def cell(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1f}"
+        return "not measured" if value is None else f"{value:.1f}"
 
     for r in sorted(results, key=lambda r: (r.op, r.shape, r.direction)):
         reference = plain.get((r.op, r.shape, r.direction))

@@ -17,8 +17,9 @@ from ijepa_kernels.adamw_ema import BLOCK, adamw_ema_bytes, launch
 from ijepa_kernels.optim import AdamWEMA
 
 F32, BF16 = torch.float32, torch.bfloat16
-MOMENTUM = 0.996
-OPTIONS = {"lr": 1e-3, "weight_decay": 0.05}
+# coarse: an update, decay or average left out has to show when results are verified
+MOMENTUM = 0.75
+OPTIONS = {"lr": 0.1, "weight_decay": 0.5}
 
 
 def _groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -40,11 +41,15 @@ class _Case:
             self.params.append(p)
         self.optimizer: torch.optim.Optimizer | None = None
         self.averages: list[Tensor] = []
-        self.targets = [p.detach().to(BF16) for p in self.params]
+        # of another size than the weights: all providers' averages start at them
+        self.targets = [(3 * p.detach()).to(BF16) for p in self.params]
 
     def results(self) -> list[Tensor]:
         # bfloat16 copies differ by one rounding where the averages differ in their last bit
-        return [*[p.detach() for p in self.params], *self.targets]
+        assert self.optimizer is not None
+        state = self.optimizer.state
+        moments = [state[p][name] for p in self.params for name in ("exp_avg", "exp_avg_sq")]
+        return [*[p.detach() for p in self.params], *moments, *self.targets]
 
 
 def _inputs(model: Model, device: torch.device, generator: torch.Generator) -> tuple[_Case]:
@@ -55,7 +60,7 @@ def _inputs(model: Model, device: torch.device, generator: torch.Generator) -> t
 def _separate(case: _Case, build: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
     if case.optimizer is None:
         case.optimizer = build(_groups(case.params), **OPTIONS)
-        case.averages = [p.detach().clone() for p in case.params]
+        case.averages = [target.float() for target in case.targets]
     case.optimizer.step()
     torch._foreach_lerp_(case.averages, [p.detach() for p in case.params], 1 - MOMENTUM)
     torch._foreach_copy_(case.targets, case.averages)

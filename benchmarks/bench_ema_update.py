@@ -14,7 +14,7 @@ from ijepa_kernels.ema_update import BLOCK, ema_update_bytes, launch
 from ijepa_kernels.optim import EMA
 
 F32, BF16 = torch.float32, torch.bfloat16
-MOMENTUM = 0.9999
+MOMENTUM = 0.75  # far from 1: an update left out has to show when results are verified
 
 
 def encoder_shapes(model: Model) -> list[tuple[int, ...]]:

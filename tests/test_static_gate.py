@@ -252,7 +252,7 @@ def _copy_kernel(
     nothing,
     big,
     scale,
-    BLOCK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + place, mask=place < size, other=0.0)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_check import ops, sanitize, step, tune
+from benchmarks.gpu_check import ops, sanitize, tune
+from benchmarks.tune import TUNINGS
 
 PRESETS = ["vitb16_in1k", "vitl16_in1k", "vith14_in1k"]
 
@@ -24,11 +25,15 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cpu tries the script out")
     parser.add_argument("--presets", nargs="+", default=PRESETS, help="of part step")
     parser.add_argument("--batch", type=int, default=128, help="of part step")
-    parser.add_argument("--op", help="of part tune: only this one")
+    ops_tuned = [tuning.bench for tuning in TUNINGS]
+    parser.add_argument("--op", choices=ops_tuned, help="of part tune: only this one")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: gpu-check needs a CUDA device, torch sees none", file=sys.stderr)
+        return 2
+    if args.part == "tune" and device.type != "cuda":
+        print("error: part tune measures, it needs a CUDA device", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part == "ops":
@@ -36,6 +41,12 @@ def main() -> int:
     elif args.part == "sanitize":
         green = sanitize.run(args.out)
     elif args.part == "step":
+        # it alone needs the trainer and its packages
+        from benchmarks.gpu_check import step
+        from ijepa_fast.presets import PRESETS as KNOWN
+
+        if unknown := set(args.presets) - set(KNOWN):
+            parser.error(f"--presets must be among {', '.join(KNOWN)}, got {', '.join(unknown)}")
         green = step.run(args.out, device, args.presets, args.batch)
     else:
         green = tune.run(args.out, args.op)

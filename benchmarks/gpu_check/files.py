@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 __all__ = ["ROOT", "logged", "write_json"]
 
 ROOT = Path(__file__).parents[2]
+GRACE = 15  # seconds
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -28,7 +31,9 @@ def logged(
     seconds: float,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Runs a command in the repository's root, its output going to `log` as it comes.
+    """Runs a command in the repository's root, its output going to `log` as it comes. One that runs
+    too long is interrupted, so that pytest says what failed so far, and 15 s later killed with all
+    its children.
 
     Returns:
         The exit code (None when it ran past `seconds`) and the last line that it printed.
@@ -41,19 +46,26 @@ def logged(
     with log.open("a", encoding="utf-8") as stream:
         stream.write("$ " + " ".join(command) + "\n")
         stream.flush()
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            code = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=env,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            ).returncode
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
             stream.write(f"\nstopped after {seconds:.0f} s\n")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     print(f"{Path(log).name}: exit {code}: {lines[-1]}", file=sys.stderr, flush=True)
     return {"exit_code": code, "last_line": lines[-1]}

@@ -118,17 +118,31 @@ def time_reference(name: str, batch: int, device: torch.device) -> dict[str, Any
     }
 
 
+def _or_error(name: str, batch: int, device: torch.device) -> dict[str, Any]:
+    """The same, or what went wrong: of what does not fit the GPU nothing is known, but said."""
+    try:
+        return time_reference(name, batch, device)
+    except torch.OutOfMemoryError as error:
+        return {"preset": name, "batch": batch, "error": str(error).splitlines()[0]}
+
+
 def _profile(device: torch.device, body: Callable[[], None], rows: int = 25) -> list[str]:
     """A Markdown table of the operations that take most of the device's time in one step."""
     cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
-        body()
-        if cuda:
-            torch.cuda.synchronize(device)
-    key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    events = sorted(profile.key_averages(), key=lambda e: -getattr(e, key))
-    total = sum(getattr(e, key) for e in events)
+    try:
+        activities = [activity.CUDA if cuda else activity.CPU]
+        with torch.profiler.profile(activities=activities, acc_events=True) as found:
+            body()
+            if cuda:
+                torch.cuda.synchronize(device)
+        key = "self_device_time_total" if cuda else "self_cpu_time_total"
+        events = sorted(found.key_averages(), key=lambda e: -getattr(e, key))
+        total = sum(getattr(e, key) for e in events)
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        return [f"not measured: {error}"]  # the times of the step are not lost with it
+    if not total:
+        return ["not measured: the profiler recorded no device time"]
     lines = ["| operation | calls | ms | share |", "|---|---|---|---|"]
     for event in events[:rows]:
         time = getattr(event, key)
@@ -147,13 +161,19 @@ def write(folder: Path, result: dict[str, Any]) -> None:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['preset']} | {r['batch']} | {r['step_ms']} | {r['images_per_second']} | {r['mfu']} "
-        f"| {r['peak_gib']} | {r['estimated_gib']} |"
+        f"| {r['preset']} | {r['batch']} | {r['step_ms']} | {r['images_per_second']} "
+        f"| {_known(r['mfu'])} | {_known(r['peak_gib'])} | {r['estimated_gib']} |"
+        if "error" not in r
+        else f"| {r['preset']} | {r['batch']} | not measured: {r['error']} | | | | |"
         for r in result["steps"]
     ]
-    for r in result["steps"]:
-        lines += ["", f"{r['preset']}, kernels by device time:", "", *r["profile"]]
+    for r in (r for r in result["steps"] if "error" not in r):
+        lines += ["", f"{r['preset']}, one step by operation:", "", *r["profile"]]
     (folder / "step.md").write_text("\n".join(lines) + "\n")
+
+
+def _known(value: float | None) -> str:
+    return "not measured" if value is None else str(value)
 
 
 def run(out: Path, device: torch.device, presets: Sequence[str], batch: int) -> bool:
@@ -169,7 +189,7 @@ def run(out: Path, device: torch.device, presets: Sequence[str], batch: int) -> 
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        result["steps"].append(time_reference(name, batch, device))
+        result["steps"].append(_or_error(name, batch, device))
         write(out, result)
         print(json.dumps(result["steps"][-1]), flush=True)
-    return True
+    return all("error" not in r for r in result["steps"])

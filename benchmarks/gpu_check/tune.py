@@ -1,6 +1,7 @@
 """Part `tune`: times every candidate of every launch table, and names the best.
 
-Leaves tune.json and tune.md, rewritten after every op and shape.
+The largest model first. Leaves tune.json and tune.md, rewritten after every candidate; one that
+computes something wrong is not timed.
 """
 
 import json
@@ -25,23 +26,25 @@ def run(out: Path, only: str | None = None) -> bool:
     end = time.monotonic() + SECONDS
     result: dict[str, Any] = {"machine": machine(), "tables": []}
     by_name = {bench.name: bench for bench in benches()}
-    for tuning in (t for t in TUNINGS if only in (None, t.bench)):
-        bench = by_name[tuning.bench]
-        for model in MODELS.values():
+    tunings = [t for t in TUNINGS if only in (None, t.bench)]
+    for model in reversed(MODELS.values()):
+        for tuning in tunings:
+            bench = by_name[tuning.bench]
             rows: list[tuple[Any, dict[str, Any]]] = []
+            entry = {"bench": bench.name, "shape": model.name, "shipped": bench.median_us(model)}
+            result["tables"].append({**entry, "tried": rows})
             for candidate in tuning.candidates(model):
                 if time.monotonic() > end:
                     print(f"stopped after {SECONDS} s; go on with --op", file=sys.stderr)
                     return False
                 try:
                     with tuning.applied(candidate):
+                        bench.check("ours", model.name)
                         rows.append((candidate, bench.median_us(model)))
                 except Exception as error:  # noqa: BLE001  # does not fit the machine
                     rows.append((candidate, {"error": f"{type(error).__name__}: {error}"[:200]}))
-            entry = {"bench": bench.name, "shape": model.name, "shipped": bench.median_us(model)}
-            result["tables"].append({**entry, "tried": rows})
-            write_json(out / "tune.json", result)
-            (out / "tune.md").write_text(_markdown(result["tables"]))
+                write_json(out / "tune.json", result)
+                (out / "tune.md").write_text(_markdown(result["tables"]))
             print(json.dumps(entry), flush=True)
     return True
 

@@ -18,7 +18,10 @@ def main() -> int:
     parser.add_argument("--sm", action="append", type=int, choices=list(SMS), help="repeatable")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     options = parser.parse_args()
-    report = check(options.only, options.model or list(MODELS), options.sm or list(SMS))
+    try:
+        report = check(options.only, options.model or list(MODELS), options.sm or list(SMS))
+    except ValueError as error:
+        parser.error(f"--{error}")
     print(report.text(markdown=options.markdown))
     if not options.accept:
         return int(bool(report.failures))

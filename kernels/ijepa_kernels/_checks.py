@@ -44,6 +44,11 @@ def debugging() -> bool:
     return _depth > 0
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_range(name: str, index: Tensor, size: int) -> None:
     """Raises ValueError unless all values lie in 0 .. size - 1. Reads the values."""
     bad = (index < 0).flatten()
@@ -58,19 +63,31 @@ def check_range(name: str, index: Tensor, size: int) -> None:
         )
 
 
-def check_dtype(name: str, tensor: Tensor, *, also: tuple[torch.dtype, ...] = ()) -> None:
-    """Raises ValueError unless the dtype is a float the kernels know; float64 on the CPU only."""
-    allowed = (*FLOATS, *also)
-    if tensor.dtype in allowed or (tensor.dtype == torch.float64 and not tensor.is_cuda):
+def check_dtype(
+    name: str,
+    tensor: Tensor,
+    *,
+    also: tuple[torch.dtype, ...] = (),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raises ValueError unless the dtype is a float the kernels know; float64 on the CPU only.
+
+    Args:
+        dtype: asked for, of an output beside the tensor; None for the tensor's own.
+    """
+    _check_tensor(name if dtype is None else "the input", tensor)
+    allowed, dtype = (*FLOATS, *also), dtype or tensor.dtype
+    if dtype in allowed or (dtype == torch.float64 and not tensor.is_cuda):
         return
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
     raise ValueError(
-        f"{name} must be {names} (or float64 on the CPU), got {tensor.dtype} on {tensor.device}"
+        f"{name} must be {names} (or float64 on the CPU), got {dtype} on {tensor.device}"
     )
 
 
 def check_index(name: str, index: Tensor, like: Tensor) -> None:
     """Raises ValueError unless it is an int32 or int64 tensor on the device of `like`."""
+    _check_tensor(name, index)
     if index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {index.dtype}")
     if index.device != like.device:
@@ -79,6 +96,7 @@ def check_index(name: str, index: Tensor, like: Tensor) -> None:
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     """Raises ValueError unless the tensor has this shape and the device of `like`."""
+    _check_tensor(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:

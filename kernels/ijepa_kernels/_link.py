@@ -13,6 +13,7 @@ from ijepa_kernels._table import (
     HALVES,
     Table,
     addresses,
+    capturing,
     check_disjoint,
     check_list,
     check_scalar,
@@ -35,19 +36,21 @@ class _Tree:
     def __init__(self, module: nn.Module) -> None:
         modules = [m for _, m in module.named_modules(remove_duplicate=False)]
         self.module = module
-        self.parameters = [m._parameters for m in modules]
+        self.parameters = [m._parameters for m in modules if m._parameters]
         self.buffers = [m._buffers for m in modules]
-        self.children = [m._modules for m in modules]
-        self.structure = self._children()
+        children = [m._modules for m in modules]
+        # these views show what a dictionary holds at any time
+        self.children = [entries.values() for entries in children if entries]
+        self.structure = list(chain.from_iterable(self.children))
+        self.empty = [d for m in modules for d in (m._parameters, m._modules) if not d]
         self.names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
 
-    def _children(self) -> list[nn.Module | None]:
-        return list(chain.from_iterable(map(dict.values, filter(None, self.children))))
-
     def changed(self) -> bool:
-        """True if submodules were replaced, added or removed."""
+        """True if submodules were replaced, added or removed, or a module without parameters got
+        some.
+        """
         # modules are equal only to themselves
-        return self._children() != self.structure
+        return any(self.empty) or list(chain.from_iterable(self.children)) != self.structure
 
 
 class Link:
@@ -68,6 +71,7 @@ class Link:
         if copy is not None:
             self.trees.append(_Tree(copy))
         self.dicts = [entries for tree in self.trees for entries in tree.parameters]
+        self.views = [entries.values() for entries in self.dicts]
         lists = [[local(t) for t in _values(tree.parameters)] for tree in self.trees]
         flat = [t for tensors in lists for t in tensors]
         # missing biases and DTensors take a slower way to the addresses
@@ -102,6 +106,8 @@ class Link:
             check_list([where + name for name in names], tensors, targets, dtypes)
         check_disjoint([targets, *copies], [sources])
         self.written = [t for tensors in (targets, *copies) for t in tensors]
+        # whether a CUDA graph reads the tables
+        self.captured = False
         self.device = targets[0].device if targets else torch.device("cpu")
         self.tables: list[tuple[Table, torch.dtype, torch.dtype | None]] = []
         if not launches("ema_update_", self.device):
@@ -127,12 +133,9 @@ class Link:
         """True if all parameters still are where they were."""
         if model is not self.source.module:
             return False
-        tensors: Iterable[Tensor]
-        if self.plain:
-            tensors = chain.from_iterable(map(dict.values, filter(None, self.dicts)))
-        else:
-            tensors = map(local, _values(self.dicts))
+        entries = chain.from_iterable(self.views)
         try:
+            tensors = entries if self.plain else [local(t) for t in entries if t is not None]
             same = addresses(tensors) == self.pointers
         except TypeError:  # a parameter became None
             return False
@@ -142,6 +145,7 @@ class Link:
         check_scalar("momentum", momentum, self.device, 1.0)
         if self.tables:
             with on(self.device):
+                self.captured = self.captured or capturing(self.device)
                 for table, source_dtype, copy_dtype in self.tables:
                     self.op.launch(table, source_dtype, copy_dtype, momentum)
             torch.autograd.graph.increment_version(self.written)
@@ -152,6 +156,8 @@ class Link:
 
     def copy_rest(self) -> None:
         """Copies buffers, and parameters that are not floating point."""
+        if not self.others[0] and not any(self.source.buffers):
+            return
         sources, *others = (
             [*map(local, _values(filter(None, tree.buffers))), *rest]
             for tree, rest in zip(self.trees, self.others, strict=True)

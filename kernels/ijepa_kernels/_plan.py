@@ -1,7 +1,8 @@
 """What `AdamWEMA` keeps between steps: lists of tensors and tables of their addresses."""
 
+from collections.abc import Sequence
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from types import ModuleType
 from typing import Any
 
@@ -12,8 +13,10 @@ from ijepa_kernels._adam_step import SCALARS, launch_step
 from ijepa_kernels._checks import FLOATS
 from ijepa_kernels._table import (
     HALVES,
+    Memory,
     Table,
     addresses,
+    capturing,
     check_betas,
     check_disjoint,
     check_list,
@@ -64,13 +67,19 @@ class Part:
         columns = [*lists[:4], *(c for c, dtype in zip(lists[4:], dtypes, strict=True) if dtype)]
         self.has_ema, self.copy_dtypes, self.columns = bool(dtypes[0]), dtypes[1:], len(columns)
         self.table = Table(columns, op.BLOCK)
-        self.scalars = lists[0][0].new_empty((len(numbers), SCALARS), dtype=torch.float32)
+        scalars = lists[0][0].new_empty((len(numbers), SCALARS), dtype=torch.float32)
+        self.scalars = Memory(scalars)
+        # whether a CUDA graph reads the table and addresses of gradients; earlier ones of these
+        self.captured = False
+        self.grads: Memory
+        self._captured: list[Memory] = []
 
     def point_to(self, grad_pointers: list[int]) -> None:
-        """Takes the addresses of the gradients of the whole plan."""
+        """Takes the addresses of the gradients of the part."""
         if self.launches:
-            mine = torch.tensor([grad_pointers[n] for n in self.numbers])
-            self.grads, self._pinned = upload(mine, self.device)
+            if self.captured:
+                self._captured.append(self.grads)
+            self.grads = upload(grad_pointers, self.device)
 
     def update(
         self,
@@ -79,10 +88,11 @@ class Part:
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        flags = {
+        flags: dict[str, Any] = {
             name: None if flag is None else flag.to(self.device, torch.float32)
             for name, flag in (("grad_scale", grad_scale), ("found_inf", found_inf))
         }
+        options: dict[str, Any]
         if not self.launches:
             for group, (first, count) in self.groups.items():
                 part = slice(first, first + count)
@@ -90,16 +100,25 @@ class Part:
                 parameters, *rest = [tensors[part] for tensors in self.lists]
                 self.op.update_on_cpu(parameters, grads[part], *rest, **options)
             return
+        # groups of equal options that follow one another share a launch
+        runs: list[tuple[int, int, dict[str, Any]]] = []
+        for group, (first, count) in self.groups.items():
+            options = options_of(param_groups[group], self.device)
+            if runs and _equal(options, runs[-1][2]):
+                before = runs.pop()
+                runs.append((before[0], before[1] + count, options))
+            else:
+                runs.append((first, count, options))
         with on(self.device):
-            for group, (first, count) in self.groups.items():
-                options = {**flags, **options_of(param_groups[group], self.device)}
-                launch_step(self.table, self.scalars, first, count, **options)
+            self.captured = self.captured or capturing(self.device)
+            for first, count, options in runs:
+                launch_step(self.table, self.scalars.data, first, count, **options, **flags)
             self.op.launch(
                 self.table,
                 self.columns,
-                self.grads,
+                self.grads.data,
                 0,
-                self.scalars,
+                self.scalars.data,
                 self.grad_dtype,
                 self.has_ema,
                 *self.copy_dtypes,
@@ -120,21 +139,45 @@ def options_of(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return options
 
 
+def _equal(left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """True if all options are the same tensors or equal numbers."""
+    return all(
+        a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+        for a, b in zip(left.values(), right.values(), strict=True)
+    )
+
+
+# ends a list, so that another that is longer or shorter differs from it
+_END = object()
+_dtype = attrgetter("dtype")
+
+
 class Plan:
     """What a step needs for the parameters that have a gradient, as long as nothing moves.
 
+    Addresses of parameters, targets and copies are read in every step. The state is the
+    optimiser's own: that its tensors are the same objects is enough, which takes half the time.
+    Addresses are read of the largest parameter's state only, because whoever moves data behind
+    tensors (to free a GPU for a while) moves them all. Memory in the tables is held anyway.
+
     Args:
         optimizer: an `AdamWEMA`.
-        active: whether each of its parameters has a gradient.
+        params: of all its groups.
+        active: whether each of them has a gradient.
         grads: these gradients.
         op: the module of `adamw_ema_`, handed over because nothing shared imports an op.
     """
 
     def __init__(
-        self, optimizer: Any, active: list[bool], grads: list[Tensor], op: ModuleType
+        self,
+        optimizer: Any,
+        params: list[Tensor],
+        active: Sequence[bool],
+        grads: list[Tensor],
+        op: ModuleType,
     ) -> None:
         groups = optimizer.param_groups
-        self.all = [p for group in groups for p in group["params"]]
+        self.all = params
         self.lengths = [len(group["params"]) for group in groups]
         group_of = [number for number, group in enumerate(groups) for _ in group["params"]]
         chosen = [number for number, has in enumerate(active) if has]
@@ -150,14 +193,17 @@ class Plan:
         self.states = [optimizer.state[p] for p in self.params]
         targets = [optimizer.targets.get(p) for p in self.params]
         copies = [optimizer.copies.get(p) for p in self.params]
-        self.others = [*self.params, *(t for t in (*targets, *copies) if t is not None)]
-        values = [value for state in self.states for value in state.values()]
-        self.plain = all(
-            isinstance(t, Tensor) and local(t) is t for t in (*self.others, *values, *grads)
-        )
+        # views show what a dictionary holds at any time
+        self.views = [state.values() for state in self.states]
+        self.values = [*chain.from_iterable(self.views), _END]
+        largest = max(range(len(shards)), key=lambda n: shards[n].numel())
+        some = [t for t in self.views[largest] if isinstance(t, Tensor)]
+        self.watched = [*self.params, *(t for t in (*targets, *copies) if t is not None), *some]
+        self.plain = all(local(t) is t for t in (*self.watched, *grads))
         self.pointers = self._addresses()
         self.grad_dtypes = [grad.dtype for grad in grads]
-        self.strides = [local(grad).stride() for grad in grads]
+        self.contiguous = all(p.is_contiguous() for p in shards)
+        self.strides = [p.stride() for p in shards]
         self.grad_pointers: list[int] = []
         columns: list[list[Any]] = [
             *([state[key] for state in self.states] for key in ("exp_avg", "exp_avg_sq", "step")),
@@ -177,39 +223,42 @@ class Plan:
             part = [[tensors[n] for n in numbers] for tensors in lists]
             self.parts.append(Part(numbers, part_groups, part, dtype, op))
 
-    def _addresses(self) -> list[int]:
-        if self.plain:
-            return addresses(chain(self.others, *map(dict.values, self.states)))
-        values = [value for state in self.states for value in state.values()]
-        tensors = [t for t in (*self.others, *values) if isinstance(t, Tensor)]
-        return addresses(map(local, tensors))
+    @property
+    def captured(self) -> bool:
+        """True if a CUDA graph will launch from these tables again."""
+        return any(part.launches and part.captured for part in self.parts)
 
-    def fits(self, optimizer: Any, grads: list[Tensor]) -> bool:
+    def _addresses(self) -> list[int]:
+        return addresses(self.watched if self.plain else map(local, self.watched))
+
+    def fits(self, optimizer: Any, params: list[Tensor], grads: list[Tensor]) -> bool:
         """True if all tensors but the gradients still are where they were."""
-        groups, entries = optimizer.param_groups, optimizer.state.values()
-        if self.lengths != [len(group["params"]) for group in groups]:
+        entries = optimizer.state.values()
+        if self.lengths != [len(group["params"]) for group in optimizer.param_groups]:
             return False
-        if not all(map(is_, chain.from_iterable(g["params"] for g in groups), self.all)):
+        # not by ==, which compares values
+        if not all(map(is_, params, self.all)):
             return False
         if len(entries) != len(self.entries) or not all(map(is_, entries, self.entries)):
             return False
-        try:
-            same = self._addresses() == self.pointers
-        except TypeError:  # a state holds something that is no tensor
+        if not all(map(is_, chain(chain.from_iterable(self.views), (_END,)), self.values)):
             return False
-        return same and [grad.dtype for grad in grads] == self.grad_dtypes
+        return self._addresses() == self.pointers and list(map(_dtype, grads)) == self.grad_dtypes
 
     def update(self, optimizer: Any, grads: list[Tensor]) -> None:
         if not self.plain:
             grads = list(map(local, grads))
-        where = addresses(grads)
-        if where != self.grad_pointers:
+        # in every step: memory that was freed may come back at the same address for others
+        if not (self.contiguous and all(map(Tensor.is_contiguous, grads))):
             strides = list(map(Tensor.stride, grads))
             if strides != self.strides:
                 check_list("gradients", grads, [local(p) for p in self.params], FLOATS)
-            self.grad_pointers, self.strides = where, strides
+        where = addresses(grads)
+        if where != self.grad_pointers:
+            self.grad_pointers = where
             for part in self.parts:
-                part.point_to(where)
+                alone = len(self.parts) == 1
+                part.point_to(where if alone else [where[n] for n in part.numbers])
         flags = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
         for part in self.parts:
             mine = grads if len(self.parts) == 1 else [grads[n] for n in part.numbers]

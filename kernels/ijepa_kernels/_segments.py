@@ -21,6 +21,8 @@ side and one sort serves both sums. Elsewhere N = 1 and key(row) = row.
 Shape letters: R picked rows, N rows of the table, D width.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -47,6 +49,7 @@ TILE = 4096  # elements of a program, 4 warps: up to 128 bytes a thread in fligh
 KEYS = 256  # positions of a program that touches indices only
 
 
+@functools.cache
 def columns_of_tile(width: int) -> int:
     """Columns of a tile: 256, or fewer if that leaves none of them idle."""
     even = width & -width  # largest power of 2 that divides the width
@@ -221,7 +224,7 @@ def take_rows(
     if picked:
         block_d = columns_of_tile(width)
         block_r = TILE // block_d
-        _take_rows_kernel[(triton.cdiv(picked, block_r) * triton.cdiv(width, block_d),)](
+        _take_rows_kernel[(-(-picked // block_r) * -(-width // block_d),)](
             x.contiguous(),
             index.contiguous(),
             x if table is None else table.contiguous(),
@@ -257,7 +260,7 @@ def inverse_or_segments(
     else:
         out = torch.empty((picked,), dtype=torch.int32, device=index.device)
     if picked:
-        _keys_kernel[(triton.cdiv(picked, KEYS),)](
+        _keys_kernel[(-(-picked // KEYS),)](
             index.contiguous(),
             out,
             picked,
@@ -306,7 +309,7 @@ def sum_segments(
     block_d = columns_of_tile(width)
     # a patch is named by dozens of rows and worth a program; a row by few, if any
     block_o, block_r = (1, TILE // block_d) if by_patch else (TILE // block_d, 1)
-    _sum_segments_kernel[(triton.cdiv(outputs, block_o) * triton.cdiv(width, block_d),)](
+    _sum_segments_kernel[(-(-outputs // block_o) * -(-width // block_d),)](
         x,
         listed,
         listed if starts is None else starts,

@@ -322,12 +322,12 @@ def _bwd_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, x, weight, *_ = inputs
+    _, x, weight, bias, *_ = inputs
     summed, _, statistics = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(statistics)
     ctx.save_for_backward(summed, weight, statistics)
-    ctx.x_dtype = x.dtype
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
 
 
 def _backward(
@@ -342,7 +342,16 @@ def _backward(
     )
     if ctx.x_dtype == summed.dtype:
         grad_x = grad_residual
-    return grad_residual, grad_x, *grad_affine.to(weight.dtype), None, None
+    # one cast for both where it can be
+    grad_weight, grad_bias = grad_affine.to(torch.promote_types(weight.dtype, ctx.bias_dtype))
+    return (
+        grad_residual,
+        grad_x,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(ctx.bias_dtype),
+        None,
+        None,
+    )
 
 
 _bwd_op = define(
@@ -393,6 +402,9 @@ def add_layer_norm(
     """
     check_dtype("residual", residual)
     check_dtype("x", x)
+    check_dtype("weight", weight)
+    check_dtype("bias", bias)
+    check_dtype("out_dtype", x, dtype=out_dtype)
     if residual.ndim == 0 or residual.shape[-1] == 0:
         raise ValueError(f"residual must have shape (..., D), got {tuple(residual.shape)}")
     check_shape("x", x, residual.shape, residual)

@@ -3,16 +3,15 @@
     t = target[index];  t = (t - mean(t)) / sqrt(var(t) + eps)
     loss = sum(weight * distance(prediction - t)) / count
 
-Fused: the gather, the LayerNorm without affine (float32; mean, then variance of the centred row,
-from registers), the distance, its sum and its gradient. Neither the gathered nor the normalised
-rows are ever in memory.
+Fused: the gather, the LayerNorm without affine (float32; mean, then variance of the centred row),
+the distance, its sum and its gradient. Gathered and normalised rows live in registers only.
 
-The forward pass writes the gradient for an upstream gradient of 1, which is what `loss.backward()`
-starts with, and the backward pass hands that tensor over: a kernel reads the upstream gradient on
-the device and leaves at once if it is 1. If it is not, or in a second pass through a retained
-graph, the gradient is computed anew: scaling the stored one would round twice, and in float16 it
-has underflowed by then. So for float16, whose losses are always scaled, and under torch.compile,
-which would copy what its backward pass writes to, the forward pass writes no gradient.
+The forward pass writes the gradient for an upstream gradient of 1, with which `loss.backward()`
+starts, and the backward pass hands that tensor over: a kernel reads the upstream gradient on the
+device and leaves at once if it is 1. If it is not, or in a second pass through a retained graph,
+the gradient is computed anew: scaling the stored one would round twice, and in float16 it has
+underflowed by then. So the forward pass writes none for float16, whose losses are always scaled,
+and under torch.compile, which would copy what its backward pass writes to.
 
 Bytes per element with bfloat16 prediction and target: 2 + 2 read, 2 written = 6, both passes
 together; 10 where the backward pass computes the gradient, 12 where it turns out that it must.
@@ -84,14 +83,12 @@ def latent_loss_bytes(
 
 # --- launch table --------------------------------------------------------------------------------
 
-# 8 on each processor of an H100; each keeps one partial sum of the loss
-MAX_PROGRAMS = 1056
+MAX_PROGRAMS = 1056  # 8 on each processor of an H100; each keeps one partial sum of the loss
 
 
 def _tile(width: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and warps, for rows of this width."""
-    # not triton.next_power_of_2 nor cdiv: 2 us of the host's time a call
-    columns = 1 << (width - 1).bit_length()
+    columns = 1 << (width - 1).bit_length()  # triton's next_power_of_2 takes the host 2 us
     rows = max(1, 1024 // columns)
     return rows, columns, min(16, max(4, rows * columns // 512))
 
@@ -194,6 +191,11 @@ def _latent_loss_fwd_bwd_kernel(
 # --- launchers -----------------------------------------------------------------------------------
 
 
+def _scale(prediction: Tensor, scale: float | None) -> float:
+    """None: the mean's. A compiled graph would hold it as a number, one graph for each R."""
+    return 1.0 / (prediction.numel() or math.nan) if scale is None else scale
+
+
 def _launch(
     grad_loss: Tensor | None, gradient: Tensor | None, unless_one: bool, *inputs: Any
 ) -> Tensor:
@@ -219,7 +221,7 @@ def _launch(
         rows,
         target_count,
         -(-tiles // programs) * block_r,
-        scale,
+        _scale(prediction, scale),
         beta,
         1.0 / beta,
         eps,
@@ -268,10 +270,10 @@ def _bwd_cpu(grad_loss: Tensor, prediction: Tensor, *options: Any) -> Tensor:
     rows = F.layer_norm(rows, width, eps=eps) if normalize else rows
     difference = prediction.reshape(-1, *width).to(dtype) - rows
     slope = 2 * difference if square else (difference / beta).clamp(-1, 1)
-    factor = grad_loss.to(dtype) * scale
+    factor = grad_loss.to(dtype) * _scale(prediction, scale)
     factor = factor if count is None else factor / count.to(dtype)
     factor = factor if weight is None else factor * weight.to(dtype)[:, None]
-    return (slope * factor).to(prediction.dtype).view(prediction.shape)
+    return (slope * factor).to(prediction.dtype).contiguous().view(prediction.shape)
 
 
 def _fwd_cpu(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -281,7 +283,7 @@ def _fwd_cpu(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     named: dict[str, Any] = dict(zip(("beta", "normalize", "eps"), numbers, strict=True))
     kind: Kind = "l2" if square else "smooth_l1"
     loss = latent_loss_ref(prediction, target, index, kind=kind, weight=weight, count=1, **named)
-    loss = loss * (scale if count is None else scale / count.to(loss.dtype))
+    loss = loss * _scale(prediction, scale) / (1 if count is None else count.to(loss.dtype))
     one = torch.ones_like(loss)
     return loss, _bwd_cpu(one, prediction, *options) if with_gradient else prediction.new_empty(0)
 
@@ -321,7 +323,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | Non
 
 
 _INPUTS = (
-    "Tensor prediction, Tensor target, Tensor index, Tensor? weight, Tensor? count, float scale, "
+    "Tensor prediction, Tensor target, Tensor index, Tensor? weight, Tensor? count, float? scale, "
     "bool square, float beta, bool normalize, float eps"
 )
 _bwd_op = define(
@@ -419,32 +421,30 @@ def latent_loss(
     check_dtype("target", target)
     if prediction.ndim == 0 or prediction.shape[-1] == 0:
         raise ValueError(f"prediction must have shape (..., D), got {tuple(prediction.shape)}")
-    width = prediction.shape[-1]
+    width, rows = prediction.shape[-1], prediction.numel() // prediction.shape[-1]
     if target.ndim not in (2, 3) or target.shape[-1] != width:
         raise ValueError(
             f"target must be (S, {width}) or (B, N, {width}), got {tuple(target.shape)}"
         )
     check_shape("target", target, target.shape, prediction)
-    rows = prediction.numel() // width
     check_index("index", index, prediction)
     check_shape("index", index, (rows,), prediction)
     if weight is not None:
         check_dtype("weight", weight)
         check_shape("weight", weight, (rows,), prediction)
-    divisor, scale = None, math.nan
+    compiling, scale = torch.compiler.is_compiling(), None if count is None else 1.0
     if isinstance(count, Tensor):
         check_shape("count", count, (), prediction)
-        divisor, scale = count, 1.0
     elif count is not None:
         if not count > 0:
             raise ValueError(f"count must be positive, got {count}")
-        scale = 1.0 / count
-    elif rows:
-        scale = 1.0 / (rows * width)
-    for name, tensor in (("target", target), ("weight", weight), ("count", divisor)):
+        scale = 1.0 if compiling else 1.0 / count
+        # a number would be a constant of the compiled graph, unless it multiplies a tensor
+        count = prediction.new_ones((), dtype=torch.float64) * count if compiling else None
+    for name, tensor in (("target", target), ("weight", weight), ("count", count)):
         if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient, it gets none: detach it")
-    late = prediction.dtype == torch.float16 or torch.compiler.is_compiling()
+    late = prediction.dtype == torch.float16 or compiling
     with_gradient = torch.is_grad_enabled() and prediction.requires_grad and not late
     numbers = (scale, kind == "l2", beta, normalize, eps)
-    return _fwd_op(prediction, target, index, weight, divisor, *numbers, with_gradient)[0]
+    return _fwd_op(prediction, target, index, weight, count, *numbers, with_gradient)[0]

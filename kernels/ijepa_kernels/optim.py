@@ -1,13 +1,17 @@
 """Averages of weights, and the optimiser that keeps them, as classes.
 
 Both keep tables of addresses between steps and launch without torch's dispatcher, which costs
-0.8 us a tensor. Before every launch the addresses of all tensors are read and compared: weights,
-moments and averages that were moved, replaced or loaded meanwhile are found, and memory in a table
-is held until then. Gradients may be elsewhere in every step; theirs is a table of its own.
+0.8 us a tensor. Before every launch the addresses of weights and averages are read and compared,
+and moments must be the same tensors: what was moved, replaced or loaded meanwhile is found, and
+memory in a table is held until then. Not found is `.data` of single moments set to other memory.
+Gradients may be elsewhere in every step; theirs is a table of its own. Tables that a CUDA graph
+captured are kept.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -85,6 +89,8 @@ class EMA(nn.Module):
         if copy_dtype is not None:
             self.__dict__["copy"] = copy.deepcopy(self.module).to(copy_dtype)
         self._link: Link | None = None
+        # links that CUDA graphs captured
+        self._captured: list[Link] = []
         self.register_load_state_dict_post_hook(_after_load)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,6 +132,8 @@ class EMA(nn.Module):
 
     def _linked(self, model: nn.Module) -> Link:
         if self._link is None or not self._link.fits(model):
+            if self._link is not None and self._link.captured:
+                self._captured.append(self._link)
             self._link = None
             self._link = Link(self.module, self.copy, model, ema_update)
         return self._link
@@ -138,7 +146,7 @@ class EMA(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # addresses mean nothing in a copy
-        return {**self.__dict__, "_link": None}
+        return {**self.__dict__, "_link": None, "_captured": []}
 
 
 def _pairs(source: Any, target: Any) -> list[tuple[Tensor, Tensor]]:
@@ -212,6 +220,8 @@ class AdamWEMA(torch.optim.Optimizer):
         self.targets: dict[Tensor, Tensor] = {}
         self.copies: dict[Tensor, Tensor] = {}
         self._plans: dict[tuple[bool, ...], Plan] = {}
+        # plans that CUDA graphs captured
+        self._captured: list[Plan] = []
         self._step_supports_amp_scaling = True
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         options_of({**defaults, "momentum": momentum}, torch.device("cpu"))
@@ -262,6 +272,10 @@ class AdamWEMA(torch.optim.Optimizer):
             check_list([f"{name}[{number}]"], [local(tensor)], [local(p)], dtypes)
             taken.add(tensor)
         known.update(pairs)
+        self._drop_plans()
+
+    def _drop_plans(self) -> None:
+        self._captured += [plan for plan in self._plans.values() if plan.captured]
         self._plans.clear()
 
     @torch.no_grad()
@@ -297,24 +311,24 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = [p.grad for group in self.param_groups for p in group["params"]]
-        active = [grad is not None for grad in found]
-        grads = found if all(active) else [grad for grad in found if grad is not None]
+        params = list(chain.from_iterable(map(itemgetter("params"), self.param_groups)))
+        found = [p.grad for p in params]
+        active = tuple([grad is not None for grad in found])
+        grads = found if all(active) else list(compress(found, active))
         if not grads:
             return loss
-        key = tuple(active)
-        plan = self._plans.get(key)
-        if plan is None or not plan.fits(self, grads):
+        plan = self._plans.get(active)
+        if plan is None or not plan.fits(self, params, grads):
             # none that is out of date holds memory
             if plan is not None or len(self._plans) >= _PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = Plan(self, active, grads, adamw_ema)
+                self._drop_plans()
+            plan = self._plans[active] = Plan(self, params, active, grads, adamw_ema)
         plan.update(self, grads)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch."""
-        self._plans.clear()
+        self._drop_plans()
         super().add_param_group(param_group)
         _check_flags(self.param_groups[-1])
 
@@ -326,7 +340,6 @@ class AdamWEMA(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             _check_flags(group)
         super().load_state_dict(state_dict)
-        self._plans.clear()
         for p, state in self.state.items():
             step = torch.as_tensor(state["step"], dtype=torch.float32)
             state["step"] = step.to(p.device, copy=True)
@@ -341,7 +354,10 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        # of an optimizer that is being made of a pickle there are none yet
+        self._plans = getattr(self, "_plans", {})
+        self._captured = getattr(self, "_captured", [])
+        self._drop_plans()
         self._step_supports_amp_scaling = True
         for group in self.param_groups:
             for name, value in self.defaults.items():

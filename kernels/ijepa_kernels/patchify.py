@@ -32,7 +32,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import (
-    FLOATS,
     check_dtype,
     check_index,
     check_range,
@@ -377,9 +376,9 @@ def patchify(
     check_dtype("images", images, also=(torch.uint8,))
     if images.ndim != 4:
         raise ValueError(f"images must have 4 dimensions, got {tuple(images.shape)}")
-    ph, pw = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
-    if ph < 1 or pw < 1:
-        raise ValueError(f"patch_size must be positive, got {patch_size}")
+    ph, pw = sides = patch_size if isinstance(patch_size, tuple) else (patch_size, patch_size)
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"patch_size must be positive whole numbers, got {patch_size}")
     images = _channels_first(images, layout)
     batch, channels, height, width = images.shape
     if not (channels and height and width) or height % ph or width % pw:
@@ -402,8 +401,7 @@ def patchify(
             raise ValueError(f"{name} must not require a gradient: patchify has none, detach it")
     if out_dtype is None:
         out_dtype = images.dtype if images.is_floating_point() else torch.float32
-    if out_dtype not in FLOATS and (out_dtype != torch.float64 or images.is_cuda):
-        raise ValueError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+    check_dtype("out_dtype", images, dtype=out_dtype)
     return _op(images, index, mean, std, ph, pw, out_dtype)
 
 

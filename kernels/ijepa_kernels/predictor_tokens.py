@@ -417,6 +417,7 @@ def predictor_tokens(
     check_dtype("context", context)
     check_dtype("mask_token", mask_token)
     check_dtype("pos_table", pos_table)
+    check_dtype("out_dtype", context, dtype=out_dtype)
     if context.ndim != 2 or context.shape[1] == 0:
         raise ValueError(f"context must have shape (R, P), got {tuple(context.shape)}")
     rows, width = context.shape

@@ -165,14 +165,14 @@ def _scatter_tokens_bwd(
     inverse, _ = inverse_or_segments(index, size, rows, 1, inverse=True)
     block_d = columns_of_tile(width)
     block_r = TILE // block_d
-    programs = max(1, min(MAX_FILL_PROGRAMS, triton.cdiv(rows, block_r)))
+    programs = max(1, min(MAX_FILL_PROGRAMS, -(-rows // block_r)))
     partial = grad.new_empty((programs, width), dtype=torch.float32)
-    _scatter_tokens_bwd_kernel[(triton.cdiv(width, block_d), programs)](
+    _scatter_tokens_bwd_kernel[(-(-width // block_d), programs)](
         grad,
         inverse,
         partial,
         rows,
-        triton.cdiv(rows, programs),
+        -(-rows // programs),
         D=width,
         BLOCK_R=block_r,
         BLOCK_D=block_d,

@@ -2,6 +2,7 @@
 TRITON_INTERPRET=1), and CUDA.
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,13 +11,19 @@ import triton
 from hypothesis import HealthCheck, settings
 
 from ijepa_kernels.testing import launch_on_cpu, nan_filled
+from tests.ops.checked_memory import checked_memory
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LANE = "interpreter" if INTERPRETED else "cuda" if torch.cuda.is_available() else "cpu"
 
+if LANE == "cuda":
+    # or a matrix product warns that it is not deterministic, and warnings are errors
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 settings.register_profile(
     "ops",
-    max_examples=100,
+    # on a GPU a new width is a new kernel to compile
+    max_examples=100 if LANE != "cuda" else 15,
     deadline=None,
     derandomize=True,
     database=None,
@@ -42,11 +49,14 @@ def kernels() -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _lane() -> Iterator[None]:
-    """Fresh memory is NaN; under the interpreter CPU tensors reach the Triton kernels."""
+def _lane(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fresh memory is NaN; under the interpreter CPU tensors reach the Triton kernels, whose
+    accesses are checked.
+    """
     with nan_filled():
         if INTERPRETED:
-            with launch_on_cpu():
+            order = request.node.get_closest_marker("any_order") is None
+            with launch_on_cpu(), checked_memory(order=order):
                 yield
         else:
             yield

@@ -132,6 +132,17 @@ def test_either_output_alone_may_be_used(device):
         assert torch.equal(grad, zeros[name]), name
 
 
+def test_gradients_of_mixed_affine_dtypes(device):
+    """Each in its own dtype, rounded once."""
+    residual, x, weight, bias, _, grad_normed = _inputs((50, 16), (F32, F32, F32), device)
+    bias.requires_grad_()
+    exact, mixed = (
+        torch.autograd.grad(add_layer_norm(residual, x, w, bias)[1], bias, grad_normed)[0]
+        for w in (weight, weight.bfloat16())
+    )
+    assert torch.equal(exact, mixed)
+
+
 def test_nan_stays_in_its_row(device):
     inputs = _inputs((5, 96), (F32,) * 3, device)
     clean = _run(add_layer_norm, inputs, F32)
@@ -187,6 +198,9 @@ def test_gradcheck():
         ({"residual": torch.zeros(3, 0)}, r"residual must have shape \(..., D\), got \(3, 0\)"),
         ({"eps": -1.0}, "eps must not be negative, got -1.0"),
         ({"eps": float("nan")}, "eps must not be negative, got nan"),
+        ({"weight": torch.zeros(4).int()}, "weight must be float32.*got torch.int32"),
+        ({"bias": torch.zeros(4).bool()}, "bias must be float32.*got torch.bool"),
+        ({"out_dtype": torch.int32}, "out_dtype must be float32.*got torch.int32"),
         ({"bias": torch.zeros(4, device="meta")}, "bias must be on cpu, got meta"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ijepa_kernels import add_layer_norm, gather_tokens, latent_loss
 from ijepa_kernels._checks import check_range, debug_checks, debugging
 
 
@@ -37,3 +38,15 @@ def test_debug_checks_nest_and_end_with_errors():
     with pytest.raises(RuntimeError, match="within"):
         fail()
     assert not debugging()
+
+
+def test_what_is_no_tensor_is_named():
+    x, index = torch.zeros(3, 4), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="index must be a tensor, got list"):
+        gather_tokens(x, [0, 1])
+    with pytest.raises(ValueError, match="x must be a tensor, got list"):
+        gather_tokens([0.0], index)
+    with pytest.raises(ValueError, match="weight must be a tensor, got NoneType"):
+        add_layer_norm(x, x, None, None)
+    with pytest.raises(ValueError, match="prediction must be a tensor, got float"):
+        latent_loss(1.0, x, index)

@@ -279,6 +279,7 @@ def test_target_of_another_size_of_grid(device):
         predictor_tokens(*inputs[:-1])
 
 
+@pytest.mark.any_order
 @pytest.mark.parametrize(
     "wrong", [[1, 2, 5], [0, 2, 4], [0, 6, 5], [0, -3, 5], [0, 2**31 - 1, -(2**31)], [9, 9, 9]]
 )
@@ -344,6 +345,7 @@ def test_fixed_table(device):
         ({"lengths": torch.zeros(0).int()}, "lengths must be cumulative"),
         ({"lengths": torch.zeros(3)}, "lengths must be int32 or int64, got torch.float32"),
         ({"mask_token": torch.zeros(4, device="meta")}, "mask_token must be on cpu, got meta"),
+        ({"out_dtype": torch.int32}, "out_dtype must be float32.*got torch.int32"),
     ],
 )
 def test_bad_input(change, message):
