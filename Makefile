@@ -17,7 +17,7 @@ demo: venv
 	$(IN_VENV) -m ijepa_fast.train --preset demo
 
 test: venv
-	$(IN_VENV) -m pytest -q --durations=8
+	$(IN_VENV) -m pytest -q -n 2 --benchmark-disable --durations=8
 
 lint: venv
 	$(VENV)/bin/ruff check .
@@ -40,8 +40,9 @@ static-accept: venv
 	$(IN_VENV) -m benchmarks.static --accept
 
 # parts ops, sanitize, step, tune; on a CUDA machine, with its own Python: make gpu-check PART=ops OUT=dir PYTHON=python3
+# ARGS goes on to the part, e.g. PART=tune ARGS='--op latent_loss'
 gpu-check:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

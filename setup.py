@@ -28,6 +28,7 @@ EXTRAS = {
     "test": [
         "pytest>=8.3",
         "pytest-benchmark>=5.1",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "scikit-image>=0.25",
         "mypy>=1.14",

@@ -84,6 +84,8 @@ if __name__ == "__main__":
     parser.add_argument("--ours", action="store_true", help="with ijepa_kernels")
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be positive, got {args.steps}")
     losses, accuracy, _ = train(
         args.steps, args.ours, "cuda" if torch.cuda.is_available() else "cpu"
     )

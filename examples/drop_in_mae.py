@@ -118,6 +118,8 @@ if __name__ == "__main__":
     parser.add_argument("--ours", action="store_true", help="with ijepa_kernels")
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be positive, got {args.steps}")
     result = train(args.steps, args.ours, "cuda" if torch.cuda.is_available() else "cpu")
     for step in range(0, args.steps, max(1, args.steps // 10)):
         print(f"step {step + 1:4d}  loss {result[step]:.6f}")

@@ -81,7 +81,9 @@ class _Wrong(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "ours", [lambda x: x * x * 1.01, _Wrong.apply, lambda x: x * float("nan")], ids=str
+    "ours",
+    [lambda x: x * x * 1.01, _Wrong.apply, lambda x: x * float("nan")],
+    ids=["one percent", "gradient", "nan"],
 )
 def test_nothing_wrong_is_timed(ours):
     with pytest.raises(
