@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["LAUNCHERS", "ON_CPU", "define"]
 
@@ -83,6 +84,11 @@ def define(
     )
 
     def with_autograd(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(
+            isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+            for arg in args
+        ):
+            raise RuntimeError(f"ijepa_kernels::{name} has no forward-mode derivative")
         if torch.is_grad_enabled() and any(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):

@@ -409,7 +409,7 @@ def predictor_tokens(
         Tokens (M * (R + S * T), P), sequences ordered [target block, context block, image], each
         its context rows, then its T targets; and int32 (M * S + 1,), their cumulative lengths.
         Differentiable, once, in context and mask_token. On CUDA outside `debug_checks`, lengths
-        that do not rise from 0 to R give unspecified rows, but no access outside the tensors.
+        that do not rise from 0 to R give unspecified rows and gradients, but no bad access.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or pos_table requires a gradient.

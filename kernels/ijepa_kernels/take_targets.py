@@ -243,7 +243,8 @@ def take_targets(tokens: Tensor, lengths: Tensor, target_length: int) -> Tensor:
         rows is zero.
 
         On CUDA and outside `debug_checks`, a sequence shorter than T gives NaN rows, and lengths
-        that do not rise from 0 to R unspecified ones, without an access outside the tensors.
+        that do not rise from 0 to R unspecified ones and gradients, without an access outside the
+        tensors.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.

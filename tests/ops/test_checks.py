@@ -50,3 +50,15 @@ def test_what_is_no_tensor_is_named():
         add_layer_norm(x, x, None, None)
     with pytest.raises(ValueError, match="prediction must be a tensor, got float"):
         latent_loss(1.0, x, index)
+
+
+def test_forward_mode_is_refused():
+    """torch's own registration would give tangents of zero."""
+    x, index = torch.randn(3, 4), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="gather_tokens has no forward-mode derivative"):
+        torch.func.jvp(lambda x: gather_tokens(x, index), (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="add_layer_norm has no forward-mode derivative"):
+            add_layer_norm(dual, x, x[0], x[0])
+        assert torch.equal(gather_tokens(x, index), x[:1].expand(2, -1))
