@@ -1,4 +1,4 @@
-"""Triton kernels for masked latent prediction, as differentiable torch ops; see kernels/README.md.
+"""Triton kernels for masked latent prediction, as torch ops; see kernels/README.md.
 
 CUDA tensors run Triton, CPU tensors run plain torch, under the same names.
 """

@@ -219,7 +219,10 @@ def _check_in_place(targets, sources):
 def test_empty_lists(device):
     ema_update_([], [], 0.5)
     ema_update_([], [], 0.5, copies=[])
-    ema_update_([torch.empty(0, device=device)], [torch.empty(0, device=device)], 0.5)
+    empty, one = torch.empty(0, device=device), torch.ones(1, device=device)
+    ema_update_([empty, one], [empty.clone(), torch.zeros(1, device=device)], 0.5)
+    assert empty.shape == (0,)
+    assert one.item() == 0.5
 
 
 def test_parameters_and_their_versions(device):

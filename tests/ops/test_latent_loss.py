@@ -592,8 +592,11 @@ def test_bad_input(change, message):
 
 def test_target_of_a_trained_encoder_is_welcome_without_grad_mode(device):
     prediction, target, index = _inputs(3, 16, (F32, F32), device)
+    expected = latent_loss(prediction, target, index)
     with torch.no_grad():
-        latent_loss(prediction, target.requires_grad_(), index)
+        loss = latent_loss(prediction, target.requires_grad_(), index)
+    assert torch.equal(loss, expected)
+    assert not loss.requires_grad
 
 
 def test_bytes():
