@@ -16,27 +16,31 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from ijepa_fast.reference import ReferenceStep
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
     "State",
+    "Training",
+    "capture",
     "checkpoint_folders",
+    "gather",
     "load_latest",
     "read",
+    "restore",
     "rotate",
     "write",
 ]
 
 FORMAT_VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIX = "step-"
 # a copy that somebody made (step-00000100.bak) is not one of ours
 _NAME = re.compile(rf"{PREFIX}\d{{8,}}")
@@ -64,12 +68,44 @@ class State:
     meta: Mapping[str, Any]
 
 
-def capture(training: ReferenceStep, *, step: int, meta: Mapping[str, Any]) -> State:
-    """Copies a run's state to the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name, module in _networks(training).items():
-        tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+class Training(Protocol):
+    """What a checkpoint is taken of: `ReferenceStep` or `FastStep`."""
+
+    device: torch.device
+    skipped: Tensor
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The context encoder."""
+
+    @property
+    def predictor(self) -> nn.Module:
+        """The predictor."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """With the moments of both."""
+
+    def masters(self) -> dict[str, Tensor]:
+        """Float32 weights and tables of all networks; DTensors where sharded."""
+
+    def round(self) -> None:
+        """Follows a change of the masters."""
+
+
+def capture(
+    training: Training, *, step: int, meta: Mapping[str, Any], keep: bool = True
+) -> State | None:
+    """Copies a run's state to the CPU. Where weights are sharded, all ranks must call it.
+
+    Args:
+        training: networks and optimiser.
+        step: optimiser steps done.
+        meta: plain JSON values.
+        keep: whether this rank wants the state; the others only take part.
+    """
     adam_step = 0
+    tensors = training.masters()
     for key, parameter in _trained(training).items():
         state = training.optimizer.state.get(parameter)
         if state:
@@ -79,51 +115,72 @@ def capture(training: ReferenceStep, *, step: int, meta: Mapping[str, Any]) -> S
             tensors[f"exp_avg_sq.{key}"] = state["exp_avg_sq"]
         else:  # before the first update
             tensors[f"exp_avg.{key}"] = tensors[f"exp_avg_sq.{key}"] = torch.zeros_like(parameter)
-    copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-    return State(tensors=copies, step=step, adam_step=adam_step, meta=meta)
+    copies = gather(tensors, keep=keep)
+    return State(tensors=copies, step=step, adam_step=adam_step, meta=meta) if keep else None
 
 
-def restore(training: ReferenceStep, state: State) -> None:
-    """Puts a captured state back.
+def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Whole copies on the CPU. Where tensors are sharded, all ranks must call it.
+
+    Args:
+        tensors: of the same names on every rank.
+        keep: whether this rank wants them; the result is empty on the others.
+    """
+    copies = {}
+    for key, tensor in tensors.items():
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if keep:
+            copies[key] = whole.to("cpu", copy=True).contiguous()
+    return copies
+
+
+@torch.no_grad()
+def restore(training: Training, state: State) -> None:
+    """Puts a captured state back, each rank its part.
 
     Raises:
         CheckpointError: names or shapes differ from the networks'.
     """
-    for name, module in _networks(training).items():
-        part = {
-            k.removeprefix(f"{name}."): v
-            for k, v in state.tensors.items()
-            if k.startswith(f"{name}.")
-        }
-        try:
-            module.load_state_dict(part)
-        except RuntimeError as error:
-            raise CheckpointError(f"{name} does not fit the configuration: {error}") from None
-    for key, parameter in _trained(training).items():
-        for name in (f"exp_avg.{key}", f"exp_avg_sq.{key}"):
-            if name not in state.tensors or state.tensors[name].shape != parameter.shape:
-                raise CheckpointError(f"{name} does not fit the configuration, or is missing")
-        training.optimizer.state[parameter] = {
-            "step": torch.tensor(float(state.adam_step), device=parameter.device),
-            "exp_avg": state.tensors[f"exp_avg.{key}"].to(parameter.device, copy=True),
-            "exp_avg_sq": state.tensors[f"exp_avg_sq.{key}"].to(parameter.device, copy=True),
-        }
+    masters = training.masters()
+    trained = _trained(training)
+    wanted = {key: tuple(tensor.shape) for key, tensor in masters.items()}
+    for key, parameter in trained.items():
+        wanted |= {f"{moment}.{key}": tuple(parameter.shape) for moment in MOMENTS}
+    given = {key: tuple(tensor.shape) for key, tensor in state.tensors.items()}
+    for key in sorted(wanted.keys() | given.keys()):
+        if wanted.get(key) != given.get(key):
+            name, _, rest = key.partition(".")
+            raise CheckpointError(
+                f"{name} does not fit the configuration: {rest} must be "
+                f"{wanted.get(key, 'absent')}, got {given.get(key, 'none')}"
+            )
+    for key, tensor in masters.items():
+        tensor.copy_(_part(state.tensors[key], tensor))
+    for key, parameter in trained.items():
+        own = training.optimizer.state[parameter]
+        own["step"] = torch.tensor(float(state.adam_step), device=parameter.device)
+        for moment in MOMENTS:
+            own[moment] = _part(state.tensors[f"{moment}.{key}"], parameter)
+    training.round()
     training.skipped = torch.tensor([0, 0, state.step - state.adam_step], device=training.device)
 
 
-def _networks(training: ReferenceStep) -> dict[str, torch.nn.Module]:
-    return {
-        "encoder": training.encoder,
-        "predictor": training.predictor,
-        "target_encoder": training.target_encoder,
-    }
+def _part(whole: Tensor, like: Tensor) -> Tensor:
+    """A new tensor like another one, sharded as it is, of a whole one that every rank has."""
+    whole = whole.to(like.device, copy=True)
+    if not isinstance(like, DTensor):
+        return whole
+    # every rank cuts its own part
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _trained(training: ReferenceStep) -> dict[str, torch.nn.Parameter]:
+def _trained(training: Training) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}": parameter
-        for name in ("encoder", "predictor")
-        for key, parameter in _networks(training)[name].named_parameters()
+        for name, network in (("encoder", training.encoder), ("predictor", training.predictor))
+        for key, parameter in network.named_parameters()
     }
 
 

@@ -249,6 +249,8 @@ class OptimConfig:
     """`bfloat16` autocasts matrix products; weights, moments, norms and loss stay float32 in
     both.
     """
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Residual stream of the fast path's networks; the published runs keep it in float32."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """How the three learning rates follow a changed batch.global."""
     lr_reference_batch: int = 2048
@@ -256,6 +258,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require_choices("optim.", self)
+        half = self.precision == "bfloat16" or self.residual == "float32"
+        rule = "float32 where optim.precision is float32"
+        _require(half, "optim.residual", rule, self.residual)
         _require(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
         for name in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "warmup"):
             value = getattr(self, name)
@@ -346,6 +351,24 @@ class Config:
     """Stop after so many steps, schedules unchanged."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` is CUDA where there is one."""
+    path: Literal["fast", "reference"] = "fast"
+    """`fast` trains with fused kernels on packed rows, `reference` in plain PyTorch; same
+    mathematics, and either resumes the other's checkpoints.
+    """
+    attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
+    """Back end of attention on the fast path; `auto` takes the first that runs here and says
+    which.
+    """
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the blocks of the fast path; `auto` does so on CUDA."""
+    memory: Literal["none", "selective", "full"] = "none"
+    """What the fast path recomputes in the backward pass: nothing, norms and GELUs, or whole
+    blocks.
+    """
+    shard: Literal["auto", "none", "full", "hybrid"] = "auto"
+    """Split weights and optimiser state over all ranks (`full`) or over those of a machine
+    (`hybrid`); `auto` is `full` with several ranks. The reference path never does.
+    """
     allow_changed_recipe: bool = False
     """Resume although the recipe differs from the one the run was started with."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -367,9 +390,24 @@ class Config:
         for side in self.data.crop_size:
             rule = f"a multiple of model.patch_size ({self.model.patch_size})"
             _require(side % self.model.patch_size == 0, "data.crop", rule, side)
+        if self.path == "reference":
+            self._check_reference()
         group = self.masks.truncation_group
         rule = f"divisible by masks.truncation_group ({group})"
         _require(self.batch.global_ % group == 0, "batch.global", rule, self.batch.global_)
+
+    def _check_reference(self) -> None:
+        """What is asked of the fast path alone must not be ignored in silence."""
+        for name, plain in (
+            ("attention", ("auto", "sdpa")),
+            ("compile", ("auto", "off")),
+            ("memory", ("none",)),
+            ("shard", ("auto", "none")),
+        ):
+            value = getattr(self, name)
+            _require(value in plain, name, f"{' or '.join(plain)} with path reference", value)
+        residual = self.optim.residual
+        _require(residual == "float32", "optim.residual", "float32 with path reference", residual)
 
     @property
     def grid(self) -> tuple[int, int]:

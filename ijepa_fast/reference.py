@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast.config import OptimConfig
-from ijepa_fast.distributed import all_reduce_sum_
+from ijepa_fast.distributed import all_reduce_max_, all_reduce_sum_
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_fast.schedules import StepValues
@@ -26,6 +26,7 @@ from ijepa_fast.schedules import StepValues
 __all__ = [
     "ReferenceStep",
     "ema_update_",
+    "feature_std",
     "latent_loss_sum",
     "latent_targets",
     "normalise",
@@ -140,6 +141,22 @@ def latent_loss_sum(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
     return losses[kind](prediction, target, reduction="sum")
 
 
+def feature_std(features: Tensor, masks: Masks) -> Tensor:
+    """Standard deviation of the target encoder's features over the rows that some target needs,
+    mean over channels: it goes to 0 when the representation collapses.
+
+    Args:
+        features: (B, N, D).
+        masks: target_index (B, M, T).
+    """
+    index = masks.target_index.flatten(1).long()
+    needed = features.new_zeros(features.shape[:2], dtype=torch.float32).scatter_(1, index, 1.0)
+    weight, rows = needed.flatten()[:, None], features.float().flatten(0, 1)
+    mean = (weight * rows).sum(dim=0) / weight.sum()
+    variance = (weight * (rows - mean).square()).sum(dim=0) / (weight.sum() - 1)
+    return variance.sqrt().mean()
+
+
 def parameter_groups(modules: Iterable[nn.Module]) -> list[dict[str, object]]:
     """AdamW's two groups: parameters with two or more dimensions decay (mask token included),
     norms and biases do not. The flag `decays` marks the group whose weight decay follows the
@@ -203,6 +220,13 @@ class ReferenceStep:
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         # steps skipped because a gradient was not finite: current run of them, longest, total
         self.skipped = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self._loss = torch.zeros((), device=self.device)
+
+    def prepare(self, masks: Masks) -> Masks:
+        """Masks as sampled, on the CPU, to what a step takes; does not wait for the device."""
+        if self.device.type == "cuda":
+            return masks.pin_memory().to(self.device, non_blocking=True)
+        return masks
 
     def forward(self, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
         """Both sides of the loss.
@@ -234,27 +258,28 @@ class ReferenceStep:
                 micro-steps; the loss is the mean over them.
 
         Returns:
-            This micro-step's share of the loss, and the standard deviation of the target encoder's
-            features over all rows, mean over channels (it goes to 0 when the representation
-            collapses): scalars on the device.
+            This micro-step's share of the loss, and `feature_std`: scalars on the device.
         """
         prediction, target, features = self.forward(images, masks)
         loss = latent_loss_sum(prediction, target, self.config.loss) / elements
         loss.backward()
-        return loss.detach(), features.float().flatten(0, 1).std(dim=0).mean()
+        self._loss = self._loss + loss.detach()
+        return loss.detach(), feature_std(features, masks)
 
     @torch.no_grad()
     def update(self, values: StepValues) -> None:
         """Reduces the gradients over ranks, then AdamW, then the EMA with the updated weights.
 
-        A step with a non-finite gradient changes neither weights, moments, Adam's step count nor
-        the target encoder; ``skipped`` counts it. Nothing is read back to the host.
+        A step with a non-finite loss or gradient, on any rank, changes neither weights, moments,
+        Adam's step count nor the target encoder; ``skipped`` counts it. Nothing is read back to
+        the host.
         """
         gradients = [p.grad for p in self.parameters]
         assert all(g is not None for g in gradients), "update() before accumulate()"
         all_reduce_sum_(gradients)
-        norms = torch.stack(torch._foreach_norm(gradients))
+        norms = torch.stack([*torch._foreach_norm(gradients), self._loss])
         bad = (~torch.isfinite(norms).all()).float()
+        all_reduce_max_(bad)
         for group in self.optimizer.param_groups:
             group["lr"] = values.lr
             group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
@@ -267,7 +292,26 @@ class ReferenceStep:
             take=(1.0 - values.momentum) * (1.0 - bad),
         )
         self.optimizer.zero_grad(set_to_none=True)
+        self._loss = torch.zeros_like(self._loss)
         current = (self.skipped[0] + 1) * bad.long()
         self.skipped = torch.stack(
             [current, torch.maximum(current, self.skipped[1]), self.skipped[2] + bad.long()]
         )
+
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 weights and tables of all three networks, by name."""
+        networks = {
+            "encoder": self.encoder,
+            "predictor": self.predictor,
+            "target_encoder": self.target_encoder,
+        }
+        return {
+            f"{name}.{key}": value
+            for name, network in networks.items()
+            for key, value in network.state_dict().items()
+        }
+
+    def round(self) -> None:
+        """Nothing to do after something else than `update` changed the masters: there are no
+        rounded weights.
+        """

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ijepa_fast import checkpoint, distributed, evaluate
 from ijepa_fast.cli import UsageError, as_dict
@@ -16,13 +17,15 @@ from ijepa_fast.data import Batch, Index, Quarantine, build_index
 from ijepa_fast.data.index import index_from_arrays, index_to_arrays
 from ijepa_fast.data.order import steps_per_epoch
 from ijepa_fast.data.shapes import write_shapes
+from ijepa_fast.fast import FastStep, wants_compile
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks
 from ijepa_fast.metrics import Journal, MetricsFile, Reporter
-from ijepa_fast.model import build_models
+from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.schedules import Schedules
+from ijepa_fast.sharding import make_mesh
 
 __all__ = ["Run", "load_index"]
 
@@ -42,6 +45,26 @@ def load_index(config: Config, ranks: distributed.Ranks) -> Index:
         ranks, lambda: index_to_arrays(build_index(root, min_side=config.model.patch_size))
     )
     return index_from_arrays(distributed.broadcast_arrays(arrays))
+
+
+def _training(
+    config: Config, ranks: distributed.Ranks, encoder: VisionTransformer, predictor: Predictor
+) -> ReferenceStep | FastStep:
+    """The step of the configured path."""
+    networks = encoder.to(ranks.device), predictor.to(ranks.device)
+    mean, std = config.data.mean, config.data.std
+    if config.path == "reference":
+        return ReferenceStep(*networks, config.optim, mean=mean, std=std)
+    return FastStep(
+        *networks,
+        config.optim,
+        mean=mean,
+        std=std,
+        attention=config.attention,
+        compiled=wants_compile(config.compile, ranks.device),
+        memory=config.memory,
+        mesh=make_mesh(config.shard, ranks.device, ranks.local_world),
+    )
 
 
 class Run:
@@ -78,13 +101,7 @@ class Run:
         self.end = min(self.schedules.run_steps, config.max_steps or self.schedules.run_steps)
         generator = torch_generator(config.seed, Stream.INIT)
         encoder, predictor = build_models(config.model, config.data.crop_size, generator)
-        self.training = ReferenceStep(
-            encoder.to(ranks.device),
-            predictor.to(ranks.device),
-            config.optim,
-            mean=config.data.mean,
-            std=config.data.std,
-        )
+        self.training = _training(config, ranks, encoder, predictor)
         self.step = self._resume()
         # a smaller max_steps than is done already asks for nothing more
         self.end = max(self.end, self.step)
@@ -133,15 +150,27 @@ class Run:
             )
         return state
 
+    def accumulate(
+        self, images: Tensor, masks: Masks, elements: int, *, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One micro-step, see `ReferenceStep.accumulate`; `last` of its optimiser step."""
+        training = self.training
+        if isinstance(training, FastStep):
+            training.reduce_gradients(last)
+            return training.accumulate(images, training.prepare(masks), elements)
+        return training.accumulate(images, training.prepare(masks), elements)
+
     def save(self) -> None:
         """Writes what is queued for the log, then (rank 0) a checkpoint, and deletes the oldest."""
         self.journal.flush()
         self.saved_step, self.saved_at = self.step, time.monotonic()
-        if not (self.folder and self.journal.file):
-            return
-        self.journal.file.sync()
+        if self.journal.file:
+            self.journal.file.sync()
         meta = {"config": as_dict(self.config), "data": self.digest, "images": len(self.index)}
-        state = checkpoint.capture(self.training, step=self.step, meta=meta)
+        keep = self.ranks.is_main
+        state = checkpoint.capture(self.training, step=self.step, meta=meta, keep=keep)
+        if not (self.folder and state):
+            return
         checkpoint.write(self.folder.checkpoints, state)
         every = self.config.checkpoint.keep_every
         checkpoint.rotate(
@@ -154,12 +183,19 @@ class Run:
     def score(self, name: str, *, with_pixels: bool) -> None:
         """Appends the kNN accuracy of the target encoder, once for each step."""
         root, file = self.config.eval.data, self.journal.file
-        if not (root and file):
+        if not root:
+            return
+        prefix = "target_encoder."
+        weights = {k: v for k, v in self.training.masters().items() if k.startswith(prefix)}
+        weights = checkpoint.gather(weights, keep=self.ranks.is_main)
+        if not file:
             return
         if any(row.get("data") == root and row["step"] == self.step for row in file.rows):
             return
         splits = evaluate.labelled_data(root, self.config.data, self.ranks.device)
-        encoders = {name: self.training.target_encoder}
+        encoder, _ = build_models(self.config.model, self.config.data.crop_size)
+        encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})
+        encoders = {name: encoder.to(self.ranks.device).requires_grad_(False)}
         scores = evaluate.knn_scores(encoders, splits, self.config, with_pixels=with_pixels)
         file.append({"step": self.step, "data": root, "knn": scores})
 

@@ -112,13 +112,12 @@ def _forward_backward(run: Run, loader: Loader) -> _Sums:
         )
         if run.step == micro_step == 0:
             run.draw_masks(batch, masks)
-        if ranks.device.type == "cuda":
-            masks = masks.pin_memory().to(ranks.device, non_blocking=True)
         _, num_targets, target_length = masks.target_index.shape
         # of the whole global batch: its images share one target size
         rows = config.batch.global_ * config.masks.num_contexts * num_targets * target_length
         elements = rows * config.model.architecture.width
-        part, part_std = run.training.accumulate(batch.images, masks, elements)
+        last = micro_step == loader.accumulation - 1
+        part, part_std = run.accumulate(batch.images, masks, elements, last=last)
         loss = loss + part
         feature_std = feature_std + part_std / (loader.accumulation * ranks.world)
         ids_hash = ids_hash + id_hash(batch.ids, own)
@@ -270,4 +269,4 @@ def _fail(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

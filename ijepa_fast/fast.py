@@ -1,0 +1,319 @@
+"""The training step of `reference.py`, fast: packed rows, fused kernels, weights kept rounded.
+
+Who owns which weights: the parameters of context encoder and predictor are the float32 masters, and
+so is each average in the state of `AdamWEMA`. The target encoder's matrices are what the optimiser
+rounds the averages to (its norms are the averages themselves, float32). Unsharded, the optimiser
+also writes rounded copies of the context side's matrices; sharded, FSDP2 rounds what it gathers. So
+no step casts a weight.
+
+Shape letters as in `layout.py`.
+"""
+
+import copy
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from ijepa_fast.attention import Pair, choose_attention
+from ijepa_fast.config import OptimConfig
+from ijepa_fast.distributed import all_reduce_max_, all_reduce_sum_
+from ijepa_fast.layout import Layout, grid_sequences
+from ijepa_fast.masks import Masks
+from ijepa_fast.model import Predictor, VisionTransformer
+from ijepa_fast.packed import ContextEncoder, PackedPredictor, TargetEncoder, repack
+from ijepa_fast.packed_block import Memory, Settings, attach_copies, matrix_layers
+from ijepa_fast.reference import TARGET_NORM_EPS, parameter_groups
+from ijepa_fast.schedules import StepValues
+from ijepa_fast.sharding import shard
+from ijepa_kernels import latent_loss
+from ijepa_kernels.optim import AdamWEMA
+
+__all__ = ["FastStep", "wants_compile"]
+
+_logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def wants_compile(requested: str, device: torch.device) -> bool:
+    """Whether to compile the blocks.
+
+    Args:
+        requested: `auto` (on CUDA), `on` or `off`.
+        device: where the step runs.
+
+    Raises:
+        ValueError: compilation is asked for (or `auto` on CUDA), and there is no compiler.
+    """
+    if requested == "off" or (requested == "auto" and device.type != "cuda"):
+        return False
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile must be off where there is no C++ compiler, got {requested!r}: {compiler} is "
+            "not on the PATH (set CXX, or install it)"
+        )
+    return True
+
+
+class FastStep:
+    """The networks of a run, their optimiser, and one training step; as `ReferenceStep`.
+
+    Args:
+        encoder: context encoder, with its initial weights, on the training device. Its parameters
+            are used, not copied (sharded, they are replaced).
+        predictor: predictor, likewise.
+        config: loss, betas, eps, precision and residual.
+        mean, std: of the image channels, in 0-1 units.
+        attention: back end of packed attention, or `auto`.
+        compiled: compile the blocks.
+        memory: what is recomputed in the backward pass, see `packed.Settings`.
+        mesh: shard all networks over it (FSDP2); None keeps them whole.
+
+    Raises:
+        ValueError: the back end of attention cannot be used here.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        predictor: Predictor,
+        config: OptimConfig,
+        *,
+        mean: Iterable[float],
+        std: Iterable[float],
+        attention: str = "auto",
+        compiled: bool = False,
+        memory: Memory = "none",
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        self.config = config
+        self.device = next(encoder.parameters()).device
+        dtype = DTYPES[config.precision]
+        firsts: list[Any] = [encoder.blocks[0], predictor.predictor_blocks[0]]
+        head_dims = tuple(b.attn.proj.in_features // b.attn.heads for b in firsts)
+        backend, why = choose_attention(attention, self.device, dtype, head_dims)
+        _logger.info("attention: %s (%s)", backend, why)
+        self.settings = Settings(
+            attention=backend,
+            dtype=dtype,
+            residual=DTYPES[config.residual],
+            memory=memory,
+            compiled=compiled,
+        )
+        self.mesh = mesh
+        self.num_patches = encoder.pos_embed.shape[1]
+        self.mean = torch.tensor(tuple(mean), device=self.device)
+        self.std = torch.tensor(tuple(std), device=self.device)
+        plain_target = copy.deepcopy(encoder).requires_grad_(False)
+        for layer in matrix_layers(plain_target):
+            layer.to(dtype)
+        self.encoder = repack(encoder, ContextEncoder, self.settings)
+        self.predictor = repack(predictor, PackedPredictor, self.settings)
+        self.target_encoder = repack(plain_target, TargetEncoder, self.settings)
+        if mesh is not None:
+            shard([self.encoder, self.predictor], mesh, dtype, trained=True)
+            shard([self.target_encoder], mesh, dtype, trained=False)
+        # lr, weight decay and momentum are set from the schedules before every update
+        self.optimizer = AdamWEMA(
+            parameter_groups([self.encoder, self.predictor]),
+            lr=0.0,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            ema_form="sum",
+        )
+        self.optimizer.track(self.encoder, self.target_encoder)
+        self.copies: list[tuple[nn.Parameter, Tensor]] = []
+        if mesh is None and dtype != torch.float32:
+            self.copies = [
+                *attach_copies(self.encoder, dtype),
+                *attach_copies(self.predictor, dtype),
+            ]
+            self.optimizer.mirror(*zip(*self.copies, strict=True))
+        self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        for parameter in self.parameters:
+            self.optimizer.initialise(parameter)
+        # steps skipped because a gradient was not finite: current run of them, longest, total
+        self.skipped = torch.zeros(3, dtype=torch.int64, device=self.device)
+        self._loss = torch.zeros((), device=self.device)
+        self._grids: dict[int, Pair] = {}
+        self._graph: _TrunkGraph | None = None
+
+    # --- one step --------------------------------------------------------------------------------
+
+    def prepare(self, masks: Masks) -> Layout:
+        """Masks as sampled, on the CPU, to what a step takes; does not wait for the device."""
+        padded = self.settings.attention == "sdpa"
+        return Layout.of(masks, self.num_patches, self.device, padded=padded)
+
+    def forward(self, images: Tensor, batch: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Both sides of the loss.
+
+        Args:
+            images: uint8 (B, height, width, 3) on the training device.
+            batch: from `prepare`.
+
+        Returns:
+            Prediction (M, C, B, T, D), latent target (M, B, T, D), and the target encoder's
+            features of the needed rows (U, D).
+        """
+        features, prediction = self._both(images, batch)
+        blocks, length = batch.masks.target_index.shape[1:]
+        prediction = prediction.view(blocks, -1, batch.num_images, length, prediction.shape[-1])
+        target = F.layer_norm(features, features.shape[-1:], eps=TARGET_NORM_EPS)
+        target = target.index_select(0, batch.loss_index).view_as(prediction)
+        return prediction, target[:, 0], features
+
+    def reduce_gradients(self, wanted: bool) -> None:
+        """Whether the next micro-step's backward pass reduces sharded gradients over the ranks;
+        only the last of a step needs to, and until then they add up unsharded, in float32.
+        """
+        if self.mesh is not None:
+            for network in (self.encoder, self.predictor):
+                assert isinstance(network, FSDPModule)
+                network.set_requires_gradient_sync(wanted)
+
+    def accumulate(self, images: Tensor, batch: Layout, elements: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-step; gradients add to those already there.
+
+        Args:
+            images: uint8 (B, height, width, 3) on the training device.
+            batch: from `prepare`.
+            elements: elements of the predictions of the whole global batch, over all ranks and
+                micro-steps; the loss is the mean over them.
+
+        Returns:
+            This micro-step's share of the loss, and the standard deviation of the target encoder's
+            features over the rows that some target needs, mean over channels: scalars on the
+            device.
+        """
+        features, prediction = self._both(images, batch)
+        loss = latent_loss(
+            prediction,
+            features,
+            batch.loss_index,
+            kind=self.config.loss,
+            eps=TARGET_NORM_EPS,
+            count=float(elements),
+        )
+        loss.backward()
+        loss = loss.detach()
+        self._loss = self._loss + loss
+        return loss, features.std(dim=0).mean()
+
+    def _both(self, images: Tensor, batch: Layout) -> tuple[Tensor, Tensor]:
+        """Features of the needed rows, and the prediction's rows."""
+        features = self._target(images, batch)
+        z = self.encoder(images, self.mean, self.std, batch)
+        return features, self.predictor(z, batch)
+
+    def _target(self, images: Tensor, batch: Layout) -> Tensor:
+        count = len(images)
+        if count not in self._grids:
+            self._grids[count] = grid_sequences(count, self.num_patches, self.device)
+        grid = self._grids[count]
+        if self.device.type != "cuda" or self.mesh is not None:
+            return self.target_encoder(images, self.mean, self.std, batch, grid)
+        if self._graph is None or not self._graph.fits(images):
+            self._graph = _TrunkGraph(
+                lambda pixels: self.target_encoder.trunk(pixels, self.mean, self.std, grid), images
+            )
+        x, normed, keys_values = self._graph(images)
+        return self.target_encoder.head(x, normed, keys_values, batch)
+
+    @torch.no_grad()
+    def update(self, values: StepValues) -> None:
+        """Reduces the gradients over ranks, then AdamW and the EMA of the updated weights, in one
+        pass.
+
+        A step with a non-finite loss or gradient, on any rank, changes neither weights, moments,
+        Adam's step count nor the target encoder; ``skipped`` counts it. Nothing is read back to
+        the host.
+        """
+        gradients = [p.grad for p in self.parameters]
+        assert all(g is not None for g in gradients), "update() before accumulate()"
+        shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        if self.mesh is None:
+            all_reduce_sum_(shards)
+        norms = torch.stack([*torch._foreach_norm(shards), self._loss])
+        bad = (~torch.isfinite(norms).all()).float()
+        all_reduce_max_(bad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = values.lr
+            group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
+            group["momentum"] = values.momentum
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler sets it
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss = torch.zeros_like(self._loss)
+        current = (self.skipped[0] + 1) * bad.long()
+        self.skipped = torch.stack(
+            [current, torch.maximum(current, self.skipped[1]), self.skipped[2] + bad.long()]
+        )
+
+    # --- what a checkpoint holds -----------------------------------------------------------------
+
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 weights and tables of all three networks, by name; DTensors where sharded."""
+        tensors = {
+            f"{name}.{key}": value
+            for name, network in (("encoder", self.encoder), ("predictor", self.predictor))
+            for key, value in network.state_dict().items()
+        }
+        averages = {
+            key: self.optimizer.state[parameter]["ema"]
+            for key, parameter in self.encoder.named_parameters()
+        }
+        for key, value in self.target_encoder.state_dict().items():
+            tensors[f"target_encoder.{key}"] = averages.get(key, value)
+        return tensors
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Writes all rounded weights, after something else than `update` changed the masters."""
+        for key, parameter in self.encoder.named_parameters():
+            target = self.target_encoder.get_parameter(key)
+            target.copy_(self.optimizer.state[parameter]["ema"])
+        for parameter, rounded in self.copies:
+            rounded.copy_(parameter)
+
+
+class _TrunkGraph:
+    """A CUDA graph of the target encoder's trunk: one launch instead of some hundred.
+
+    Args:
+        trunk: images to tensors, whose shapes never change.
+        images: of the shape to capture.
+    """
+
+    def __init__(self, trunk: Callable[[Tensor], tuple[Tensor, ...]], images: Tensor) -> None:
+        self.images = images.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and lets libraries allocate
+                trunk(self.images)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = trunk(self.images)
+        _logger.info("target encoder: captured as a CUDA graph for %d images", len(images))
+
+    def fits(self, images: Tensor) -> bool:
+        """Whether the graph is for images of this shape."""
+        return images.shape == self.images.shape
+
+    def __call__(self, images: Tensor) -> tuple[Any, ...]:
+        """Replays; the outputs are overwritten by the next replay."""
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.outputs
