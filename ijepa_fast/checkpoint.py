@@ -164,7 +164,8 @@ def restore(training: Training, state: State) -> None:
         for moment in MOMENTS:
             own[moment] = _part(state.tensors[f"{moment}.{key}"], parameter)
     training.round()
-    training.skipped = torch.tensor([0, 0, state.step - state.adam_step], device=training.device)
+    total = state.step - state.adam_step
+    training.skipped = torch.tensor([0, 0, total, 0], device=training.device)
 
 
 def _part(whole: Tensor, like: Tensor) -> Tensor:

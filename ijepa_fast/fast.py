@@ -31,7 +31,7 @@ from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_fast.packed import ContextEncoder, PackedPredictor, TargetEncoder, repack
 from ijepa_fast.packed_block import Memory, Settings, attach_copies, matrix_layers
-from ijepa_fast.reference import TARGET_NORM_EPS, parameter_groups
+from ijepa_fast.reference import TARGET_NORM_EPS, count_skip, parameter_groups
 from ijepa_fast.schedules import StepValues
 from ijepa_fast.sharding import shard
 from ijepa_kernels import latent_loss
@@ -142,8 +142,8 @@ class FastStep:
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         for parameter in self.parameters:
             self.optimizer.initialise(parameter)
-        # steps skipped because a gradient was not finite: current run of them, longest, total
-        self.skipped = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # see `count_skip`
+        self.skipped = torch.zeros(4, dtype=torch.int64, device=self.device)
         self._loss = torch.zeros((), device=self.device)
         self._grids: dict[int, Pair] = {}
         self._graph: _TrunkGraph | None = None
@@ -255,10 +255,7 @@ class FastStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._loss = torch.zeros_like(self._loss)
-        current = (self.skipped[0] + 1) * bad.long()
-        self.skipped = torch.stack(
-            [current, torch.maximum(current, self.skipped[1]), self.skipped[2] + bad.long()]
-        )
+        self.skipped = count_skip(self.skipped, bad)
 
     # --- what a checkpoint holds -----------------------------------------------------------------
 

@@ -254,7 +254,19 @@ class Reporter:
 
 
 class NonFiniteError(RuntimeError):
-    """The gradients stay non-finite."""
+    """Loss or gradients stay non-finite.
+
+    Args:
+        steps: the steps in a row that were skipped, counted from 1.
+        where: more for whoever reads it: where to look.
+    """
+
+    def __init__(self, steps: range, where: str = "Lower optim.lr or look at the data") -> None:
+        super().__init__(
+            f"loss and gradients must be finite, got {len(steps)} steps in a row with NaN or "
+            f"infinity (steps {steps[0]} to {steps[-1]}); they changed no weights. {where}"
+        )
+        self.steps = steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +308,8 @@ class Journal:
         Args:
             row: step, epoch, lr, weight_decay and momentum.
             numbers: (2,) loss and feature std, on the device.
-            skipped: (3,) current, longest and total steps skipped, on the device.
+            skipped: (4,) current, longest and total steps skipped, and steps since the longest run
+                of them ended, on the device.
             ids_hash: scalar on the CPU.
             timing: rates since the row before.
         """
@@ -323,7 +336,7 @@ class Journal:
         if pending.ready:
             pending.ready.synchronize()
         loss, feature_std = (float(v) for v in pending.numbers)
-        _, longest, total = (int(v) for v in pending.skipped)
+        _, longest, total, since = (int(v) for v in pending.skipped)
         row = {
             **pending.row,
             "loss": loss,
@@ -336,7 +349,5 @@ class Journal:
             self.file.append(row)
             self.reporter.show(row)
         if longest >= LONGEST_SKIP:
-            raise NonFiniteError(
-                f"gradients must be finite, got {longest} steps in a row with NaN or infinity by "
-                f"step {row['step']}; they changed no weights. Lower optim.lr or look at the data"
-            )
+            end = row["step"] - since
+            raise NonFiniteError(range(end - longest + 1, end + 1))

@@ -25,6 +25,7 @@ from ijepa_fast.schedules import StepValues
 
 __all__ = [
     "ReferenceStep",
+    "count_skip",
     "ema_update_",
     "feature_std",
     "latent_loss_sum",
@@ -180,6 +181,23 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], keep: Tensor, take
     torch._foreach_add_(targets, torch._foreach_mul(sources, take))
 
 
+def count_skip(skipped: Tensor, bad: Tensor) -> Tensor:
+    """Counts one update.
+
+    Args:
+        skipped: int64 (4,): updates skipped because something was not finite: current run of them,
+            longest run, total; and updates since the longest run ended (of two as long, the first).
+        bad: 1 where this one is skipped, else 0.
+
+    Returns:
+        The numbers after it.
+    """
+    run, longest, total, since = skipped.unbind()
+    run = (run + 1) * bad.long()
+    since = (since + 1) * (run <= longest)
+    return torch.stack([run, torch.maximum(run, longest), total + bad.long(), since])
+
+
 class ReferenceStep:
     """The networks of a run, their optimiser, and one training step.
 
@@ -218,8 +236,8 @@ class ReferenceStep:
             fused=True,
         )
         self.parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-        # steps skipped because a gradient was not finite: current run of them, longest, total
-        self.skipped = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # see `count_skip`
+        self.skipped = torch.zeros(4, dtype=torch.int64, device=self.device)
         self._loss = torch.zeros((), device=self.device)
 
     def prepare(self, masks: Masks) -> Masks:
@@ -293,10 +311,7 @@ class ReferenceStep:
         )
         self.optimizer.zero_grad(set_to_none=True)
         self._loss = torch.zeros_like(self._loss)
-        current = (self.skipped[0] + 1) * bad.long()
-        self.skipped = torch.stack(
-            [current, torch.maximum(current, self.skipped[1]), self.skipped[2] + bad.long()]
-        )
+        self.skipped = count_skip(self.skipped, bad)
 
     def masters(self) -> dict[str, Tensor]:
         """The float32 weights and tables of all three networks, by name."""

@@ -1,10 +1,13 @@
 """One rank's part of a run: networks, data and files, from the newest checkpoint on."""
 
+import itertools
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +18,12 @@ from ijepa_fast.cli import UsageError, as_dict
 from ijepa_fast.config import Config
 from ijepa_fast.data import Batch, Index, Quarantine, build_index
 from ijepa_fast.data.index import index_from_arrays, index_to_arrays
-from ijepa_fast.data.order import steps_per_epoch
+from ijepa_fast.data.order import epoch_order, replacement_id, steps_per_epoch
 from ijepa_fast.data.shapes import write_shapes
 from ijepa_fast.fast import FastStep, wants_compile
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks
-from ijepa_fast.metrics import Journal, MetricsFile, Reporter
+from ijepa_fast.metrics import Journal, MetricsFile, NonFiniteError, Reporter
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.run_folder import RunFolder
@@ -198,6 +201,54 @@ class Run:
         encoders = {name: encoder.to(self.ranks.device).requires_grad_(False)}
         scores = evaluate.knn_scores(encoders, splits, self.config, with_pixels=with_pixels)
         file.append({"step": self.step, "data": root, "knn": scores})
+
+    def name_samples(self, error: NonFiniteError) -> NonFiniteError:
+        """Writes `nonfinite.json` (on rank 0): the samples of the skipped steps over all ranks, by
+        position in the global batch; returns an error that names the first of them.
+
+        Where a file was quarantined, another is named that stood in for it: what the loader does,
+        as far as `quarantine.jsonl` tells this machine.
+        """
+        if not self.folder:
+            return error
+        config, size = self.config, self.config.batch.global_
+        # read anew: other ranks append to it
+        bad = Quarantine(self.folder.path / "quarantine.jsonl", 1.0, len(self.index)).files
+        steps: list[dict[str, Any]] = []
+        for epoch, group in itertools.groupby(error.steps, self._epoch):
+            order = epoch_order(len(self.index), seed=config.seed, epoch=epoch)
+            for step in group:
+                begin = (step - 1) % self.schedules.steps_per_epoch * size
+                ids = [
+                    self._used(int(order[position]), epoch, position, bad)
+                    for position in range(begin, begin + size)
+                ]
+                files = [self.index.name(row) for row in ids]
+                lr = self.schedules.at(step).lr
+                steps.append({"step": step, "epoch": epoch, "lr": lr, "ids": ids, "files": files})
+        path = self.folder.path / "nonfinite.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"seed": config.seed, "steps": steps}))
+        temporary.replace(path)
+        first = ", ".join(repr(name) for name in steps[0]["files"][:3])
+        return NonFiniteError(
+            error.steps,
+            f"Lower optim.lr or look at the data: {path} lists the samples of all ranks, the first "
+            f"{first}",
+        )
+
+    def _epoch(self, step: int) -> int:
+        return (step - 1) // self.schedules.steps_per_epoch
+
+    def _used(self, row: int, epoch: int, position: int, bad: Container[str]) -> int:
+        """The sample at a position of an epoch: the drawn one, or what replaces it."""
+        count, attempt = len(self.index), 0
+        while self.index.name(row) in bad:
+            row = replacement_id(
+                count, seed=self.config.seed, epoch=epoch, position=position, attempt=attempt
+            )
+            attempt += 1
+        return row
 
     def summary(self) -> None:
         """Prints all kNN scores of the run and draws its curves."""

@@ -201,7 +201,10 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
                     _logger.info("the run is complete at step %d: nothing to train", run.end)
                 else:
                     started = time.perf_counter()
-                    received = train(run, signals)
+                    try:
+                        received = train(run, signals)
+                    except NonFiniteError as error:
+                        raise run.name_samples(error) from error
                     _logger.info("trained for %.0f s", time.perf_counter() - started)
                 if received:
                     _logger.warning("stopped by signal %d, saved at step %d", received, run.step)

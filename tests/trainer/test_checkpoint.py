@@ -98,7 +98,7 @@ def test_round_trip_is_exact_and_goes_on_the_same(tmp_path):
     checkpoint.restore(other, loaded)
     again = checkpoint.capture(other, step=4, meta=meta)
     assert again.adam_step == 3
-    assert other.skipped.tolist() == [0, 0, 1]
+    assert other.skipped.tolist() == [0, 0, 1, 0]
     # moments and Adam's count only show in what comes next
     for _ in range(2):
         assert again.tensors.keys() == captured.tensors.keys()

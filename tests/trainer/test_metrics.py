@@ -135,7 +135,7 @@ def test_a_new_file(tmp_path):
 # --- the journal ---------------------------------------------------------------------------------
 
 
-def _queue(journal, step, *, skipped=(0, 0, 0), loss=0.5, ids_hash=3):
+def _queue(journal, step, *, skipped=(0, 0, 0, 0), loss=0.5, ids_hash=3):
     row = {"step": step, "epoch": 0, "lr": 0.1, "weight_decay": 0.2, "momentum": 0.9}
     journal.queue(
         row,
@@ -157,7 +157,7 @@ def journal(tmp_path):
 def test_a_row_is_written_one_interval_late(tmp_path, journal):
     _queue(journal, 2, loss=0.5)
     assert tiny.rows(tmp_path) == []
-    _queue(journal, 4, loss=0.25, skipped=(1, 1, 2), ids_hash=-1)
+    _queue(journal, 4, loss=0.25, skipped=(1, 1, 2, 0), ids_hash=-1)
     assert [row["step"] for row in tiny.rows(tmp_path)] == [2]
     journal.flush()
     journal.flush()
@@ -169,18 +169,20 @@ def test_a_row_is_written_one_interval_late(tmp_path, journal):
 
 
 def test_the_third_skip_in_a_row_is_written_and_raised(tmp_path, journal):
-    _queue(journal, 2, skipped=(2, 2, 5))
+    _queue(journal, 2, skipped=(2, 2, 5, 0))
     journal.flush()
-    _queue(journal, 4, skipped=(0, 3, 6))
-    with pytest.raises(NonFiniteError, match="got 3 steps in a row with NaN or infinity by step 4"):
+    _queue(journal, 7, skipped=(0, 3, 8, 1))
+    with pytest.raises(NonFiniteError, match="got 3 steps in a row") as caught:
         journal.flush()
-    assert [row["skipped"] for row in tiny.rows(tmp_path)] == [5, 6]
+    assert list(caught.value.steps) == [4, 5, 6]
+    assert "(steps 4 to 6)" in str(caught.value)
+    assert [row["skipped"] for row in tiny.rows(tmp_path)] == [5, 8]
 
 
 def test_every_rank_raises_though_one_writes():
     journal = Journal(None, None)
     _queue(journal, 2)
-    _queue(journal, 4, skipped=(3, 3, 3))
+    _queue(journal, 4, skipped=(3, 3, 3, 0))
     with pytest.raises(NonFiniteError):
         journal.flush()
 
