@@ -12,7 +12,7 @@ from benchmarks.bench_ema_update import encoder_shapes
 from benchmarks.harness import Bench
 from benchmarks.shapes import Model
 from ijepa_kernels._adam_step import SCALARS, launch_step
-from ijepa_kernels._table import Table
+from ijepa_kernels._table import EmaForm, Table
 from ijepa_kernels.adamw_ema import BLOCK, adamw_ema_bytes, launch
 from ijepa_kernels.optim import AdamWEMA
 
@@ -112,7 +112,9 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
     def tensors(dtype: torch.dtype) -> list[Tensor]:
         return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
 
-    def update(grad: torch.dtype, ema: bool, param_copy: bool, ema_copy: bool) -> None:
+    def update(
+        grad: torch.dtype, ema: bool, param_copy: bool, ema_copy: bool, form: EmaForm = "lerp"
+    ) -> None:
         steps = [torch.empty((), device="meta") for _ in shapes]
         columns = [tensors(F32), tensors(F32), tensors(F32), steps]
         columns += [tensors(F32)] * ema + [tensors(BF16)] * (param_copy + ema_copy)
@@ -120,7 +122,7 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
         scalars = torch.empty((len(shapes), SCALARS), device="meta")
         grads = torch.empty(len(shapes), dtype=torch.int64, device="meta")
         copies = [BF16 if flag else None for flag in (param_copy, ema_copy)]
-        launch(table, len(columns), grads, 0, scalars, grad, ema, *copies)
+        launch(table, len(columns), grads, 0, scalars, grad, ema, *copies, ema_form=form)
 
     def step(on_device: bool) -> None:
         columns = [
@@ -149,6 +151,7 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
         "fp32 grads, ema": lambda: update(F32, True, False, False),
         "fp32 grads, ema + bf16 copy": lambda: update(F32, True, False, True),
         "fp32 grads, ema + both bf16 copies": lambda: update(F32, True, True, True),
+        "fp32 grads, ema as sum + both bf16 copies": lambda: update(F32, True, True, True, "sum"),
         "bf16 grads, ema + bf16 copy": lambda: update(BF16, True, False, True),
         "fp32 grads, no ema": lambda: update(F32, False, False, False),
         "step": lambda: step(False),

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ijepa_kernels._adam_cpu import update_on_cpu
 from ijepa_kernels._adam_step import SCALARS, launch_step
 from ijepa_kernels._checks import FLOATS
 from ijepa_kernels._table import (
     HALVES,
+    EmaForm,
     Memory,
     Table,
     addresses,
     capturing,
     check_betas,
     check_disjoint,
+    check_ema_form,
     check_list,
     check_scalar,
     launches,
@@ -87,6 +90,8 @@ class Part:
         param_groups: list[dict[str, Any]],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        *,
+        ema_form: EmaForm,
     ) -> None:
         flags: dict[str, Any] = {
             name: None if flag is None else flag.to(self.device, torch.float32)
@@ -98,7 +103,7 @@ class Part:
                 part = slice(first, first + count)
                 options = {**flags, **options_of(param_groups[group], self.device)}
                 parameters, *rest = [tensors[part] for tensors in self.lists]
-                self.op.update_on_cpu(parameters, grads[part], *rest, **options)
+                update_on_cpu(parameters, grads[part], *rest, **options, ema_form=ema_form)
             return
         # groups of equal options that follow one another share a launch
         runs: list[tuple[int, int, dict[str, Any]]] = []
@@ -122,15 +127,16 @@ class Part:
                 self.grad_dtype,
                 self.has_ema,
                 *self.copy_dtypes,
+                ema_form=ema_form,
             )
         torch.autograd.graph.increment_version(self.written)
 
 
 def options_of(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Numbers of a parameter group; values on the host as numbers."""
+    """Numbers of a parameter group; values on the host as numbers where that is another device."""
     options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "momentum")}
     for name, value in options.items():
-        if isinstance(value, Tensor) and value.device.type == "cpu":
+        if isinstance(value, Tensor) and value.device.type == "cpu" != device.type:
             options[name] = float(value)
         if name != "betas":
             high = 1.0 if name == "momentum" else float("inf")
@@ -260,9 +266,10 @@ class Plan:
                 alone = len(self.parts) == 1
                 part.point_to(where if alone else [where[n] for n in part.numbers])
         flags = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+        check_ema_form(optimizer.ema_form)
         for part in self.parts:
             mine = grads if len(self.parts) == 1 else [grads[n] for n in part.numbers]
-            part.update(mine, optimizer.param_groups, *flags)
+            part.update(mine, optimizer.param_groups, *flags, ema_form=optimizer.ema_form)
 
 
 def _parts(

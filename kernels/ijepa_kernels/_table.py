@@ -17,7 +17,7 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import triton.language as tl
@@ -28,6 +28,7 @@ from ijepa_kernels._op import LAUNCHERS, ON_CPU
 __all__ = [
     "HALVES",
     "TRITON_DTYPES",
+    "EmaForm",
     "Memory",
     "Table",
     "addresses",
@@ -35,6 +36,7 @@ __all__ = [
     "capturing",
     "check_betas",
     "check_disjoint",
+    "check_ema_form",
     "check_list",
     "check_scalar",
     "launches",
@@ -42,6 +44,8 @@ __all__ = [
     "on",
     "upload",
 ]
+
+EmaForm = Literal["lerp", "sum"]
 
 # dtypes of rounded copies
 HALVES = (torch.bfloat16, torch.float16)
@@ -262,6 +266,12 @@ def check_betas(betas: Sequence[float]) -> None:
     """Raises ValueError unless both are numbers in 0 .. 1, 1 excluded."""
     if len(betas) != 2 or not all(isinstance(b, float | int) and 0 <= b < 1 for b in betas):
         raise ValueError(f"betas must be two numbers in 0 .. 1, 1 excluded, got {betas}")
+
+
+def check_ema_form(ema_form: object) -> None:
+    """Raises ValueError unless it is one of the forms of an average."""
+    if ema_form not in get_args(EmaForm):
+        raise ValueError(f"ema_form must be lerp or sum, got {ema_form!r}")
 
 
 def check_disjoint(

@@ -3,7 +3,8 @@
     step += 1;  p *= 1 - lr * weight_decay;  g = grad / grad_scale
     m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g^2
     p -= lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
-    ema += (1 - momentum) * (p - ema)                       optional, of the new p
+    ema += (1 - momentum) * (p - ema)                       optional, of the new p; "lerp"
+    or ema = momentum * ema + (1 - momentum) * p            "sum", where momentum * ema is rounded
     copies of p and ema, rounded                            optional
 
 for any number of tensors (Loshchilov and Hutter 2019, as in `torch.optim.AdamW`; paper: Targets).
@@ -27,16 +28,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ijepa_kernels._adam_cpu import update_on_cpu
 from ijepa_kernels._adam_step import SCALARS, launch_step
 from ijepa_kernels._checks import FLOATS
 from ijepa_kernels._op import define
 from ijepa_kernels._table import (
     HALVES,
     TRITON_DTYPES,
+    EmaForm,
     Table,
     cached_table,
     check_betas,
     check_disjoint,
+    check_ema_form,
     check_list,
     check_scalar,
 )
@@ -57,6 +61,7 @@ def adamw_ema_ref(
     weight_decay: float,
     momentum: float,
     emas: Sequence[Tensor | None],
+    ema_form: EmaForm = "lerp",
 ) -> None:
     """The specification, in plain torch."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, emas)
@@ -68,7 +73,9 @@ def adamw_ema_ref(
         v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
         corrections = [1 - beta ** float(step) for beta in betas]
         p.addcdiv_(m, (v.sqrt() / math.sqrt(corrections[1])).add_(eps), value=-lr / corrections[0])
-        if ema is not None:
+        if ema is not None and ema_form == "sum":
+            ema.mul_(momentum).add_((1 - momentum) * p)
+        elif ema is not None:
             ema.lerp_(p, 1 - momentum)
 
 
@@ -113,6 +120,7 @@ def _adamw_ema_block(
     HAS_EMA: tl.constexpr,
     HAS_COPY: tl.constexpr,
     HAS_EMA_COPY: tl.constexpr,
+    SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     column = tl.arange(0, BLOCK)
@@ -135,11 +143,13 @@ def _adamw_ema_block(
         copy_mask = copied if mask is None else mask & copied
         tl.store(copy_ptr + column, p.to(copy_ptr.dtype.element_ty), mask=copy_mask)
     if HAS_EMA:
-        weight = tl.load(scalars_ptr + 8)
-        difference = p - ema
-        ema = tl.where(
-            weight < 0.5, ema + weight * difference, p - tl.load(scalars_ptr + 9) * difference
-        )
+        take, keep = tl.load(scalars_ptr + 8), tl.load(scalars_ptr + 9)
+        if SUM:
+            # an fma, or the compiler chooses which of the products is rounded
+            ema = tl.fma(take, p, keep * ema)
+        else:
+            difference = p - ema
+            ema = tl.where(take < 0.5, ema + take * difference, p - keep * difference)
         tl.store(ema_ptr + column, ema, mask=ema_mask)
         if HAS_EMA_COPY:
             copy_mask = average_copied if mask is None else mask & average_copied
@@ -160,6 +170,7 @@ def _adamw_ema_fwd_kernel(
     HAS_EMA: tl.constexpr,
     HAS_COPY: tl.constexpr,
     HAS_EMA_COPY: tl.constexpr,
+    SUM: tl.constexpr,
     SCALARS: tl.constexpr,
     BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
@@ -206,6 +217,7 @@ def _adamw_ema_fwd_kernel(
             HAS_EMA,
             HAS_COPY,
             HAS_EMA_COPY,
+            SUM,
             BLOCK,
         )
     else:
@@ -226,6 +238,7 @@ def _adamw_ema_fwd_kernel(
                 HAS_EMA,
                 HAS_COPY,
                 HAS_EMA_COPY,
+                SUM,
                 PIECE,
             )
 
@@ -243,6 +256,8 @@ def launch(
     has_ema: bool,
     copy_dtype: torch.dtype | None,
     ema_copy_dtype: torch.dtype | None,
+    *,
+    ema_form: EmaForm = "lerp",
 ) -> None:
     """One launch over a table of parameters, both moments, steps, averages, copies of parameters
     and of averages (the last three if there are any), and then other columns up to `columns`.
@@ -264,6 +279,7 @@ def launch(
         HAS_EMA=has_ema,
         HAS_COPY=copy_dtype is not None,
         HAS_EMA_COPY=ema_copy_dtype is not None,
+        SUM=ema_form == "sum",
         SCALARS=SCALARS,
         BLOCK=BLOCK,
         PIECE=PIECE,
@@ -274,7 +290,7 @@ def launch(
 def _unpack(arguments: tuple[Any, ...]) -> tuple[tuple[list[Tensor], ...], dict[str, Any]]:
     """The eight lists of the op, and the rest by name, with numbers or values on the device."""
     rate, beta1, beta2, eps, decay, kept = arguments[8]
-    lr, weight_decay, momentum, grad_scale, found_inf = arguments[9:]
+    lr, weight_decay, momentum, grad_scale, found_inf, ema_form = arguments[9:]
     return arguments[:8], {
         "lr": rate if lr is None else lr,
         "betas": (beta1, beta2),
@@ -283,11 +299,13 @@ def _unpack(arguments: tuple[Any, ...]) -> tuple[tuple[list[Tensor], ...], dict[
         "momentum": kept if momentum is None else momentum,
         "grad_scale": grad_scale,
         "found_inf": found_inf,
+        "ema_form": ema_form,
     }
 
 
 def _adamw_ema_fwd(*arguments: Any) -> None:
     lists, given = _unpack(arguments)
+    ema_form = given.pop("ema_form")
     params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies = lists
     written = [params, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies]
     kinds = [
@@ -305,40 +323,11 @@ def _adamw_ema_fwd(*arguments: Any) -> None:
         launch_step(table, memory, 0, table.length, **given)
         width = len(columns) + 1
         places = (table.data, width * table.length)
-        launch(table, width, *places, memory, dtype, bool(emas), *copy_dtypes)
+        launch(table, width, *places, memory, dtype, bool(emas), *copy_dtypes, ema_form=ema_form)
     torch.autograd.graph.increment_version([*params, *emas, *param_copies, *ema_copies])
 
 
 # --- registration --------------------------------------------------------------------------------
-
-
-def update_on_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    emas: Sequence[Tensor | None],
-    param_copies: Sequence[Tensor | None],
-    ema_copies: Sequence[Tensor | None],
-    *,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    betas: tuple[float, float],
-    **scalars: float | Tensor,
-) -> None:
-    """With torch operations; lists of averages and copies may hold None."""
-    if found_inf is not None and float(found_inf) != 0:
-        return
-    if grad_scale is not None:
-        scale = float(grad_scale)
-        grads = [g.to(p.dtype) / scale for g, p in zip(grads, params, strict=True)]
-    numbers = {name: float(value) for name, value in scalars.items()}
-    adamw_ema_ref(params, grads, exp_avgs, exp_avg_sqs, steps, emas=emas, betas=betas, **numbers)
-    for copies, tensors in ((param_copies, params), (ema_copies, emas)):
-        for copy, tensor in zip(copies, tensors, strict=True):
-            if copy is not None and tensor is not None:
-                copy.copy_(tensor)
 
 
 def _fwd_cpu(*arguments: Any) -> None:
@@ -361,7 +350,7 @@ _fwd_op: Callable[..., None] = define(
     "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] emas, Tensor(f!)[] param_copies, "
     "Tensor(g!)[] ema_copies, float[] scalars, Tensor? lr, Tensor? weight_decay, "
-    "Tensor? momentum, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    "Tensor? momentum, Tensor? grad_scale, Tensor? found_inf, str ema_form) -> ()",
     cuda=_adamw_ema_fwd,
     cpu=_fwd_cpu,
     fake=lambda *_: None,
@@ -389,6 +378,7 @@ def adamw_ema_(
     ema_copies: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    ema_form: EmaForm = "lerp",
 ) -> None:
     """One AdamW step for many tensors, and the average of the new parameters in the same pass.
 
@@ -405,6 +395,8 @@ def adamw_ema_(
         param_copies, ema_copies: bfloat16 or float16 tensors that receive the new values, rounded.
         grad_scale: one float32 value that gradients are divided by.
         found_inf: one float32 value; if it is not zero, nothing is changed.
+        ema_form: "lerp" moves averages by (1 - momentum) * (parameter - average), which is more
+            accurate; "sum" rounds momentum * average first, as `average.mul_(momentum)` does.
 
     Raises:
         ValueError: lists do not pair up in shape, dtype, device or strides, tensors are not dense,
@@ -412,6 +404,7 @@ def adamw_ema_(
     """
     params, wide = list(params), (torch.float32,)
     check_list("params", params, params, wide)
+    check_ema_form(ema_form)
     if ema_copies is not None and emas is None:
         raise ValueError("ema_copies must come with emas, got emas None")
     if not params:
@@ -446,4 +439,5 @@ def adamw_ema_(
         *[value if isinstance(value, Tensor) else None for value in values.values()],
         grad_scale,
         found_inf,
+        ema_form,
     )

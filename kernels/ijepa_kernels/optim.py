@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ijepa_kernels import adamw_ema, ema_update
 from ijepa_kernels._link import Link
 from ijepa_kernels._plan import WIDE, Plan, options_of
-from ijepa_kernels._table import HALVES, check_list, check_scalar, local
+from ijepa_kernels._table import HALVES, EmaForm, check_ema_form, check_list, check_scalar, local
 
 __all__ = ["EMA", "AdamWEMA"]
 
@@ -200,6 +200,12 @@ class AdamWEMA(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         momentum: weight of the old value in the averages, 0 .. 1.
         ema: pairs (parameter, target tensor) to track, or a mapping.
+        ema_form: how averages are rounded. "lerp": ema += (1 - momentum) * (p - ema), the more
+            accurate; "sum": ema = momentum * ema + (1 - momentum) * p, with momentum * ema rounded
+            first, as in `ema.mul_(momentum).add_((1 - momentum) * p)`.
+
+    Attributes:
+        ema_form: as given; not part of the state dict.
 
     Raises:
         ValueError: a number is out of range, a tensor has a dtype or strides that are not
@@ -216,7 +222,10 @@ class AdamWEMA(torch.optim.Optimizer):
         *,
         momentum: float | Tensor = 0.996,
         ema: Iterable[tuple[Tensor, Tensor]] | dict[Tensor, Tensor] | None = None,
+        ema_form: EmaForm = "lerp",
     ) -> None:
+        check_ema_form(ema_form)
+        self.ema_form: EmaForm = ema_form
         self.targets: dict[Tensor, Tensor] = {}
         self.copies: dict[Tensor, Tensor] = {}
         self._plans: dict[tuple[bool, ...], Plan] = {}
@@ -224,7 +233,11 @@ class AdamWEMA(torch.optim.Optimizer):
         self._captured: list[Plan] = []
         self._step_supports_amp_scaling = True
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        options_of({**defaults, "momentum": momentum}, torch.device("cpu"))
+        numbers = {
+            name: float(value) if isinstance(value, Tensor) else value
+            for name, value in {**defaults, "momentum": momentum}.items()
+        }
+        options_of(numbers, torch.device("cpu"))
         # `fused`: AdamW, given this state, keeps its steps on the device
         flags: dict[str, bool | None] = dict.fromkeys(
             ("amsgrad", "maximize", "capturable", "differentiable"), False
@@ -350,13 +363,16 @@ class AdamWEMA(torch.optim.Optimizer):
                 self.initialise(p)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "targets": self.targets, "copies": self.copies}
+        mine = {name: getattr(self, name) for name in ("targets", "copies", "ema_form")}
+        return {**super().__getstate__(), **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # of an optimizer that is being made of a pickle there are none yet
         self._plans = getattr(self, "_plans", {})
         self._captured = getattr(self, "_captured", [])
+        # nor is there a form in an older pickle
+        self.ema_form = getattr(self, "ema_form", "lerp")
         self._drop_plans()
         self._step_supports_amp_scaling = True
         for group in self.param_groups:

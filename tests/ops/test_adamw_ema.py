@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_kernels.adamw_ema import BLOCK, adamw_ema_, adamw_ema_bytes, adamw_ema_ref
 from ijepa_kernels.testing import assert_not_worse
@@ -74,7 +75,8 @@ def _check(lists, options, slack=1.0, ema=True, param_copy=None, ema_copy=None):
     emas = ours.pop("emas")
     adamw_ema_(**ours, emas=emas if ema else None, **copies, **options)
     adamw_ema_ref(
-        **theirs, **{k: v if k in ("betas", "eps") else float(v) for k, v in options.items()}
+        **theirs,
+        **{k: float(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()},
     )
     ours["emas"] = emas
     for name in LISTS[: 6 if ema else 5]:
@@ -85,7 +87,7 @@ def _check(lists, options, slack=1.0, ema=True, param_copy=None, ema_copy=None):
                 # a single random element may cancel to nothing, and its error with it
                 if slack == 1 or a.numel() >= 16:
                     assert_not_worse(name, a, b, c, slack=slack)
-                # on the CPU the reference is what runs, so it is held against the truth as well
+                # the reference may be as wrong as ours, so both are held against the truth
                 torch.testing.assert_close(a.double(), c.double(), rtol=1e-4, atol=1e-5 * slack)
     if not ema:
         assert all(torch.equal(a, b) for a, b in zip(emas, lists["emas"], strict=True))
@@ -93,6 +95,7 @@ def _check(lists, options, slack=1.0, ema=True, param_copy=None, ema_copy=None):
     _assert_rounded(copies.get("ema_copies", []), emas if ema_copy else [])
 
 
+@pytest.mark.parametrize("form", ["lerp", "sum"])
 @pytest.mark.parametrize("grad", [F32, BF16, F16])
 @pytest.mark.parametrize(
     ("ema", "param_copy", "ema_copy"),
@@ -104,8 +107,9 @@ def _check(lists, options, slack=1.0, ema=True, param_copy=None, ema_copy=None):
         (False, BF16, None),
     ],
 )
-def test_any_sizes_in_one_list(grad, ema, param_copy, ema_copy, device):
-    _check(_draw(SIZES, device, 0, grad), OPTIONS, 1.0, ema, param_copy, ema_copy)
+def test_any_sizes_in_one_list(grad, ema, param_copy, ema_copy, form, device):
+    options = {**OPTIONS, "ema_form": form}
+    _check(_draw(SIZES, device, 0, grad), options, 1.0, ema, param_copy, ema_copy)
 
 
 @given(
@@ -116,21 +120,127 @@ def test_any_sizes_in_one_list(grad, ema, param_copy, ema_copy, device):
     betas=st.sampled_from([(0.9, 0.999), (0.0, 0.95), (0.9, 0.0), (0.5, 0.99999)]),
     weight_decay=st.floats(0, 1),
     momentum=st.floats(0, 1),
+    form=st.sampled_from(["lerp", "sum"]),
     on_device=st.sampled_from([None, F32, F64]),
     done=st.sampled_from([0, 1, 1000, 100000]),
     seed=st.integers(0, 2**31),
 )
 def test_any_list(
-    shapes, grad, kinds, lr, betas, weight_decay, momentum, on_device, done, seed, device
+    shapes, grad, kinds, lr, betas, weight_decay, momentum, form, on_device, done, seed, device
 ):
     options = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
     if on_device is not None:
         options = {k: torch.tensor(v, dtype=on_device, device=device) for k, v in options.items()}
-    options |= {"betas": betas, "eps": 1e-8}
+    options |= {"betas": betas, "eps": 1e-8, "ema_form": form}
     _check(_draw(shapes, device, seed, grad, done), options, 4.0, *kinds)
 
 
-def test_found_inf_leaves_every_bit(device):
+def _published(ema, p, momentum, device):
+    """The average as the published trainer rounds it."""
+    if device.type == "cuda":
+        # the kernel adds the second product unrounded; interpreter and CPU round it
+        take = torch.as_tensor(1 - momentum, dtype=F32, device=device)
+        return (ema.mul(momentum).double() + take.double() * p.double()).float()
+    return ema.clone().mul_(momentum).add_((1 - momentum) * p)
+
+
+@pytest.mark.parametrize("on_device", [None, F32, F64])
+@pytest.mark.parametrize("flag", [None, 0.0])
+@pytest.mark.parametrize("value", [0.996, 0.99873, 0.3, 0.0, 1.0])
+def test_the_sum_has_the_published_bits(value, flag, on_device, device):
+    """Of the updated weights, at the size at which rounding matters: averages near 1."""
+    lists = _draw(SIZES, device)
+    lists["emas"] = [1 + 0.01 * t for t in lists["emas"]]
+    lists["params"] = [1 + 0.01 * t for t in lists["params"]]
+    momentum = value
+    if on_device is not None:
+        momentum = torch.tensor(value, dtype=on_device, device=device)
+    options = {**OPTIONS, "lr": 1e-3, "momentum": momentum, "ema_form": "sum"}
+    if flag is not None:
+        options["found_inf"] = torch.full((1,), flag, device=device)
+    # a float64 value on the device is rounded to float32 like a number
+    rounded = float(momentum) if on_device != F32 else momentum
+    expected = [t.clone() for t in lists["emas"]]
+    for _ in range(4):
+        adamw_ema_(**lists, **options)
+        expected = [
+            _published(a, p, rounded, device)
+            for a, p in zip(expected, lists["params"], strict=True)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(lists["emas"], expected, strict=True))
+
+
+def test_the_forms_round_differently(device):
+    lists, other = _draw(SIZES, device), _draw(SIZES, device)
+    adamw_ema_(**lists, **OPTIONS | {"momentum": 0.996})
+    adamw_ema_(**other, **OPTIONS | {"momentum": 0.996}, ema_form="sum")
+    assert all(torch.equal(a, b) for a, b in zip(lists["params"], other["params"], strict=True))
+    assert not torch.equal(lists["emas"][6], other["emas"][6])
+
+
+def _bits(tensors):
+    return [t.view(torch.int16 if t.dtype == BF16 else torch.int32).clone() for t in tensors]
+
+
+@pytest.mark.parametrize("form", ["lerp", "sum"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_skipped_steps_leave_odd_values(form, on_device, device):
+    """Zeroes keep their sign, infinities and NaN their bits, and none of them spreads."""
+    odd = torch.tensor([-0.0, 0.0, math.inf, -math.inf, math.nan, 1e-45, -3e38, 1.0], device=device)
+    size = len(odd)
+    lists = {
+        "params": [odd.repeat_interleave(size)],
+        "grads": [torch.full((size * size,), math.nan, device=device)],
+        "exp_avgs": [odd.repeat(size)],
+        "exp_avg_sqs": [odd.repeat(size)],
+        "steps": [torch.full((), 3.0, device=device)],
+        "emas": [odd.repeat(size)],
+        "param_copies": [odd.repeat(size).to(BF16)],
+        "ema_copies": [odd.repeat(size).to(BF16)],
+    }
+    options = {**OPTIONS, "ema_form": form, "found_inf": torch.full((1,), math.nan, device=device)}
+    if on_device:
+        for name in ("lr", "weight_decay", "momentum"):
+            options[name] = torch.tensor([options[name]], device=device)
+    before = {name: _bits(tensors) for name, tensors in lists.items()}
+    adamw_ema_(**lists, **options)
+    for name, tensors in lists.items():
+        assert torch.equal(_bits(tensors)[0], before[name][0]), name
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the values that are read to the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["lerp", "sum"])
+def test_the_cpu_implementation_reads_nothing(form, kernels, device):
+    if kernels:
+        pytest.skip("not what runs")
+    names = ("lr", "weight_decay", "momentum")
+    options = {**OPTIONS, **{name: torch.tensor(OPTIONS[name]) for name in names}}
+    flags = {"grad_scale": torch.ones(1), "found_inf": torch.zeros(1)}
+    lists = _draw(SIZES, device)
+    lists["ema_copies"] = [torch.empty_like(t, dtype=BF16) for t in lists["emas"]]
+    with _Reads() as reads:
+        adamw_ema_(**lists, **options, **flags, ema_form=form)
+        assert reads.count == 0
+        float(flags["found_inf"])
+        assert reads.count == 1
+
+
+@pytest.mark.parametrize("form", ["lerp", "sum"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_found_inf_leaves_every_bit(form, on_device, device):
+    options = {**OPTIONS, "ema_form": form}
+    if on_device:
+        for name in ("lr", "weight_decay", "momentum"):
+            options[name] = torch.tensor(options[name], dtype=F64, device=device)
     lists = _draw(SIZES, device)
     copies = {
         name: [torch.full_like(p, 7, dtype=BF16) for p in lists["params"]]
@@ -141,12 +251,12 @@ def test_found_inf_leaves_every_bit(device):
     lists["grads"][5][3] = float("inf")
     before["grads"][5][3] = float("inf")
     for flag in (1.0, 3.0):
-        adamw_ema_(**lists, **OPTIONS, found_inf=torch.tensor(flag, device=device))
+        adamw_ema_(**lists, **options, found_inf=torch.tensor(flag, device=device))
     for name, tensors in before.items():
         assert all(torch.equal(a, b) for a, b in zip(lists[name], tensors, strict=True)), name
     lists["grads"][5][3] = before["grads"][5][3] = 0.5
-    adamw_ema_(**lists, **OPTIONS, found_inf=torch.zeros(1, device=device))
-    adamw_ema_(**before, **OPTIONS)
+    adamw_ema_(**lists, **options, found_inf=torch.zeros(1, device=device))
+    adamw_ema_(**before, **options)
     for name, tensors in before.items():
         assert all(torch.equal(a, b) for a, b in zip(lists[name], tensors, strict=True)), name
 
@@ -243,6 +353,7 @@ def test_compiles_whole_and_passes_opcheck(full, on_device, device):
     args = [lists[n] for n in LISTS[:5]]
     args += [lists.get("emas", []), [], lists.get("ema_copies", [])]
     args += [[1e-2, 0.9, 0.999, 1e-8, 0.1, 0.75], *scalars, None, options.get("found_inf")]
+    args += [options.setdefault("ema_form", "sum" if full else "lerp")]
     torch.library.opcheck(torch.ops.ijepa_kernels.adamw_ema_.default, tuple(args))
 
     def step(lists):
@@ -305,6 +416,8 @@ ZERO = torch.zeros(3, 4)
         ({"lr": torch.zeros(2)}, r"lr must be a number or one .* shape \(2,\)"),
         ({"weight_decay": math.nan}, "weight_decay must lie in 0 .. inf, got nan"),
         ({"momentum": 1.5}, "momentum must lie in 0 .. 1, got 1.5"),
+        ({"ema_form": "mean"}, "ema_form must be lerp or sum, got 'mean'"),
+        ({"ema_form": None}, "ema_form must be lerp or sum, got None"),
         ({"eps": -1e-8}, "eps must lie in 0 .. inf, got -1e-08"),
         (
             {"betas": (0.9, 1.0)},

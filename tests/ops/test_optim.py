@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import pickle
 import sys
 import traceback
 from typing import Any
@@ -411,6 +412,84 @@ def test_half_precision_targets(half, device):
             torch.testing.assert_close(a, b.detach().to(half), rtol=tolerance, atol=0)
 
 
+def test_averages_as_sums(device):
+    """In the bits of `mul_` and `add_`; on CUDA the second product is not rounded."""
+    ours = _weights(device)
+    targets = _clones(ours[:4])
+    halves = [p.detach().bfloat16() for p in ours[4:]]
+    optimizer = AdamWEMA(_groups(ours), lr=1e-3, momentum=0.5, ema_form="sum")
+    optimizer.track(ours, [*targets, *halves])
+    # all start at the weights
+    averages, generator = _clones(ours), torch.Generator().manual_seed(1)
+    for step in range(4):
+        _randomise(ours, generator)
+        momentum = 0.996 + 0.001 * step
+        for group in optimizer.param_groups:
+            group["momentum"] = momentum
+        optimizer.step()
+        for average, p in zip(averages, ours, strict=True):
+            average.mul_(momentum).add_((1 - momentum) * p.detach())
+    mine = [optimizer.state[p]["ema"] for p in ours]
+    if device.type == "cuda":
+        _close(mine, averages)
+    else:
+        assert _equal(mine, averages)
+    assert _equal(targets, mine[:4])
+    assert "ema_form" not in str(optimizer.state_dict())
+    assert all("ema_form" not in group for group in optimizer.param_groups)
+
+
+def test_the_form_of_averages_is_kept(device):
+    p = _one(device)
+    optimizer: Any = AdamWEMA([p], ema_form="sum")
+    for twin in (copy.deepcopy(optimizer), copy.copy(optimizer)):
+        assert twin.ema_form == "sum"
+    assert pickle.loads(pickle.dumps(optimizer)).ema_form == "sum"
+    optimizer.load_state_dict(AdamWEMA([_one(device)]).state_dict())
+    assert optimizer.ema_form == "sum"
+    old = optimizer.__getstate__()
+    del old["ema_form"]
+    other = AdamWEMA.__new__(AdamWEMA)
+    other.__setstate__(old)
+    assert other.ema_form == "lerp"
+    optimizer.step()
+    optimizer.ema_form = "mean"
+    with pytest.raises(ValueError, match="ema_form must be lerp or sum, got 'mean'"):
+        optimizer.step()
+
+
+def test_adam_on_the_cpu_has_the_bits_of_torchs_fused_kernel(device, kernels):
+    if kernels:
+        pytest.skip("not what runs")
+    ours, theirs = _weights(device), _weights(device)
+    optimizer: Any = AdamWEMA(_groups(ours), lr=1e-2, weight_decay=0.05)
+    reference: Any = torch.optim.AdamW(_groups(theirs), lr=1e-2, weight_decay=0.05, fused=True)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        _randomise(ours, generator)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.clone()
+        for each in (optimizer, reference):
+            each.found_inf = torch.full((), float(step == 2))
+            each.step()
+    assert _equal(ours, theirs)
+    for p, q in zip(ours, theirs, strict=True):
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(optimizer.state[p][key], reference.state[q][key])
+
+
+def test_autograd_sees_the_update(device):
+    """Of weights and averages, in every lane."""
+    pair = _Pair(device)
+    pair.step()
+    leaves = [pair.ours[3], pair.targets[1]]
+    for flag in (None, torch.zeros((), device=device)):
+        pair.optimizer.found_inf = flag
+        before = [t._version for t in leaves]
+        pair.step()
+        assert all(t._version > v for t, v in zip(leaves, before, strict=True))
+
+
 def test_half_precision_gradients(device):
     ours = _weights(device)
     theirs = _weights(device)
@@ -652,7 +731,7 @@ def test_groups_of_equal_options_share_a_launch(device, kernels, monkeypatch):
             q.grad = p.grad.clone()
         optimizer.step()
         reference.step()
-        if isinstance(values[0], torch.Tensor) and device.type == "cuda":
+        if isinstance(values[0], torch.Tensor):
             expected = [(0, 4), (4, 2), (6, 1)]  # they may be changed one by one
         assert counts == expected
         counts.clear()
@@ -806,6 +885,8 @@ def test_adamw_ema_refuses(device):
         ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
         ({"eps": -1}, "eps must lie in"),
         ({"weight_decay": math.nan}, "weight_decay must lie in"),
+        ({"ema_form": "mean"}, "ema_form must be lerp or sum, got 'mean'"),
+        ({"lr": torch.tensor(-1.0, device=device)}, "lr must lie in 0 .. inf, got -1.0"),
         ({"momentum": 1.1}, r"momentum must lie in 0 .. 1, got 1.1"),
     ):
         with pytest.raises(ValueError, match=message):
