@@ -11,8 +11,6 @@ Shape letters as in `layout.py`.
 
 import copy
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,12 +54,16 @@ def wants_compile(requested: str, device: torch.device) -> bool:
     """
     if requested == "off" or (requested == "auto" and device.type != "cuda"):
         return False
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
         raise ValueError(
-            f"compile must be off where there is no C++ compiler, got {requested!r}: {compiler} is "
-            "not on the PATH (set CXX, or install it)"
-        )
+            f"compile must be off where there is no C++ compiler, got {requested!r}: install g++, "
+            "or name another compiler in CXX"
+        ) from None
     return True
 
 

@@ -201,11 +201,11 @@ def repack(plain: nn.Module, kind: type[Network], settings: Settings) -> Network
         settings: how it computes.
     """
     shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
-    network = copy.deepcopy(plain, shared)
+    network, parts = copy.deepcopy(plain, shared), settings.parts()
     for module in network.modules():
         if isinstance(module, Block):
             module.__class__ = PackedBlock
-            module.settings = settings  # type: ignore[assignment]
+            module.__dict__ |= {"settings": settings, "parts": parts}
     assert issubclass(kind, type(plain))
     network.__class__ = kind
     assert isinstance(network, kind)

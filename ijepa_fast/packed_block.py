@@ -8,6 +8,7 @@ Shape letters: R packed rows, D width, H heads, E head dim.
 """
 
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 Memory = Literal["none", "selective", "full"]
+Parts = tuple[Callable[..., Tensor], Callable[..., Tensor]]
 Take = Callable[[Tensor], Tensor]
 
 
@@ -57,12 +59,22 @@ class Settings:
     ) -> None:
         self.attention, self.dtype, self.residual = attention, dtype, residual
         self.memory = memory
-        self.before: Callable[..., Tensor] = _before
-        self.after: Callable[..., Tensor] = _after
         self.compiled = compiled
-        if compiled:
-            self.before = torch.compile(_before, fullgraph=True)
-            self.after = torch.compile(_after, fullgraph=True)
+
+    def parts(self) -> "Parts":
+        """What the blocks of one network run before and after attention, compiled if wanted."""
+        if not self.compiled:
+            return _before, _after
+        return _compiled(_before), _compiled(_after)
+
+
+def _compiled(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled for one network. Dynamo counts recompilations by code object, so each network has
+    its own: three networks of different sizes would come near its limit together.
+    """
+    assert isinstance(part, FunctionType)
+    own = FunctionType(part.__code__.replace(), part.__globals__, part.__name__)
+    return torch.compile(own, fullgraph=True)
 
 
 # --- rounded copies of weights -------------------------------------------------------------------
@@ -206,9 +218,10 @@ def _after(block: Block, x: Tensor, mixed: Tensor, dtype: torch.dtype, lean: boo
 
 
 class PackedBlock(Block):
-    """`Block` over packed rows."""
+    """`Block` over packed rows; `parts` from `Settings.parts`, the same for a network's blocks."""
 
     settings: Settings
+    parts: Parts
 
     def forward(  # type: ignore[override]
         self,
@@ -239,7 +252,7 @@ class PackedBlock(Block):
         if take is not None and distinct is None:
             return self.finish(take(x), *self.keys_values(x), pair, take)
         rows, index = (x, None) if distinct is None else distinct
-        qkv = self._call(self.settings.before, rows)
+        qkv = self._call(0, rows)
         if index is not None:
             qkv = gather_tokens(qkv, index)
         q, k, v = self._heads(qkv)
@@ -273,16 +286,16 @@ class PackedBlock(Block):
 
     def _mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> Tensor:
         mixed = attend_packed(self.settings.attention, q, k, v, pair).flatten(1)
-        return self._call(self.settings.after, x, mixed)
+        return self._call(1, x, mixed)
 
-    def _call(self, part: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    def _call(self, part: int, *rows: Tensor) -> Tensor:
         settings = self.settings
         # compiled code recomputes what is cheap of its own accord
         lean = settings.memory == "selective" and not settings.compiled
         if settings.compiled and torch.is_grad_enabled():
             for tensor in rows:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return part(self, *rows, settings.dtype, lean and torch.is_grad_enabled())
+        return self.parts[part](self, *rows, settings.dtype, lean and torch.is_grad_enabled())
 
     def _heads(self, rows: Tensor) -> tuple[Tensor, ...]:
         """(R, n * D) to n times (R, H, E)."""

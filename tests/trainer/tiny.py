@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from ijepa_fast import train
 from ijepa_fast.cli import parse
-from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.fast import FastStep
 from ijepa_fast.run import Run
 
 __all__ = [
@@ -227,7 +227,7 @@ def assert_same_state(left: Path, right: Path) -> None:
 
 def stop_at(signal_number: int, step: int, monkeypatch) -> None:
     """Sends this process a signal in the middle of the update of a step (counted from 1)."""
-    original = ReferenceStep.update
+    original = FastStep.update
     done = 0
 
     def update(self, values):
@@ -237,7 +237,7 @@ def stop_at(signal_number: int, step: int, monkeypatch) -> None:
             signal.raise_signal(signal_number)
         original(self, values)
 
-    monkeypatch.setattr(ReferenceStep, "update", update)
+    monkeypatch.setattr(FastStep, "update", update)
 
 
 @contextlib.contextmanager

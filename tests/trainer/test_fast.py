@@ -1,0 +1,611 @@
+"""The fast step against the reference step, and what it leaves out against what it must not."""
+
+import copy
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ijepa_fast.attention import Pair, Sequences, attend_packed
+from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
+from ijepa_fast.fast import FastStep, wants_compile
+from ijepa_fast.layout import Layout, grid_sequences
+from ijepa_fast.masks import Masks, sample_masks
+from ijepa_fast.model import build_models
+from ijepa_fast.packed_block import PackedBlock
+from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.schedules import StepValues
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VALUES = StepValues(lr=1e-3, weight_decay=0.05, momentum=0.99)
+CUDA = torch.cuda.is_available()
+
+
+def _networks(*, patch=8, crop=48, depth=3, predictor_depth=3, heads=2, width=24, predictor=16):
+    config = ModelConfig(
+        name="vit_tiny",
+        patch_size=patch,
+        width=width,
+        heads=heads,
+        depth=depth,
+        predictor_width=predictor,
+        predictor_depth=predictor_depth,
+    )
+    networks = build_models(config, (crop, crop), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in (p for network in networks for p in network.parameters()):
+            # norms and biases away from 1 and 0
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return networks
+
+
+def _steps(networks, device="cpu", optim=None, **settings):
+    """A reference step and a fast one with the same weights."""
+    optim = optim or OptimConfig(precision="float32")
+    made = []
+    plain = OptimConfig(**{**vars(optim), "residual": "float32"})
+    for kind, config, options in (
+        (ReferenceStep, plain, {}),
+        (FastStep, optim, settings),
+    ):
+        own = [copy.deepcopy(network).to(device) for network in networks]
+        made.append(kind(*own, config, mean=MEAN, std=STD, **options))
+    return made
+
+
+def _batch(encoder, *, images=4, group=1, contexts=1, targets=4, step=0):
+    height, width = (encoder.grid[i] * encoder.patch_embed.proj.kernel_size[i] for i in (0, 1))
+    generator = torch.Generator().manual_seed(step)
+    pixels = torch.randint(0, 256, (images, height, width, 3), generator=generator)
+    config = MaskConfig(
+        min_keep=1, truncation_group=group, num_contexts=contexts, num_targets=targets
+    )
+    where = np.arange(images)
+    masks = sample_masks(config, grid=encoder.grid, seed=0, step=step, positions=where)
+    return pixels.to(torch.uint8), masks
+
+
+def _elements(masks, encoder):
+    sequences = masks.context_cu.numel() - 1
+    _, blocks, length = masks.target_index.shape
+    return sequences * blocks * length * encoder.width
+
+
+def _error(actual, expected):
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def _without_keys(name, tensor):
+    """The true gradient of a key's bias is zero: what is left of it is rounding."""
+    if not name.endswith("qkv.bias"):
+        return tensor
+    q, _, v = tensor.chunk(3)
+    return torch.cat([q, v])
+
+
+def _gradients(step):
+    named = [*step.encoder.named_parameters("e"), *step.predictor.named_parameters("p")]
+    return {name: _without_keys(name, p.grad) for name, p in named}
+
+
+def _assert_same(reference, fast, batches, limit=2e-5, weights=2e-5):
+    """Losses, feature std, gradients and, after updates, all weights."""
+    for images, masks in batches:
+        elements = _elements(masks, reference.encoder)
+        pixels = images.to(reference.device)
+        loss, std = reference.accumulate(pixels, reference.prepare(masks), elements)
+        own_loss, own_std = fast.accumulate(pixels, fast.prepare(masks), elements)
+        assert own_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert own_std.item() == pytest.approx(std.item(), rel=1e-5)
+        expected, actual = _gradients(reference), _gradients(fast)
+        for name, grad in expected.items():
+            assert _error(actual[name], grad) < limit, name
+        for step in (reference, fast):
+            step.update(VALUES)
+    expected, actual = reference.masters(), fast.masters()
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype == torch.float32
+        error = _error(_without_keys(name, actual[name]), _without_keys(name, tensor))
+        assert error < weights, name
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "equal lengths": {"group": 4},
+    "whole contexts": {"group": 1},
+    "two groups": {"group": 2},
+    "three contexts": {"group": 1, "contexts": 3},
+    "two contexts of equal length, two targets": {"group": 4, "contexts": 2, "targets": 2},
+    "one image": {"images": 1},
+    "odd numbers": {"images": 7, "targets": 3},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_same_as_the_reference(case):
+    networks = _networks()
+    reference, fast = _steps(networks)
+    batches = [_batch(networks[0], step=step, **case) for step in range(3)]
+    # else nothing is packed, or nothing dense
+    dense = case.get("group", 1) == case.get("images", 4)
+    equal = [fast.prepare(masks).context.queries.equal for _, masks in batches]
+    assert all(equal) if dense else not all(equal)
+    _assert_same(reference, fast, batches)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"depth": 1, "predictor_depth": 1},
+        {"depth": 1, "predictor_depth": 2},
+        {"depth": 2, "predictor_depth": 1},
+        {"patch": 14, "crop": 98},  # rows padded to a multiple of 16
+        {"heads": 3, "width": 36, "predictor": 24},
+    ],
+)
+def test_every_shape_of_network(shape):
+    networks = _networks(**shape)
+    _assert_same(*_steps(networks), [_batch(networks[0], step=step) for step in range(2)])
+
+
+@pytest.mark.parametrize("memory", ["selective", "full"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_recomputation_changes_nothing(memory, group):
+    networks = _networks()
+    plain = _steps(networks)[1]
+    lean = _steps(networks, memory=memory)[1]
+    images, masks = _batch(networks[0], group=group)
+    for step in (plain, lean):
+        step.accumulate(images, step.prepare(masks), _elements(masks, step.encoder))
+    expected, actual = _gradients(plain), _gradients(lean)
+    for name, grad in expected.items():
+        assert _error(actual[name], grad) < 1e-6, name
+
+
+def _saved_bytes(step, images, masks):
+    """Of all that autograd keeps for the backward pass, weights and inputs left out."""
+    known = {p.untyped_storage().data_ptr() for p in step.parameters}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        prediction = step.forward(images, step.prepare(masks))[0]
+    assert prediction.requires_grad
+    return sum(kept.values())
+
+
+def test_recomputation_saves_memory():
+    networks = _networks(width=64, depth=4, predictor=32)
+    images, masks = _batch(networks[0], group=4)
+    none, selective, full = (
+        _saved_bytes(_steps(networks, memory=memory)[1], images, masks)
+        for memory in ("none", "selective", "full")
+    )
+    assert selective < 0.75 * none
+    assert full < 0.4 * none
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l2", "l1"])
+def test_every_kind_of_loss(kind):
+    networks = _networks()
+    steps = _steps(networks, optim=OptimConfig(precision="float32", loss=kind))
+    # l1: where a difference is near 0, its sign is a matter of rounding
+    limit = 1e-3 if kind == "l1" else 2e-5
+    _assert_same(*steps, [_batch(networks[0])], limit=limit, weights=1e-4)
+
+
+def test_micro_steps_add_up():
+    networks = _networks()
+    reference, fast = _steps(networks)
+    images, masks = _batch(networks[0], images=6, group=3)
+    elements = _elements(masks, networks[0])
+    loss, _ = reference.accumulate(images, reference.prepare(masks), elements)
+    config = MaskConfig(min_keep=1, truncation_group=3)
+    losses = []
+    for start in (0, 2, 4):
+        where = np.arange(start, start + 2)
+        part = sample_masks(config, grid=networks[0].grid, seed=0, step=0, positions=where)
+        losses.append(fast.accumulate(images[start : start + 2], fast.prepare(part), elements)[0])
+    assert sum(losses).item() == pytest.approx(loss.item(), rel=1e-6)
+    expected, actual = _gradients(reference), _gradients(fast)
+    for name, grad in expected.items():
+        assert actual[name].dtype == torch.float32
+        assert _error(actual[name], grad) < 2e-5, name
+
+
+# --- bfloat16 and the ownership of weights -------------------------------------------------------
+
+
+def _half(**settings):
+    return OptimConfig(precision="bfloat16", **settings)
+
+
+def test_bfloat16_is_no_worse_than_autocast():
+    """Against the float32 reference, gradients and predictions of both paths in bfloat16."""
+    networks = _networks(width=48, predictor=32, depth=4)
+    truth, _ = _steps(networks)
+    reference, fast = _steps(networks, optim=_half())
+    images, masks = _batch(networks[0], images=8)
+    elements = _elements(masks, networks[0])
+    for step in (truth, reference, fast):
+        step.accumulate(images, step.prepare(masks), elements)
+    exact, theirs, ours = (_gradients(step) for step in (truth, reference, fast))
+
+    def rms(gradients):
+        errors = [_error(gradients[name], exact[name]) for name in exact]
+        return np.sqrt(np.mean(np.square(errors)))
+
+    assert rms(theirs) > 1e-3
+    assert rms(ours) <= 1.5 * rms(theirs)
+
+
+def test_who_owns_which_weights():
+    networks = _networks()
+    _, fast = _steps(networks, optim=_half())
+    for step in range(3):
+        images, masks = _batch(networks[0], step=step)
+        fast.accumulate(images, fast.prepare(masks), _elements(masks, networks[0]))
+        assert all(p.grad.dtype == torch.float32 for p in fast.parameters)
+        fast.update(VALUES)
+    masters = fast.masters()
+    assert all(tensor.dtype == torch.float32 for tensor in masters.values())
+    rounded = 0
+    for name, p in fast.target_encoder.named_parameters():
+        average = masters[f"target_encoder.{name}"]
+        norm = "norm" in name
+        assert p.dtype == (torch.float32 if norm else torch.bfloat16), name
+        assert torch.equal(p, average.to(p.dtype)), name
+        rounded += not norm
+        assert not torch.equal(average, masters[f"encoder.{name}"]), name
+    assert rounded == 4 * 3 * 2 + 2
+    # every matrix of the context side has a copy, and it is what the optimiser last wrote
+    layers = [m for n in (fast.encoder, fast.predictor) for m in n.modules() if "copies" in vars(m)]
+    assert len(layers) == 1 + 4 * 3 + 4 * 3 + 2
+    for layer in layers:
+        for p, copied in zip((layer.weight, layer.bias), layer.copies, strict=True):
+            assert copied.dtype == torch.bfloat16
+            assert torch.equal(copied, p.bfloat16())
+
+
+class _Casts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the sizes of what is rounded from float32 to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            source, target = args[0].dtype, (kwargs or {}).get("dtype")
+            if source == torch.float32 and target == torch.bfloat16:
+                self.storages.append(args[0].untyped_storage().data_ptr())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_casts_a_weight():
+    networks = _networks()
+    reference, fast = _steps(networks, optim=_half())
+    images, masks = _batch(networks[0])
+    for step, expected in ((reference, True), (fast, False)):
+        weights = {p.untyped_storage().data_ptr() for p in step.parameters}
+        weights |= {p.untyped_storage().data_ptr() for p in step.target_encoder.parameters()}
+        batch = step.prepare(masks)
+        with _Casts() as casts:
+            step.accumulate(images, batch, _elements(masks, networks[0]))
+            step.update(VALUES)
+        assert casts.storages
+        assert bool(weights.intersection(casts.storages)) == expected
+
+
+def test_bfloat16_residual():
+    networks = _networks()
+    _, fast = _steps(networks, optim=_half())
+    _, narrow = _steps(networks, optim=_half(residual="bfloat16"))
+    images, masks = _batch(networks[0])
+    seen = []
+    for block in narrow.encoder.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    losses = [
+        step.accumulate(images, step.prepare(masks), _elements(masks, networks[0]))[0].item()
+        for step in (fast, narrow)
+    ]
+    assert seen == [torch.bfloat16] * 3
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    with pytest.raises(ValueError, match=r"optim.residual must be float32 where"):
+        OptimConfig(precision="float32", residual="bfloat16")
+
+
+# --- nothing is read back ------------------------------------------------------------------------
+
+
+def test_no_host_reads(monkeypatch):
+    """No `.item()`, `float()` or `bool()` of a tensor in a step. The ops' CPU versions stand for
+    kernels and check indices on the way, which their kernels do not: they are left out.
+    """
+    networks = _networks()
+    for optim in (OptimConfig(precision="float32"), _half()):
+        for step in _steps(networks, optim=optim):
+            images, masks = _batch(networks[0])
+            batch = step.prepare(masks)
+            step.accumulate(images, batch, _elements(masks, networks[0]))
+            step.update(VALUES)  # optimisers set themselves up
+            found = []
+            with monkeypatch.context() as patch:
+                for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__"):
+                    _forbid(patch, name, found)
+                step.accumulate(images, batch, _elements(masks, networks[0]))
+                step.update(VALUES)
+            assert not found, found[0]
+    with monkeypatch.context() as patch:
+        _forbid(patch, "item", found)
+        torch.ones(()).item()
+    assert found
+
+
+def _forbid(patch, name, found):
+    original = getattr(torch.Tensor, name)
+
+    def read(self):
+        stack = traceback.extract_stack(sys._getframe(1))
+        kernels = str(Path("kernels") / "ijepa_kernels")
+        if not any(kernels in frame.filename for frame in stack[-6:]):
+            found.append(f"{name} at {stack[-1].filename}:{stack[-1].lineno}")
+        return original(self)
+
+    patch.setattr(torch.Tensor, name, read)
+
+
+# --- dead work, each part against the whole ------------------------------------------------------
+
+
+def test_last_target_block_on_needed_rows():
+    """`TargetEncoder` against the plain encoder on all rows, and split as for a CUDA graph."""
+    networks = _networks()
+    _, fast = _steps(networks)
+    images, masks = _batch(networks[0])
+    batch, grid = fast.prepare(masks), grid_sequences(len(images), 36, torch.device("cpu"))
+    x = (images.permute(0, 3, 1, 2) / 255 - fast.mean.view(3, 1, 1)) / fast.std.view(3, 1, 1)
+    plain = networks[0](x).flatten(0, 1)
+    needed = {
+        i * 36 + p for i, row in enumerate(masks.target_index.flatten(1).tolist()) for p in row
+    }
+    assert batch.needed.tolist() == sorted(needed)
+    assert len(needed) < masks.target_index.numel()
+    arguments = images, fast.mean, fast.std
+    some = fast.target_encoder(*arguments, batch, grid)
+    torch.testing.assert_close(some, plain[sorted(needed)], rtol=1e-4, atol=1e-5)
+    trunk = fast.target_encoder.trunk(*arguments, grid)
+    assert [t.shape for t in trunk] == [(144, 24), (144, 24), (144, 48)]
+    assert torch.equal(fast.target_encoder.head(*trunk, batch), some)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_predictor_shares_first_rows_and_ends_on_target_rows(group):
+    networks = _networks()
+    _, fast = _steps(networks)
+    _, masks = _batch(networks[0], group=group)
+    batch = fast.prepare(masks)
+    sizes = []
+    original = PackedBlock._call
+
+    def call(self, part, *rows):
+        sizes.append(len(rows[0]))
+        return original(self, part, *rows)
+
+    z = torch.randn(len(masks.context_index), 24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedBlock, "_call", call)
+        fast.predictor(z, batch)
+    rows, targets = len(masks.context_index), masks.target_index.numel()
+    every = 4 * rows + targets
+    # norm and QKV of the first block, its rest; both of the second; the last one's rest
+    assert sizes == [rows + 36, every, every, every, targets]
+
+
+def test_packed_predictor_is_the_plain_one():
+    networks = _networks()
+    _, fast = _steps(networks)
+    for group in (1, 4):
+        _, masks = _batch(networks[0], group=group)
+        batch = fast.prepare(masks)
+        z = torch.randn(len(masks.context_index), 24)
+        actual = fast.predictor(z, batch).view(4, 4, -1, 24)
+        for image in range(4):
+            here = slice(*masks.context_cu[image : image + 2].tolist())
+            for block in range(4):
+                patches = masks.context_index[here].long()[None] % 36
+                target = masks.target_index[image, block].long()[None]
+                expected = networks[1](z[here][None], patches, target)
+                torch.testing.assert_close(actual[block, image], expected[0], rtol=1e-4, atol=1e-5)
+
+
+# --- layout and attention ------------------------------------------------------------------------
+
+
+def test_layout_by_hand():
+    """Two images of 6 patches, contexts of 2 and 3, two target blocks of 2."""
+    masks = Masks(
+        context_index=torch.tensor([0, 5, 6, 7, 11], dtype=torch.int32),
+        context_cu=torch.tensor([0, 2, 5], dtype=torch.int32),
+        max_context=3,
+        target_index=torch.tensor([[[1, 2], [2, 3]], [[4, 5], [2, 3]]], dtype=torch.int32),
+    )
+    layout = Layout.of(masks, 6, torch.device("cpu"), padded=True)
+    assert layout.context_patch.tolist() == [0, 5, 0, 1, 5]
+    assert layout.needed.tolist() == [1, 2, 3, 8, 9, 10, 11]
+    assert layout.loss_index.tolist() == [0, 1, 5, 6, 1, 2, 3, 4]
+    # rows 0..4 are the context's, 5 + patch those of mask tokens
+    assert layout.source.tolist() == [0, 1, 6, 7, 2, 3, 4, 9, 10, 0, 1, 7, 8, 2, 3, 4, 7, 8]
+    assert layout.predictor.queries.cu.tolist() == [0, 4, 9, 13, 18]
+    assert layout.last_predictor.queries.cu.tolist() == [0, 2, 4, 6, 8]
+    assert layout.last_target.queries.cu.tolist() == [0, 3, 7]
+    assert layout.last_target.keys.cu.tolist() == [0, 6, 12]
+    assert layout.context.queries.pad is not None
+    assert layout.context.queries.pad.tolist() == [0, 1, 1, 2, 3, 4]
+    assert layout.context.queries.valid.tolist() == [[True, True, False], [True, True, True]]
+    assert layout.context.queries.longest == 3
+    assert layout.context.queries.bucket == 32
+
+
+def _sequences(lengths, device="cpu"):
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    longest = max(lengths)
+    cu = torch.tensor(starts, device=device)
+    if len(set(lengths)) == 1:
+        return Sequences(cu, starts, longest, True)
+    pad = [s + min(c, n - 1) for s, n in zip(starts, lengths, strict=False) for c in range(longest)]
+    unpad = [i * longest + c for i, n in enumerate(lengths) for c in range(n)]
+    places = (torch.tensor(x, device=device) for x in (pad, unpad))
+    return Sequences(cu, starts, longest, False, *places)
+
+
+BACKENDS = [
+    "sdpa",
+    *(pytest.param(name, marks=pytest.mark.gpu) for name in ("xformers", "varlen")),
+]
+
+
+@pytest.mark.parametrize("head_dim", [24, 32, 64, 80, 88, 128])
+@pytest.mark.parametrize("lengths", [([5, 5, 5], [5, 5, 5]), ([3, 1, 6], [4, 9, 6])])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_is_one_sequence_at_a_time(backend, lengths, head_dim):
+    """Forward and backward against softmax in float64."""
+    if backend != "sdpa" and not CUDA:
+        pytest.skip("needs a GPU")
+    if backend == "xformers":
+        pytest.importorskip("xformers")
+    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+    pair = Pair(*(_sequences(side, device) for side in lengths))
+    torch.manual_seed(0)
+    # as views of one product, as in the step
+    q = torch.randn(sum(lengths[0]), 2, head_dim, dtype=dtype, device=device, requires_grad=True)
+    kv = torch.randn(sum(lengths[1]), 2, 2, head_dim, dtype=dtype, device=device)
+    kv.requires_grad_()
+    out = attend_packed(backend, q, *kv.unbind(1), pair)
+    weight = torch.randn(out.shape, device=device, dtype=dtype)
+    (out * weight).sum().backward()
+    wide_q, wide_kv = (t.detach().double().requires_grad_() for t in (q, kv))
+    pieces = []
+    for own, (k, v) in zip(
+        wide_q.split(lengths[0]), (p.unbind(1) for p in wide_kv.split(lengths[1])), strict=True
+    ):
+        scores = torch.einsum("qhe,khe->hqk", own, k) * head_dim**-0.5
+        pieces.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), v))
+    expected = torch.cat(pieces)
+    (expected * weight.double()).sum().backward()
+    limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert _error(out, expected) < limit
+    assert _error(q.grad, wide_q.grad) < limit
+    assert _error(kv.grad, wide_kv.grad) < limit
+
+
+def test_attention_that_cannot_run_here():
+    networks = _networks()
+    for name in ("xformers", "varlen", "fa3"):
+        with pytest.raises(ValueError, match=rf"must be sdpa or auto here, got '{name}'.*half"):
+            _steps(networks, attention=name)
+    if not CUDA:
+        with pytest.raises(ValueError, match=r"got 'varlen': flash kernels need CUDA"):
+            _steps(networks, optim=_half(), attention="varlen")
+    with pytest.raises(ValueError, match=r"attention must be one of auto, .*got 'flash'"):
+        _steps(networks, attention="flash")
+
+
+# --- compilation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks
+def test_compiled_without_inductor(monkeypatch):
+    """The parts that are compiled are whole graphs, few, and change nothing; what Inductor makes of
+    them is not looked at here.
+    """
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: original(f, backend="aot_eager", **o))
+    torch._dynamo.reset()
+    for optim in (OptimConfig(precision="float32"), _half()):
+        torch._dynamo.utils.counters.clear()
+        networks = _networks(depth=2, predictor_depth=2)
+        _, plain = _steps(networks, optim=optim)
+        _, compiled = _steps(networks, optim=optim, compiled=True)
+        for step in range(4):
+            images, masks = _batch(networks[0], group=(1, 4)[step % 2], step=step)
+            elements = _elements(masks, networks[0])
+            losses = [
+                s.accumulate(images, s.prepare(masks), elements)[0].item()
+                for s in (plain, compiled)
+            ]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+            for s in (plain, compiled):
+                s.update(VALUES)
+        # of three networks, before and after attention: for any number of rows, few variants
+        assert 6 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+    torch._dynamo.reset()
+
+
+def test_compile_is_off_on_the_cpu(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not wants_compile("auto", cpu)
+    assert not wants_compile("off", cuda)
+    assert wants_compile("on", cpu)
+    assert wants_compile("auto", cuda)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(ValueError, match="compile must be off where there is no C"):
+        wants_compile("on", cpu)
+    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+
+
+# --- skipped steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_bad_step_changes_nothing(where):
+    networks = _networks()
+    for step in _steps(networks, optim=_half()):
+        images, masks = _batch(networks[0])
+        elements = _elements(masks, networks[0])
+        step.accumulate(images, step.prepare(masks), elements)
+        step.update(VALUES)
+        before = {name: t.clone() for name, t in step.masters().items()}
+        moments = [s["exp_avg"].clone() for s in step.optimizer.state.values()]
+        step.accumulate(images, step.prepare(masks), elements)
+        if where == "loss":
+            step._loss = step._loss * torch.inf
+        else:
+            step.parameters[5].grad.view(-1)[0] = torch.nan
+        step.update(VALUES)
+        assert step.skipped[:3].tolist() == [1, 1, 1]
+        for name, tensor in step.masters().items():
+            assert torch.equal(tensor, before[name]), name
+        for old, state in zip(moments, step.optimizer.state.values(), strict=True):
+            assert torch.equal(old, state["exp_avg"])
+            assert state["step"].item() == 1
+        step.accumulate(images, step.prepare(masks), elements)
+        step.update(VALUES)
+        assert step.skipped[:3].tolist() == [0, 1, 1]
+        assert not torch.equal(step.masters()["encoder.norm.weight"], before["encoder.norm.weight"])
+
+
+def test_modules_share_parameters_with_the_networks_given():
+    networks = _networks()
+    own = [copy.deepcopy(network) for network in networks]
+    fast = FastStep(*own, OptimConfig(precision="float32"), mean=MEAN, std=STD)
+    given = {id(p) for network in own for p in network.parameters()}
+    assert {id(p) for p in fast.parameters} == given
+    assert all(isinstance(network, nn.Module) for network in own)
+    # the networks given still are plain ones
+    x = torch.randn(1, 3, 48, 48)
+    assert torch.equal(own[0](x), networks[0](x))
