@@ -145,8 +145,8 @@ def _adamw_ema_block(
     if HAS_EMA:
         take, keep = tl.load(scalars_ptr + 8), tl.load(scalars_ptr + 9)
         if SUM:
-            # an fma, or the compiler chooses which of the products is rounded
-            ema = tl.fma(take, p, keep * ema)
+            # each product by an fma, or the compiler would leave one of them unrounded
+            ema = tl.fma(keep, ema, 0.0) + tl.fma(take, p, 0.0)
         else:
             difference = p - ema
             ema = tl.where(take < 0.5, ema + take * difference, p - keep * difference)
