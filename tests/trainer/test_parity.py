@@ -21,36 +21,7 @@ from ijepa_fast.model import Attention, Mlp, Predictor, VisionTransformer
 from ijepa_fast.parity import LIMITS, main, replay
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules, StepValues
-from tests.trainer import plain_step
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "p8_64.safetensors"
-
-CASE: dict[str, Any] = {
-    "img": 16,
-    "patch": 4,
-    "dim": 24,
-    "depth": 1,
-    "heads": 2,
-    "pdim": 8,
-    "pdepth": 1,
-    "B": 2,
-    "nenc": 1,
-    "npred": 2,
-    "epochs": 4,
-    "ipe": 3,
-    "warmup": 1,
-    "ipe_scale": 1.0,
-    "steps": 2,
-    "start_lr": 2e-4,
-    "lr": 1e-3,
-    "final_lr": 1e-6,
-    "weight_decay": 0.04,
-    "final_weight_decay": 0.4,
-    # far from 1, so that the target encoder moves by much more than float32 rounds its weights
-    "ema": [0.2, 1.0],
-    "loss": "smooth_l1",
-    "norm_eps": 1e-6,
-}
+from tests.trainer.recordings import CASE, GOLDEN, OTHERS, failures, record
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,27 +33,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _record(path: Path, *, context: int = 4, target: int = 4, **changes: Any) -> Path:
-    """A recording of the per-sequence implementation, in float64."""
-    case = {**CASE, **changes}
-    height, width = case["img"] if isinstance(case["img"], list) else (case["img"],) * 2
-    grid = (height // case["patch"], width // case["patch"])
-    generator = torch.Generator().manual_seed(0)
-    networks = plain_step.random_weights(case, grid, generator, spread=0.05)
-    batches = [
-        plain_step.random_batch(
-            case, grid, generator, context=context + step % 2, target=target - step % 2
-        )
-        for step in range(case["steps"])
-    ]
-    plain_step.record(path, case, networks, batches)
-    return path
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """Two steps of a tiny network: cheap enough to replay for every entry that can be wrong."""
-    return _record(tmp_path_factory.mktemp("parity") / "small.safetensors")
+    return record(tmp_path_factory.mktemp("parity") / "small.safetensors")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,15 +49,6 @@ def _changed(path: Path, folder: Path, change: Callable[[dict[str, Tensor]], Non
     change(tensors)
     save_file(tensors, folder / "changed.safetensors", metadata=metadata)
     return str(folder / "changed.safetensors")
-
-
-def _failed(path: Path | str, **arguments: Any) -> dict[str, set[str]]:
-    """Names of the rows beyond their limit, by kind."""
-    failed: dict[str, set[str]] = {}
-    for row in replay(Path(path), **arguments).rows:
-        if not row.ok:
-            failed.setdefault(row.kind, set()).add(row.name)
-    return failed
 
 
 # --- the recording -------------------------------------------------------------------------------
@@ -165,47 +110,35 @@ def test_bfloat16_passes_its_own_limits_and_not_those_of_float32(capsys):
     assert prediction["error"] > 1e-4
 
 
-def test_a_fast_path_is_asked_for_in_vain(capsys):
-    assert main([str(GOLDEN), "--path", "fast"]) == 2
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--attention", "varlen"], "attention must be auto or sdpa with path reference"),
+        (["--memory", "full"], "memory must be none with path reference"),
+    ],
+)
+def test_options_of_the_fast_path_are_refused(option, message, capsys):
+    assert main([str(GOLDEN), *option]) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert err == "error: path must be reference, got fast: this version has no fast path\n"
+    assert err == f"error: {message}, got {option[1]!r}\n"
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([str(GOLDEN), "--device", "cuda"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err == "error: device must be auto or cpu here, got cuda: no CUDA device\n"
 
 
 # --- recordings of another implementation --------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "lengths"),
-    [
-        ({}, (4, 4)),
-        # two contexts, an odd grid of 7 x 7, schedules of 12.5 steps, run past their end
-        (
-            {
-                "img": 98,
-                "patch": 14,
-                "nenc": 2,
-                "npred": 3,
-                "epochs": 2,
-                "ipe": 1,
-                "warmup": 1,
-                "ipe_scale": 1.25,
-                "steps": 4,
-                "heads": 3,
-                "pdim": 12,
-                "depth": 2,
-                "pdepth": 2,
-            },
-            (9, 6),
-        ),
-        ({"img": [16, 24], "loss": "l2", "warmup": 0, "epochs": 1, "B": 3}, (6, 5)),
-        ({"loss": "l1", "nenc": 3, "warmup": 4}, (5, 3)),
-    ],
-    ids=["small", "odd", "rectangle", "l1"],
-)
+@pytest.mark.parametrize(("changes", "lengths"), OTHERS.values(), ids=OTHERS)
 def test_recordings_of_a_per_sequence_float64_loop_pass(changes, lengths, tmp_path, capsys):
     context, target = lengths
-    path = _record(tmp_path / "other.safetensors", context=context, target=target, **changes)
+    path = record(tmp_path / "other.safetensors", context=context, target=target, **changes)
     assert main([str(path)]) == 0, capsys.readouterr().out
 
 
@@ -302,7 +235,7 @@ def test_an_entry_just_beyond_its_limit_fails_alone(change, kind, row, small, tm
     out = capsys.readouterr().out
     assert "FAIL: reference path" in out
     assert any(line.startswith(f"{row} ") and line.endswith("FAIL") for line in out.splitlines())
-    failed = _failed(path)
+    failed = failures(path)
     assert failed.keys() == {kind}
     assert row in failed[kind]
     assert len(failed[kind]) == (2 if kind == "loss" else 1)
@@ -322,10 +255,10 @@ def test_target_weights_are_held_to_their_own_movement(small, tmp_path):
         values[name] = initial + moved * 0.998
 
     path = _changed(small, tmp_path, lag)
-    assert _failed(path) == {"target movement": {f"{name} (of its movement)"}}
+    assert failures(path) == {"target movement": {f"{name} (of its movement)"}}
     assert main([path]) == 1
     path = _changed(small, tmp_path, _scale(name, 1.5e-5))
-    assert _failed(path)["final weights"] == {name}
+    assert failures(path)["final weights"] == {name}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -819,7 +752,7 @@ MISTAKES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], set[str], set[st
 @pytest.mark.parametrize(("make", "fails", "holds"), MISTAKES.values(), ids=MISTAKES)
 def test_a_known_mistake_fails(make, fails, holds, monkeypatch):
     make(monkeypatch)
-    failed = _failed(GOLDEN)
+    failed = failures(GOLDEN)
     assert fails <= failed.keys()
     assert not holds & failed.keys()
 
@@ -838,7 +771,7 @@ def test_a_mistake_ends_with_exit_code_1(monkeypatch, capsys):
 
 def test_an_undecayed_mask_token_is_found_where_it_is(monkeypatch):
     MISTAKES["mask token not decayed"][0](monkeypatch)
-    assert _failed(GOLDEN) == {"final weights": {"final.predictor.mask_token"}}
+    assert failures(GOLDEN) == {"final weights": {"final.predictor.mask_token"}}
 
 
 # --- TF32 ----------------------------------------------------------------------------------------
