@@ -39,26 +39,6 @@ def one_rank(data, tmp_path_factory):
     return get
 
 
-def _assert_near(left, right):
-    rows, others = tiny.rows(left), tiny.rows(right)
-    assert len(rows) == len(others) == STEPS
-    for row, other in zip(rows, others, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
-        for key in ("step", "lr", "weight_decay", "momentum", "ids_hash", "skipped"):
-            assert row[key] == other[key]
-    a, b = tiny.final_state(left), tiny.final_state(right)
-    assert a.keys() == b.keys()
-    for name in a:
-        if name.startswith("exp_avg"):
-            continue
-        x, y = a[name].double(), b[name].double()
-        if name.endswith("qkv.bias"):
-            # keys: their true gradient is zero, what Adam makes of its rounding is noise
-            q, _, v = range(3)
-            x, y = x.view(3, -1)[[q, v]], y.view(3, -1)[[q, v]]
-        assert (x - y).norm() <= 1e-5 * y.norm(), name
-
-
 @pytest.mark.parametrize(
     ("group", "device_batch"),
     [(4, 4), (4, 2), (1, 4), (8, 2)],
@@ -72,7 +52,7 @@ def test_two_ranks_train_as_one(data, one_rank, tmp_path, group, device_batch):
     accumulated = 8 // (2 * device_batch)
     expected = f"(2 ranks x {device_batch} on the device x {accumulated} accumulated)"
     assert expected in (out / "train.log").read_text()
-    _assert_near(out, one_rank(group))
+    tiny.assert_near(out, one_rank(group), STEPS)
     # one rank writes and prints
     assert output.count("step 1/8") == 1
 
@@ -90,7 +70,7 @@ def test_from_two_ranks_to_one_and_back(data, one_rank, tmp_path):
     assert tiny.run_ranks(data, out, max_steps=3, **settings)[0] == [0, 0]
     assert tiny.run(data, out, max_steps=6, **settings) == 0
     assert tiny.run_ranks(data, out, max_steps=STEPS, **settings)[0] == [0, 0]
-    _assert_near(out, one_rank(4))
+    tiny.assert_near(out, one_rank(4), STEPS)
 
 
 def test_two_ranks_resume_bit_identically(data, tmp_path):
@@ -157,7 +137,7 @@ def test_torchrun(data, one_rank, tmp_path):
     assert "2 ranks x 4 on the device" in result.stdout
     assert f"done: {out}" in result.stdout
     assert (out / "masks.png").exists()
-    _assert_near(out, one_rank(4))
+    tiny.assert_near(out, one_rank(4), STEPS)
 
 
 # --- the functions underneath --------------------------------------------------------------------
