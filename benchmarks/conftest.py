@@ -1,5 +1,6 @@
 """What `pytest benchmarks` prints and compares after the measurements."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    # not imported here: it needs the trainer and its packages, and the ops do not
+    steps: Any = sys.modules.get("benchmarks.step_report")
+    if steps and steps.ROWS:
+        terminalreporter.section("training step")
+        terminalreporter.write_line(steps.markdown(harness.device(), steps.ROWS))
     if not RESULTS:
         return
     terminalreporter.section("ijepa_kernels")

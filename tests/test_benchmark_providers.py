@@ -2,10 +2,8 @@
 results that must not pass, targets, and the commands of gpu-check that run out of time or memory.
 """
 
-import contextlib
 import dataclasses
 import importlib
-import json
 import subprocess
 import sys
 import time
@@ -19,7 +17,7 @@ from pytest_benchmark.stats import Stats
 
 from benchmarks import harness, targets
 from benchmarks.discover import benches
-from benchmarks.gpu_check import files, sanitize, step
+from benchmarks.gpu_check import files, sanitize
 from benchmarks.harness import Bench, Result
 from benchmarks.shapes import SMALL
 
@@ -228,38 +226,6 @@ def test_the_sanitizer_stays_within_nine_minutes(tmp_path, monkeypatch):
     assert 400 < now[0] <= 540
 
 
-def test_a_model_that_does_not_fit_is_said_and_the_others_stay(tmp_path, monkeypatch):
-    def timed(name, batch, device):
-        if name == "large":
-            raise torch.OutOfMemoryError("CUDA out of memory\nlong text")
-        keys = ["step_ms", "images_per_second", "mfu", "peak_gib", "estimated_gib"]
-        return {"preset": name, "batch": batch, **dict.fromkeys(keys, 1.0), "profile": ["p"]}
-
-    monkeypatch.setattr(step, "check_parity", lambda device: [{"ok": True}])
-    monkeypatch.setattr(step, "time_reference", timed)
-    assert not step.run(tmp_path, torch.device("cpu"), ["small", "large"], 8)
-    rows = (tmp_path / "step.md").read_text().splitlines()
-    assert "| small | 8 | 1.0 | 1.0 | 1.0 | 1.0 | 1.0 |" in rows
-    assert "| large | 8 | not measured: CUDA out of memory | | | | |" in rows
-    assert json.loads((tmp_path / "step.json").read_text())["steps"][1]["preset"] == "large"
-
-
-def test_a_profiler_that_records_nothing_costs_no_result(monkeypatch):
-    assert step._profile(torch.device("cpu"), lambda: torch.ones(3).add(1))[2].startswith("| `")
-    idle = torch.profiler.profile
-    monkeypatch.setattr(torch.profiler, "profile", lambda **kw: idle(**{**kw, "activities": []}))
-    (line,) = step._profile(torch.device("cpu"), lambda: None)
-    assert line.startswith("not measured: ")
-
-    class Idle(contextlib.nullcontext):
-        def key_averages(self):
-            return [SimpleNamespace(key="launch", count=1, self_cpu_time_total=0)]
-
-    monkeypatch.setattr(torch.profiler, "profile", lambda **kw: Idle(Idle()))
-    (line,) = step._profile(torch.device("cpu"), lambda: None)
-    assert line.startswith("not measured: ")
-
-
 def test_ops_need_no_package_of_the_trainer():
     code = """
 import sys
@@ -283,6 +249,11 @@ assert not result["ok"] and "tyro" in result["error"]
             "benchmarks.gpu_check",
             ["step", "--device", "cpu", "--presets", "nosuch", "--out", "o"],
             "--presets must be among",
+        ),
+        (
+            "benchmarks.gpu_check",
+            ["step", "--device", "cpu", "--providers", "nosuch", "--out", "o"],
+            "--providers must be among",
         ),
     ],
 )

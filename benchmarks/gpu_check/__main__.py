@@ -14,8 +14,6 @@ import torch
 from benchmarks.gpu_check import ops, sanitize, tune
 from benchmarks.tune import TUNINGS
 
-PRESETS = ["vitb16_in1k", "vitl16_in1k", "vith14_in1k"]
-
 
 def main() -> int:
     """Command line; returns the exit code."""
@@ -23,8 +21,10 @@ def main() -> int:
     parser.add_argument("part", choices=["ops", "sanitize", "step", "tune"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda", help="cpu tries the script out")
-    parser.add_argument("--presets", nargs="+", default=PRESETS, help="of part step")
+    parser.add_argument("--presets", nargs="+", help="of part step")
     parser.add_argument("--batch", type=int, default=128, help="of part step")
+    parser.add_argument("--modes", nargs="+", help="of part step: published, whole")
+    parser.add_argument("--providers", nargs="+", help="of part step")
     ops_tuned = [tuning.bench for tuning in TUNINGS]
     parser.add_argument("--op", choices=ops_tuned, help="of part tune: only this one")
     args = parser.parse_args()
@@ -43,11 +43,21 @@ def main() -> int:
     elif args.part == "step":
         # it alone needs the trainer and its packages
         from benchmarks.gpu_check import step
-        from ijepa_fast.presets import PRESETS as KNOWN
+        from benchmarks.step_contest import names_on
+        from benchmarks.step_providers import MODES, PROVIDERS
+        from ijepa_fast.presets import PRESETS
 
-        if unknown := set(args.presets) - set(KNOWN):
-            parser.error(f"--presets must be among {', '.join(KNOWN)}, got {', '.join(unknown)}")
-        green = step.run(args.out, device, args.presets, args.batch)
+        chosen = []
+        for name, known, default in (
+            ("presets", PRESETS, step.PRESETS),
+            ("modes", MODES, MODES),
+            ("providers", PROVIDERS, names_on(device)),
+        ):
+            asked = getattr(args, name) or default
+            if unknown := set(asked) - set(known):
+                parser.error(f"--{name} must be among {'; '.join(known)}, got {'; '.join(unknown)}")
+            chosen.append(asked)
+        green = step.run(args.out, device, chosen[0], args.batch, chosen[1], chosen[2])
     else:
         green = tune.run(args.out, args.op)
     return 0 if green else 1
