@@ -51,7 +51,7 @@ def bench_step(case: Case, request: pytest.FixtureRequest) -> None:
         names_on(device),
         device=device,
         repeats=0 if disabled else REPEATS,
-        seconds=600 if device.type == "cuda" else 12,
+        seconds=600 if device.type == "cuda" else 10,
     )
     failed = {row["provider"]: row["error"] for row in rows if "error" in row}
     assert not failed, failed

@@ -216,7 +216,7 @@ class _Contest:
         if not times or "error" in row:
             return
         row["ms"], row["repeats"] = statistics.median(times), len(times)
-        row["spread_ms"] = max(times) - min(times)
+        row["spread_ms"], row["turns_ms"] = max(times) - min(times), times
         row["images_per_second"] = 1e3 * self.case.batch / row["ms"]
         if self._rate:
             flops = row["images_per_second"] * row["gflop_per_image"] * 1e9

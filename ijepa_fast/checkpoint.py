@@ -93,16 +93,14 @@ class Training(Protocol):
         """Follows a change of the masters."""
 
 
-def capture(
-    training: Training, *, step: int, meta: Mapping[str, Any], keep: bool = True
-) -> State | None:
+def capture(training: Training, *, step: int, meta: Mapping[str, Any], keep: bool = True) -> State:
     """Copies a run's state to the CPU. Where weights are sharded, all ranks must call it.
 
     Args:
         training: networks and optimiser.
         step: optimiser steps done.
         meta: plain JSON values.
-        keep: whether this rank wants the state; the others only take part.
+        keep: whether this rank wants the tensors; there are none on the others.
     """
     adam_step = 0
     tensors = training.masters()
@@ -116,7 +114,7 @@ def capture(
         else:  # before the first update
             tensors[f"exp_avg.{key}"] = tensors[f"exp_avg_sq.{key}"] = torch.zeros_like(parameter)
     copies = gather(tensors, keep=keep)
-    return State(tensors=copies, step=step, adam_step=adam_step, meta=meta) if keep else None
+    return State(tensors=copies, step=step, adam_step=adam_step, meta=meta)
 
 
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ __all__ = [
     "broadcast_arrays",
     "leave",
     "on_main",
+    "slow_bfloat16",
     "start",
     "stop",
 ]
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 # for waiting until rank 0 has read the headers of a large data set, say: a patient group on the CPU
 _waiting: dict[str, dist.ProcessGroup] = {}
+
+CPU_BFLOAT16 = ("avx512_bf16", "amx_tile")
 
 # one flat buffer of so many elements is reduced at a time, which bounds the extra memory
 BUCKET_ELEMENTS = 32 * 1024 * 1024
@@ -88,6 +91,12 @@ def start(device: str) -> Ranks:
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=chosen,
     )
+
+
+def slow_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are emulated here."""
+    known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in CPU_BFLOAT16]
+    return device.type == "cpu" and None not in known and not any(has() for has in known if has)
 
 
 def stop() -> None:

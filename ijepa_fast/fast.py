@@ -103,8 +103,7 @@ class FastStep:
         dtype = DTYPES[config.precision]
         firsts: list[Any] = [encoder.blocks[0], predictor.predictor_blocks[0]]
         head_dims = tuple(b.attn.proj.in_features // b.attn.heads for b in firsts)
-        backend, why = choose_attention(attention, self.device, dtype, head_dims)
-        _logger.info("attention: %s (%s)", backend, why)
+        backend, self._why = choose_attention(attention, self.device, dtype, head_dims)
         self.settings = Settings(
             attention=backend,
             dtype=dtype,
@@ -149,6 +148,21 @@ class FastStep:
         self._loss = torch.zeros((), device=self.device)
         self._grids: dict[int, Pair] = {}
         self._graph: _TrunkGraph | None = None
+
+    def describe(self) -> str:
+        """How the step runs, in one line."""
+        settings = self.settings
+        shape = "whole on every rank" if self.mesh is None else f"sharded over {self.mesh.shape}"
+        return (
+            f"fast path: attention {settings.attention} ({self._why}), "
+            f"blocks {'compiled' if settings.compiled else 'not compiled'}, "
+            f"memory {settings.memory}, weights {shape}"
+        )
+
+    @property
+    def graphs(self) -> int:
+        """Graphs compiled in this process so far."""
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     # --- one step --------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ def demo() -> Config:
         ),
         data=DataConfig(root="shapes", crop=64),
         masks=MaskConfig(min_keep=4, truncation_group=64),
-        optim=OptimConfig(epochs=6, warmup=1, lr=5e-4, lr_reference_batch=64),
+        # many CPUs have no bfloat16 products
+        optim=OptimConfig(epochs=6, warmup=1, lr=5e-4, lr_reference_batch=64, precision="float32"),
         batch=BatchConfig(global_=64),
         eval=EvalConfig(data="shapes"),
         out="runs/demo",

@@ -240,6 +240,10 @@ class ReferenceStep:
         self.skipped = torch.zeros(4, dtype=torch.int64, device=self.device)
         self._loss = torch.zeros((), device=self.device)
 
+    def describe(self) -> str:
+        """How the step runs, in one line."""
+        return "reference path: plain PyTorch, weights whole on every rank"
+
     def prepare(self, masks: Masks) -> Masks:
         """Masks as sampled, on the CPU, to what a step takes; does not wait for the device."""
         if self.device.type == "cuda":

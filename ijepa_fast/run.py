@@ -105,6 +105,7 @@ class Run:
         generator = torch_generator(config.seed, Stream.INIT)
         encoder, predictor = build_models(config.model, config.data.crop_size, generator)
         self.training = _training(config, ranks, encoder, predictor)
+        self._graphs = 0
         self.step = self._resume()
         # a smaller max_steps than is done already asks for nothing more
         self.end = max(self.end, self.step)
@@ -163,6 +164,13 @@ class Run:
             return training.accumulate(images, training.prepare(masks), elements)
         return training.accumulate(images, training.prepare(masks), elements)
 
+    def log_graphs(self) -> None:
+        """Says so when more has been compiled since the last time."""
+        training = self.training
+        if isinstance(training, FastStep) and training.graphs > self._graphs:
+            self._graphs = training.graphs
+            _logger.info("compiled graphs by step %d: %d", self.step, self._graphs)
+
     def save(self) -> None:
         """Writes what is queued for the log, then (rank 0) a checkpoint, and deletes the oldest."""
         self.journal.flush()
@@ -172,7 +180,7 @@ class Run:
         meta = {"config": as_dict(self.config), "data": self.digest, "images": len(self.index)}
         keep = self.ranks.is_main
         state = checkpoint.capture(self.training, step=self.step, meta=meta, keep=keep)
-        if not (self.folder and state):
+        if not self.folder:
             return
         checkpoint.write(self.folder.checkpoints, state)
         every = self.config.checkpoint.keep_every

@@ -135,6 +135,7 @@ def _report(run: Run, values: StepValues, sums: _Sums, timing: dict[str, Any]) -
         "weight_decay": values.weight_decay,
         "momentum": values.momentum,
     }
+    run.log_graphs()
     skipped = run.training.skipped
     run.journal.queue(row, numbers, skipped=skipped, ids_hash=sums.ids_hash, timing=timing)
 
@@ -156,6 +157,12 @@ def _announce(run: Run) -> None:
         config.optim.precision,
         ranks.device,
     )
+    _logger.info("%s", run.training.describe())
+    if config.optim.precision == "bfloat16" and distributed.slow_bfloat16(ranks.device):
+        _logger.warning(
+            "this CPU emulates bfloat16 products (no AVX-512 BF16 or AMX): many times as slow as "
+            "--optim.precision float32"
+        )
     reference, total = config.optim.lr_reference_batch, config.batch.global_
     if total != reference:
         _logger.info(
@@ -176,7 +183,9 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
             raise UsageError("data.root must be given: --data DIR")
         check_masks(config.masks, config.grid)
         memory = estimate.device_memory(ranks.device, ranks.local_world)
-        batch = estimate.device_batch(config, world=ranks.world, memory=memory)
+        batch = estimate.device_batch(
+            config, world=ranks.world, memory=memory, local_world=ranks.local_world
+        )
         return RunFolder(config), batch
 
     decided = distributed.on_main(ranks, decide)
@@ -230,7 +239,10 @@ def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
     images = len(load_index(config, ranks)) if config.data.root else None
     memory = estimate.device_memory(ranks.device, ranks.local_world)
     if ranks.is_main:
-        print(estimate.report(config, ranks.world, ranks.device, memory, images))
+        text = estimate.report(
+            config, ranks.world, ranks.device, memory, images, local_world=ranks.local_world
+        )
+        print(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -632,6 +632,7 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     arguments = ["--data", str(folder), "--out", str(out), "--model.patch-size", "4"]
     arguments += ["--data.crop", "32", "--masks.truncation-group", "4", "--optim.epochs", "3"]
     arguments += ["--batch.global", "8", "--batch.device", "4", "--device", "cpu"]
+    arguments += ["--optim.precision", "bfloat16"]
     assert train.main([*arguments, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert not out.exists()
@@ -653,11 +654,16 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     # on 8 x 8 patches a target block has 3x3 to 4x3 of them
     assert 9 <= _number(r"target block ([\d.]+)", text) <= 12
     assert "global 8 = 1 ranks x 4 on the device x 2 accumulated" in text
-    # weights, gradients, moments and two more copies of the encoder, all float32
-    fixed = 4 * (4 * (encoder + predictor) + 2 * encoder)
-    assert _number(r"\(([\d.]+) fixed", text) == pytest.approx(fixed / 2**30, abs=0.006)
-    assert _number(r"estimate +([\d.]+) GiB", text) >= fixed / 2**30 - 0.006
-    assert _number(r"\+ ([\d.]+) MiB an image", text) > 0
+    # weights, gradients, moments and averages in float32, weights and targets in bfloat16
+    fixed = 4 * (4 * (encoder + predictor) + encoder) + 2 * (2 * encoder + predictor)
+    shown = _number(r"([\d.]+) weights and optimiser", text)
+    assert shown == pytest.approx(fixed / 2**30, abs=0.006)
+    image = _number(r"4 images x ([\d.]+) MiB", text)
+    assert 0 < _number(r"\(([\d.]+) for the backward pass", text) < image
+    total = _number(r"estimate +([\d.]+) GiB a rank", text)
+    assert total == pytest.approx(shown + 4 * image / 2**10, abs=0.011)
+    assert "fast, memory none, bfloat16, shard none" in text
+    assert 0 < _number(r"the fast path leaves out (\d+) %", text) < 50
     # floor(20 / 8) = 2 steps an epoch
     assert "20 images, 6 steps" in text
     assert _number(r"about ([\d.e+-]+) hours", text) > 0

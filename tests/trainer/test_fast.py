@@ -48,12 +48,10 @@ def _networks(*, patch=8, crop=48, depth=3, predictor_depth=3, heads=2, width=24
 def _steps(networks, device="cpu", optim=None, **settings):
     """A reference step and a fast one with the same weights."""
     optim = optim or OptimConfig(precision="float32")
-    made = []
-    plain = OptimConfig(**{**vars(optim), "residual": "float32"})
-    for kind, config, options in (
-        (ReferenceStep, plain, {}),
-        (FastStep, optim, settings),
-    ):
+    made: list[Any] = []
+    plain: Any = OptimConfig(**{**vars(optim), "residual": "float32"})
+    kinds: list[Any] = [(ReferenceStep, plain, {}), (FastStep, optim, settings)]
+    for kind, config, options in kinds:
         own = [copy.deepcopy(network).to(device) for network in networks]
         made.append(kind(*own, config, mean=MEAN, std=STD, **options))
     return made
@@ -95,8 +93,9 @@ def _gradients(step):
     return {name: _without_keys(name, p.grad) for name, p in named}
 
 
-def _assert_same(reference, fast, batches, limit=2e-5, weights=2e-5):
+def _assert_same(steps, batches, limit=2e-5, weights=2e-5):
     """Losses, feature std, gradients and, after updates, all weights."""
+    reference, fast = steps
     for images, masks in batches:
         elements = _elements(masks, reference.encoder)
         pixels = images.to(reference.device)
@@ -137,7 +136,7 @@ def test_same_as_the_reference(case):
     dense = case.get("group", 1) == case.get("images", 4)
     equal = [fast.prepare(masks).context.queries.equal for _, masks in batches]
     assert all(equal) if dense else not all(equal)
-    _assert_same(reference, fast, batches)
+    _assert_same((reference, fast), batches)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_same_as_the_reference(case):
 )
 def test_every_shape_of_network(shape):
     networks = _networks(**shape)
-    _assert_same(*_steps(networks), [_batch(networks[0], step=step) for step in range(2)])
+    _assert_same(_steps(networks), [_batch(networks[0], step=step) for step in range(2)])
 
 
 @pytest.mark.parametrize("memory", ["selective", "full"])
@@ -203,7 +202,7 @@ def test_every_kind_of_loss(kind):
     steps = _steps(networks, optim=OptimConfig(precision="float32", loss=kind))
     # l1: where a difference is near 0, its sign is a matter of rounding
     limit = 1e-3 if kind == "l1" else 2e-5
-    _assert_same(*steps, [_batch(networks[0])], limit=limit, weights=1e-4)
+    _assert_same(steps, [_batch(networks[0])], limit=limit, weights=1e-4)
 
 
 def test_micro_steps_add_up():
@@ -342,7 +341,7 @@ def test_no_host_reads(monkeypatch):
             batch = step.prepare(masks)
             step.accumulate(images, batch, _elements(masks, networks[0]))
             step.update(VALUES)  # optimisers set themselves up
-            found = []
+            found: list[str] = []
             with monkeypatch.context() as patch:
                 for name in ("item", "tolist", "__float__", "__int__", "__bool__", "__index__"):
                     _forbid(patch, name, found)
@@ -494,7 +493,8 @@ def test_attention_is_one_sequence_at_a_time(backend, lengths, head_dim):
     q = torch.randn(sum(lengths[0]), 2, head_dim, dtype=dtype, device=device, requires_grad=True)
     kv = torch.randn(sum(lengths[1]), 2, 2, head_dim, dtype=dtype, device=device)
     kv.requires_grad_()
-    out = attend_packed(backend, q, *kv.unbind(1), pair)
+    k, v = kv.unbind(1)
+    out = attend_packed(backend, q, k, v, pair)
     weight = torch.randn(out.shape, device=device, dtype=dtype)
     (out * weight).sum().backward()
     wide_q, wide_kv = (t.detach().double().requires_grad_() for t in (q, kv))
@@ -602,7 +602,7 @@ def test_a_bad_step_changes_nothing(where):
 def test_modules_share_parameters_with_the_networks_given():
     networks = _networks()
     own = [copy.deepcopy(network) for network in networks]
-    fast = FastStep(*own, OptimConfig(precision="float32"), mean=MEAN, std=STD)
+    fast = FastStep(own[0], own[1], OptimConfig(precision="float32"), mean=MEAN, std=STD)
     given = {id(p) for network in own for p in network.parameters()}
     assert {id(p) for p in fast.parameters} == given
     assert all(isinstance(network, nn.Module) for network in own)

@@ -5,6 +5,7 @@ a row the end, with the samples by name.
 import json
 import math
 import re
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -36,7 +37,8 @@ def out(tmp_path):
 
 def _planted(path, *steps):
     """Makes every pixel of these steps (counted from 1, in this process) NaN."""
-    original, count = STEPS[path].accumulate, 0
+    step: Any = STEPS[path]
+    original, count = step.accumulate, 0
 
     def accumulate(self, *arguments):
         nonlocal count

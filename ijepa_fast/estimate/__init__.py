@@ -1,0 +1,18 @@
+"""What a configuration costs, by arithmetic: FLOPs and memory, the device batch that fits, and the
+text of `--dry-run`.
+"""
+
+from ijepa_fast.estimate.costs import Costs, Rows
+from ijepa_fast.estimate.report import measured_flops, report
+from ijepa_fast.estimate.total import Estimate, device_batch, device_memory, estimate
+
+__all__ = [
+    "Costs",
+    "Estimate",
+    "Rows",
+    "device_batch",
+    "device_memory",
+    "estimate",
+    "measured_flops",
+    "report",
+]
