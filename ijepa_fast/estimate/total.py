@@ -151,11 +151,12 @@ def estimate(
 ) -> Estimate:
     """Arithmetic over a configuration; see `Estimate`.
 
-    Memory is that of the device batch with most rows in 200 steps. Compiled blocks keep the same,
-    but for a bfloat16 residual stream, where they keep up to a tenth less.
+    Memory is that of the device batch with most rows in 200 steps. `compile` auto counts as on,
+    which keeps more: `memory` selective then saves nothing. Of a bfloat16 residual stream compiled
+    blocks keep up to a tenth less than is estimated for `memory` none.
 
     Args:
-        config: the configuration; `device` and `compile` do not count.
+        config: the configuration; `device` does not count.
         batch: images of a device batch: the smaller it is, the more rows may an image of it have.
         world: number of ranks.
         local_world: of one machine, if not all of them.
