@@ -65,16 +65,34 @@ class Settings:
         """What the blocks of one network run before and after attention, compiled if wanted."""
         if not self.compiled:
             return _before, _after
-        return _compiled(_before), _compiled(_after)
+        lean = self.memory == "selective"
+        return _compiled(_before, lean), _compiled(_after, lean)
 
 
-def _compiled(part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(part: Callable[..., Tensor], lean: bool) -> Callable[..., Tensor]:
     """Compiled for one network. Dynamo counts recompilations by code object, so each network has
     its own: three networks of different sizes would come near its limit together.
+
+    Args:
+        part: what to compile.
+        lean: let the compiler recompute norms and GELUs that a product of the backward pass
+            reads; otherwise it keeps them.
     """
     assert isinstance(part, FunctionType)
     own = FunctionType(part.__code__.replace(), part.__globals__, part.__name__)
-    return torch.compile(own, fullgraph=True)
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True)
+    if not lean:
+        return compiled
+    from torch._functorch import config
+
+    setting = config.patch(ban_recompute_materialized_backward=False)
+
+    def with_recomputation(*args: Any) -> Tensor:
+        # read when a graph is compiled, at whichever call that is
+        with setting:
+            return compiled(*args)
+
+    return with_recomputation
 
 
 # --- rounded copies of weights -------------------------------------------------------------------
@@ -290,7 +308,7 @@ class PackedBlock(Block):
 
     def _call(self, part: int, *rows: Tensor) -> Tensor:
         settings = self.settings
-        # compiled code recomputes what is cheap of its own accord
+        # in compiled code the compiler does it
         lean = settings.memory == "selective" and not settings.compiled
         if settings.compiled and torch.is_grad_enabled():
             for tensor in rows:

@@ -95,9 +95,6 @@ class Costs:
         # no flash attention takes float32: unequal sequences are padded, and what is padded kept
         self.pads = self.fast and self.small == 4
         self.memory = config.memory
-        if self.memory == "selective" and config.compile != "off":
-            # compiled, it keeps what none keeps: inductor recomputes nothing that a product reads
-            self.memory = "none"
         # plain norms widen their input to float32 and keep that (compiled ones do not)
         self.norm_input = 4 if self.memory == "none" else self.residual
 

@@ -555,6 +555,27 @@ def test_compiled_without_inductor(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_recomputation_saves_memory(monkeypatch):
+    """By the partition of forward and backward that Inductor makes too."""
+    original = torch.compile
+    backend = "aot_eager_decomp_partition"
+    monkeypatch.setattr(torch, "compile", lambda f, **o: original(f, backend=backend, **o))
+    networks = _networks(width=64, depth=2, predictor_depth=2, predictor=32)
+    images, masks = _batch(networks[0], group=4)
+    gradients, kept = [], []
+    for memory in ("none", "selective"):
+        torch._dynamo.reset()
+        _, step = _steps(networks, memory=memory, compiled=True)
+        kept.append(_saved_bytes(step, images, masks))
+        step.accumulate(images, step.prepare(masks), _elements(masks, networks[0]))
+        gradients.append(_gradients(step))
+    torch._dynamo.reset()
+    assert kept[1] < 0.8 * kept[0]
+    for name, grad in gradients[0].items():
+        assert _error(gradients[1][name], grad) < 2e-6, name
+
+
 def test_compile_is_off_on_the_cpu(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert not wants_compile("auto", cpu)
