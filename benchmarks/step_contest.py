@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ def _groups(case: Case, names: Sequence[str], device: torch.device) -> list[list
     """
     if device.type != "cuda" or len(names) < 3 or FAST not in names:
         return [list(names)]
-    need = estimate(case.config)
+    # of the providers the one that needs most
+    need = estimate(replace(case.config, path="reference"), batch=case.batch)
     total = torch.cuda.get_device_properties(device).total_memory
     # the released style keeps attention matrices beyond the estimate
     active = 1.3 * (need.memory(case.batch) - need.memory(0))

@@ -52,7 +52,7 @@ def matrix_rate(device: torch.device, precision: str) -> float | None:
 def _arithmetic(case: Case, path: str, memory: str) -> tuple[float, float]:
     """GFLOP of an image, and GiB of a step, by arithmetic."""
     config = replace(case.config, path=path, memory=memory)
-    needed = estimate(config)
+    needed = estimate(config, batch=case.batch)
     return needed.flops / 1e9, needed.memory(case.batch) / 2**30
 
 

@@ -78,7 +78,7 @@ class FastStep:
         mean, std: of the image channels, in 0-1 units.
         attention: back end of packed attention, or `auto`.
         compiled: compile the blocks.
-        memory: what is recomputed in the backward pass, see `packed.Settings`.
+        memory: what is recomputed in the backward pass, see `packed_block.Settings`.
         mesh: shard all networks over it (FSDP2); None keeps them whole.
 
     Raises:

@@ -86,6 +86,23 @@ def test_recordings_of_a_per_sequence_float64_loop_pass(changes, lengths, tmp_pa
     assert main([str(path), "--path", "fast"]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks
+def test_compiled_blocks_pass(uneven, monkeypatch):
+    """Captured and differentiated as for Inductor, which itself takes a minute."""
+    original, compiled = torch.compile, []
+
+    def compile_(function, **options):
+        compiled.append(function.__name__)
+        return original(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch._dynamo.reset()
+    assert not failures(uneven, path="fast", compiled=True)
+    torch._dynamo.reset()
+    # of three networks
+    assert sorted(compiled) == ["_after"] * 3 + ["_before"] * 3
+
+
 @pytest.mark.parametrize("memory", MEMORY)
 def test_contexts_of_different_length_pass(memory, uneven, capsys):
     assert main([str(uneven), "--path", "fast", "--memory", memory]) == 0, capsys.readouterr().out
