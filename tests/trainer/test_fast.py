@@ -582,17 +582,22 @@ def test_compiled_recomputation_saves_memory(monkeypatch):
         assert _error(gradients[1][name], grad) < 2e-6, name
 
 
-def test_compile_is_off_on_the_cpu(monkeypatch):
+def test_compile_is_off_on_the_cpu():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert not wants_compile("auto", cpu)
     assert not wants_compile("off", cuda)
     assert wants_compile("on", cpu)
     assert wants_compile("auto", cuda)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(ValueError, match="compile must be off where there is no C"):
+    # not by monkeypatch, which deletes the setting in the end
+    search = torch._inductor.cpp_builder.cpp_compiler_search
+    search.cache_clear()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ValueError, match="compile must be off where there is no C"),
+    ):
         wants_compile("on", cpu)
-    torch._inductor.cpp_builder.cpp_compiler_search.cache_clear()
+    search.cache_clear()
+    assert wants_compile("on", cpu)
 
 
 # --- skipped steps -------------------------------------------------------------------------------
