@@ -24,7 +24,7 @@ DESCRIPTION = f"""Trains I-JEPA.
 
 --preset NAME      start from a named recipe: {", ".join(PRESETS)}
 --config FILE      YAML with the same nested names as the flags; flags win over it
---data DIR         short for --data.root DIR
+--data DIR ...     short for --data.root DIR ...
 --print-config     print the whole configuration as YAML and stop
 --dry-run          print parameters, FLOPs, token counts, memory and hours, and stop"""
 
@@ -162,7 +162,7 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", default="demo")
     first.add_argument("--config", type=Path)
-    first.add_argument("--data")
+    first.add_argument("--data", nargs="+")
     first.add_argument("--print-config", action="store_true")
     first.add_argument("--dry-run", action="store_true")
     try:
@@ -172,7 +172,7 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
         raise UsageError(str(error)) from None
     settings = read_yaml(known.config) if known.config else {}
     _check_flags(rest)
-    shorthand = [] if known.data is None else ["--data.root", known.data]
+    shorthand = [] if known.data is None else ["--data.root", *known.data]
     config = _parse_config(start, [*_as_arguments(settings), *shorthand, *rest])
     return Invocation(config=config, print_config=known.print_config, dry_run=known.dry_run)
 

@@ -167,9 +167,10 @@ class MaskConfig:
 class DataConfig:
     """Images and their augmentation (paper, appendix A: random resized crops only)."""
 
-    root: str = "shapes"
-    """A folder of images (any nesting), or `shapes`, the embedded data set; `--data DIR` is short
-    for it. Empty: must still be given."""
+    root: str | tuple[str, ...] = "shapes"
+    """A folder of images (any nesting), a list file (.txt, .tsv), tar shards
+    (`train-{0000..0099}.tar`) or several of these; `shapes` is the embedded data set; `--data` is
+    short for it. Empty: must still be given."""
     crop: int | tuple[int, int] = 224
     """Side of the training crop in pixels, or its height and width."""
     scale: tuple[float, float] = (0.3, 1.0)
@@ -186,6 +187,8 @@ class DataConfig:
     """Decoder threads of each rank; by default half of the machine's cores, at most 8."""
     prefetch: int = 3
     """Batches decoded ahead of the step."""
+    timeout: float = 25.0
+    """The run stops after so many seconds without a batch, and says which files it waits for."""
     max_bad_share: float = 0.001
     """The run stops once more than this share of the files (and more than one file) is unusable."""
 
@@ -202,8 +205,15 @@ class DataConfig:
             self.threads is None or self.threads >= 1, "data.threads", "at least 1", self.threads
         )
         _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
+        _require(self.timeout > 0, "data.timeout", "positive", self.timeout)
         share = self.max_bad_share
         _require(0 <= share <= 1, "data.max_bad_share", "between 0 and 1", share)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What `root` names; empty where it must still be given."""
+        roots = (self.root,) if isinstance(self.root, str) else self.root
+        return tuple(root for root in roots if root)
 
     @property
     def crop_size(self) -> tuple[int, int]:

@@ -22,6 +22,7 @@ __all__ = [
     "Ranks",
     "all_reduce_max_",
     "all_reduce_sum_",
+    "anyone",
     "barrier",
     "broadcast_arrays",
     "leave",
@@ -107,14 +108,13 @@ def stop() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process. A rank does so without the interpreter's finalisation: threads of a
-    process group that want the interpreter's lock meanwhile abort it, once in some hundred runs.
+    """Ends this process without the interpreter's finalisation: threads of a process group that
+    want the interpreter's lock meanwhile abort it, once in some hundred runs, and a thread that
+    hangs in a read would be waited for.
     """
-    if "WORLD_SIZE" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _active() -> bool:
@@ -146,6 +146,15 @@ def all_reduce_max_(tensor: Tensor) -> None:
     """Maximum over all ranks, in place."""
     if _active():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
+def anyone(wish: bool) -> bool:
+    """Whether any rank says yes; all ranks must ask."""
+    if not _active():
+        return wish
+    said = torch.tensor([int(wish)])
+    dist.all_reduce(said, op=dist.ReduceOp.MAX, group=_waiting.get("group"))
+    return bool(said[0])
 
 
 def barrier() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ijepa_fast.checkpoint import CheckpointError, load_latest
 from ijepa_fast.cli import UsageError, parse
 from ijepa_fast.config import Config, DataConfig
-from ijepa_fast.data import Decoder, Index, build_index, make_decoder
+from ijepa_fast.data import Decoder, Index, make_decoder, open_index
 from ijepa_fast.data.decoders import DecodeError
 from ijepa_fast.data.shapes import write_shapes
 from ijepa_fast.keyed_random import Stream, torch_generator, uniform
@@ -89,7 +89,7 @@ class Split:
             decoder.close()
         if not found:
             raise ValueError(
-                f"data must hold images that can be decoded, got none in {self.index.root}"
+                f"data must hold images that can be decoded, got none in {self.index.roots[0]}"
             )
 
 
@@ -137,7 +137,7 @@ def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Sp
     folder = write_shapes() if root == "shapes" else Path(root)
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and held_out:
-        parts = [build_index(folder / "train"), build_index(folder / held_out)]
+        parts = [open_index(folder / name)[0] for name in ("train", held_out)]
         if parts[0].classes != parts[1].classes:
             raise ValueError(
                 f"classes of train and {held_out} must be the same, got "
@@ -145,7 +145,7 @@ def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Sp
             )
         chosen = [np.arange(len(part)) for part in parts]
     else:
-        index = build_index(folder)
+        index = open_index(folder)[0]
         parts = [index, index]
         draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
         chosen = [np.flatnonzero(draws < TRAIN_SHARE), np.flatnonzero(draws >= TRAIN_SHARE)]

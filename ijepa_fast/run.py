@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast import checkpoint, distributed, evaluate
 from ijepa_fast.cli import UsageError, as_dict
 from ijepa_fast.config import Config
-from ijepa_fast.data import Batch, Index, Quarantine, build_index
-from ijepa_fast.data.index import index_from_arrays, index_to_arrays
+from ijepa_fast.data import Batch, Index, Quarantine, index_from_arrays, index_to_arrays, open_index
+from ijepa_fast.data.cache import load_table, save_table
 from ijepa_fast.data.order import epoch_order, replacement_id, steps_per_epoch
 from ijepa_fast.data.shapes import write_shapes
 from ijepa_fast.fast import FastStep, wants_compile
@@ -36,18 +38,56 @@ _logger = logging.getLogger(__name__)
 
 
 def load_index(config: Config, ranks: distributed.Ranks) -> Index:
-    """Rank 0 lists the images, the others receive the list."""
-    root = config.data.root
-    if root == "shapes":
+    """Rank 0 makes the table or opens it; the others open the same file, or receive it."""
+    sources = config.data.sources
+    if sources == ("shapes",):
         # once on every machine, as its ranks read the files
         if ranks.local_rank == 0:
             write_shapes()
         distributed.barrier()
-        root = str(write_shapes() / "train")
-    arrays = distributed.on_main(
-        ranks, lambda: index_to_arrays(build_index(root, min_side=config.model.patch_size))
-    )
-    return index_from_arrays(distributed.broadcast_arrays(arrays))
+        sources = (str(write_shapes() / "train"),)
+    made = distributed.on_main(ranks, lambda: open_index(sources, min_side=config.model.patch_size))
+    index, path = made or (None, None)
+    if ranks.world == 1:
+        assert index is not None
+        return index
+    return _shared_index(index, path, ranks)
+
+
+def _shared_index(index: Index | None, path: Path | None, ranks: distributed.Ranks) -> Index:
+    """Rank 0's table on every rank: one file for all where they see it."""
+    arrays: dict[str, NDArray[np.generic]] | None = None
+    if index is not None:
+        name = os.fsencode(path) if path else b""
+        arrays = {"path": np.frombuffer(name, np.uint8), "digest": _bytes(index.digest())}
+    told = distributed.broadcast_arrays(arrays)
+    digest, where = told["digest"].tobytes().hex(), Path(os.fsdecode(told["path"].tobytes()))
+    opened = index if path else _open_shared(where, digest)
+    if not distributed.anyone(opened is None):
+        assert opened is not None
+        return opened
+    # another machine has no such file: it gets the table, and keeps it for all its ranks
+    arrays = distributed.broadcast_arrays(index_to_arrays(index) if index is not None else None)
+    received = index if index is not None else index_from_arrays(arrays)
+    if opened is None and ranks.local_rank == 0 and told["path"].size:
+        try:
+            save_table(where, received)
+        except OSError as error:
+            _logger.warning("the table of the data is kept in memory: %s", error)
+    distributed.barrier()
+    return opened or _open_shared(where, digest) or received
+
+
+def _open_shared(path: Path, digest: str) -> Index | None:
+    try:
+        index = load_table(path)
+    except (OSError, ValueError):
+        return None
+    return index if index.digest() == digest else None
+
+
+def _bytes(digest: str) -> NDArray[np.uint8]:
+    return np.frombuffer(bytes.fromhex(digest), np.uint8)
 
 
 def _training(
@@ -147,9 +187,10 @@ class Run:
         state = checkpoint.load_latest(self.folder.checkpoints)
         digest = state.meta.get("data") if state else self.digest
         if digest != self.digest and not self.config.allow_changed_recipe:
+            names = ", ".join(self.config.data.sources)
             raise UsageError(
-                f"the images in {self.config.data.root} differ from those that the run was started "
-                f"with (digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
+                f"the images in {names} differ from those that the run was started with "
+                f"(digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
                 "another --out, or add --allow-changed-recipe"
             )
         return state

@@ -34,6 +34,7 @@ NOT_RECIPE = (
     "data.decoder",
     "data.threads",
     "data.prefetch",
+    "data.timeout",
     "data.max_bad_share",
     "log.",
     "checkpoint.",

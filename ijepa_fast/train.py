@@ -179,7 +179,7 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
     """What rank 0 decides before anything is read: the folder is free, and the device batch."""
 
     def decide() -> tuple[RunFolder, int]:
-        if not config.data.root:
+        if not config.data.sources:
             raise UsageError("data.root must be given: --data DIR")
         check_masks(config.masks, config.grid)
         memory = estimate.device_memory(ranks.device, ranks.local_world)
@@ -236,7 +236,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
 def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
     config = invocation.config
     check_masks(config.masks, config.grid)
-    images = len(load_index(config, ranks)) if config.data.root else None
+    images = len(load_index(config, ranks)) if config.data.sources else None
     memory = estimate.device_memory(ranks.device, ranks.local_world)
     if ranks.is_main:
         text = estimate.report(

@@ -1,7 +1,21 @@
-"""One thread for every test process: networks this small only lose by more."""
+"""One thread for every test process: networks this small only lose by more. A cache of its own."""
 
 import os
+import shutil
+import tempfile
 
 # before torch starts its threads, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+
+
+def pytest_configure(config):
+    """Tables of the tests' data do not go into the user's cache; workers share the first one's."""
+    if not hasattr(config, "workerinput"):
+        config.own_cache = tempfile.mkdtemp(prefix="ijepa-fast-tests-")
+        os.environ["XDG_CACHE_HOME"] = config.own_cache
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "own_cache"):
+        shutil.rmtree(config.own_cache, ignore_errors=True)

@@ -1,43 +1,133 @@
-"""The table of a folder's images: one row an image, a byte range with its label and size.
+"""The table of a data set: one row an image, a byte range of a file with its label and size.
 
 Everything later (order, crops, decoders) works on rows of this table; no folder is listed again.
+Names lie in one block of bytes and columns are plain arrays, so that a table of any length can be
+a memory-mapped file that all ranks of a machine share (see `table_file`). `build` makes tables.
 """
 
 import hashlib
 import logging
 import os
-import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from stat import S_ISREG
-from typing import NamedTuple
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_fast.data.pixels import EXTENSIONS, check_mode, describe, is_plain, open_image
-
-__all__ = ["Index", "build_index", "index_from_arrays", "index_to_arrays"]
+__all__ = [
+    "COLUMNS",
+    "FORMATS",
+    "Index",
+    "Texts",
+    "index_from_arrays",
+    "index_to_arrays",
+    "open_regular",
+    "stamp",
+]
 
 logger = logging.getLogger(__name__)
 
-# A file that ends in its format's end marker is whole; some writers pad or append a little.
-_TAIL = 1024
-_END_MARKER = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-# Files for one task of the pool: a future costs about a kilobyte, and there may be millions.
-_CHUNK = 64
-_COLUMNS: dict[str, type] = {
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+"""Formats that are read; the column `format` counts into it."""
+
+COLUMNS: dict[str, type[np.generic]] = {
     "file": np.int32,
     "offset": np.int64,
-    "length": np.int64,
+    "length": np.uint32,
     "label": np.int32,
     "width": np.int32,
     "height": np.int32,
+    "format": np.uint8,
     "plain": np.bool_,
+    "verified": np.bool_,
+    "mark": np.uint64,
 }
+_TEXTS = ("paths", "members", "classes", "roots", "bad", "bad_paths")
+# Shards stay open while they are read; images that are files of their own do not.
+_OPEN_SHARDS = 256
+_MASK = (1 << 64) - 1
+
+
+class Texts(Sequence[str]):
+    """Texts in one block of bytes: millions of them need no Python object.
+
+    Args:
+        blob: uint8, the texts in UTF-8 (undecodable bytes of file names as they are), each ended
+            by a NUL, which no path can hold.
+        start: int64 (n + 1,), where each begins, and the length of the block.
+    """
+
+    def __init__(self, blob: NDArray[np.uint8], start: NDArray[np.int64]) -> None:
+        self.blob, self.start = blob, start
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Texts":
+        """Packs texts; NULs in them are left out."""
+        encoded = [t.encode("utf-8", "surrogateescape").replace(b"\0", b"") for t in texts]
+        lengths = np.fromiter((len(text) + 1 for text in encoded), np.int64, len(encoded))
+        start = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=start[1:])
+        joined = b"".join(text + b"\0" for text in encoded)
+        return cls(np.frombuffer(joined, dtype=np.uint8), start)
+
+    @classmethod
+    def from_blob(cls, blob: NDArray[np.uint8]) -> "Texts":
+        """Finds the texts in a block."""
+        ends = np.flatnonzero(blob == 0) + 1
+        return cls(blob, np.concatenate([np.zeros(1, np.int64), ends.astype(np.int64)]))
+
+    def raw(self, place: int) -> bytes:
+        """The bytes of one text."""
+        begin, end = self.start[place], self.start[place + 1]
+        return self.blob[begin : end - 1].tobytes()
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.start) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
+        """One text, or several."""
+        if isinstance(place, slice):
+            return tuple(self[n] for n in range(*place.indices(len(self))))
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"a text must be one of {len(self)}, got {place}")
+        return self.raw(place % len(self)).decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        """All texts."""
+        pieces = self.blob.tobytes().split(b"\0")
+        return (piece.decode("utf-8", "surrogateescape") for piece in pieces[:-1])
+
+
+def stamp(status: os.stat_result) -> int:
+    """64 bits of a file's size and time of change: other ones mean that it was changed."""
+    mixed = (status.st_mtime_ns * 0x9E3779B97F4A7C15 + status.st_size * 0xC2B2AE3D27D4EB4F) & _MASK
+    return (mixed ^ (mixed >> 29)) or 1
+
+
+def open_regular(path: str) -> tuple[int, os.stat_result]:
+    """A descriptor and the status of a regular file. A FIFO is refused, never waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, status
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,268 +137,192 @@ class Index:
     Attributes:
         file: int32 (N,), the row's entry in `paths`.
         offset: int64 (N,), first byte of the image in its file.
-        length: int64 (N,), bytes.
+        length: uint32 (N,), bytes.
         label: int32 (N,), entry in `classes`, or -1.
         width: int32 (N,), pixels, as stored (EXIF orientation ignored).
         height: int32 (N,), pixels.
+        format: uint8 (N,), entry in `FORMATS`.
         plain: bool (N,), whether DALI may decode the row; Pillow decodes the others.
-        paths: files relative to `root`; undecodable bytes as surrogate escapes.
-        classes: names of the labels, sorted.
-        root: the folder.
-        bad: (path, reason) of files that look like images and are not usable.
-        ignored: number of files that do not look like images.
+        verified: bool (N,), whether the whole image was decoded once.
+        mark: uint64 (N,), hash of length and last kilobyte; images of one content have the same.
+        paths: files (F,), relative to their root; undecodable bytes as surrogate escapes.
+        members: names (N,) inside a tar shard, empty for files of their own; none at all without
+            shards.
+        stamps: uint64 (F,) of size and time of change, 0 where they were too young to be trusted.
+        roots: absolute folders, one for each source.
+        root_start: int32 (len(roots),), the first of each root's entries in `paths`.
+        classes: names of the labels, sorted (as numbers where all are).
+        bad: (name, reason) of what looks like an image and is not usable.
+        bad_paths: absolute files that the entries of `bad` are or lie in.
+        bad_stamps: uint64 (len(bad),), their stamps, 0 where there is none.
+        ignored: number of files (and members of shards) that do not look like images.
+        ignored_in: int64 (k, 2), entry of `paths` and number, for shards that hold such members.
     """
 
     file: NDArray[np.int32]
     offset: NDArray[np.int64]
-    length: NDArray[np.int64]
+    length: NDArray[np.uint32]
     label: NDArray[np.int32]
     width: NDArray[np.int32]
     height: NDArray[np.int32]
+    format: NDArray[np.uint8]
     plain: NDArray[np.bool_]
-    paths: tuple[str, ...]
+    verified: NDArray[np.bool_]
+    mark: NDArray[np.uint64]
+    paths: Texts
+    members: Texts | None
+    stamps: NDArray[np.uint64]
+    roots: tuple[str, ...]
+    root_start: NDArray[np.int32]
     classes: tuple[str, ...]
-    root: str
     bad: tuple[tuple[str, str], ...] = ()
+    bad_paths: tuple[str, ...] = ()
+    bad_stamps: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
     ignored: int = 0
+    ignored_in: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    _shards: dict[int, int] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _changed: set[int] = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.file)
 
+    def file_name(self, file: int) -> str:
+        """A file as it is named in messages: relative to the root where there is only one."""
+        path = self.paths[file]
+        if len(self.roots) == 1:
+            return path
+        return os.path.join(self.roots[self._root(file)], path)
+
     def name(self, row: int) -> str:
-        """The row's file, relative to `root`."""
-        return self.paths[int(self.file[row])]
+        """The row's file, with the member's name behind it if the file is a tar shard."""
+        name = self.file_name(int(self.file[row]))
+        member = self.members[row] if self.members is not None else ""
+        return f"{name}/{member}" if member else name
+
+    def _root(self, file: int) -> int:
+        return int(np.searchsorted(self.root_start, file, side="right")) - 1
+
+    def file_path(self, file: int) -> str:
+        """Where a file lies."""
+        return os.path.join(self.roots[self._root(file)], self.paths[file])
+
+    def path(self, row: int) -> str:
+        """Where the row's file lies."""
+        return self.file_path(int(self.file[row]))
 
     def read(self, row: int) -> bytes:
         """The encoded image.
 
         Raises:
-            OSError: the file cannot be read, is no regular file any more or has become shorter.
+            OSError: the file cannot be read, is no regular file any more or has changed.
         """
-        length = int(self.length[row])
-        with _opened(os.path.join(self.root, self.name(row))) as descriptor:
-            data = os.pread(descriptor, length, int(self.offset[row]))
+        file, length = int(self.file[row]), int(self.length[row])
+        if self.members is not None and self.members.raw(row):
+            data = os.pread(self._shard(file), length, int(self.offset[row]))
+        else:
+            descriptor, status = open_regular(self.file_path(file))
+            try:
+                known = int(self.stamps[file])
+                if known and stamp(status) != known:
+                    self._has_changed(file, length, status.st_size)
+                data = os.pread(descriptor, length, 0)
+            finally:
+                os.close(descriptor)
         if len(data) != length:
             raise OSError(f"the file has changed: {length} bytes expected, {len(data)} read")
         return data
 
+    def _has_changed(self, file: int, length: int, size: int) -> None:
+        """A file of another size is not what was indexed; of the same size it may be."""
+        if size != length:
+            raise OSError(f"the file has changed: {length} bytes expected, it has {size}")
+        if file not in self._changed:
+            self._changed.add(file)
+            if len(self._changed) == 1:
+                logger.warning(
+                    "%r was changed after the table of the data was made; it is still used (said "
+                    "once, other files may follow)",
+                    self.file_name(file),
+                )
+
+    def _shard(self, file: int) -> int:
+        """The descriptor of a tar shard, opened at its first use."""
+        with self._lock:
+            descriptor = self._shards.pop(file, None)
+            if descriptor is None:
+                descriptor, status = open_regular(self.file_path(file))
+                known = int(self.stamps[file])
+                if known and stamp(status) != known:
+                    os.close(descriptor)
+                    raise OSError("the shard has changed since the table of the data was made")
+                while len(self._shards) >= _OPEN_SHARDS:
+                    # Others may be reading from it: it is closed when the table is.
+                    self._retire(self._shards.pop(next(iter(self._shards))))
+            self._shards[file] = descriptor
+        return descriptor
+
+    @cached_property
+    def _retired(self) -> list[int]:
+        return []
+
+    def _retire(self, descriptor: int) -> None:
+        """Closes the descriptors given up a while ago; no read lasts that long."""
+        self._retired.append(descriptor)
+        if len(self._retired) > _OPEN_SHARDS:
+            os.close(self._retired.pop(0))
+
+    def close(self) -> None:
+        """Closes the shards; they are opened again when they are read."""
+        with self._lock:
+            for descriptor in [*self._shards.values(), *self._retired]:
+                os.close(descriptor)
+            self._shards.clear()
+            self._retired.clear()
+
     def digest(self) -> str:
-        """SHA-256 (hex) of paths, byte ranges and sizes: tells a resumed run of changed data."""
-        digest = hashlib.sha256(_pack(self.name(row) for row in range(len(self))).tobytes())
+        """SHA-256 (hex) of names, byte ranges and sizes: tells a resumed run of changed data."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256(self.paths.blob.data)
+        if len(self.roots) > 1:
+            digest.update(self.root_start.astype("<i4").tobytes())
+        if self.members is not None:
+            digest.update(self.members.blob.data)
+            digest.update(np.ascontiguousarray(self.file, dtype="<i4").data)
         for column in (self.offset, self.length, self.width, self.height):
-            digest.update(column.astype("<i8").tobytes())
+            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
         return digest.hexdigest()
 
 
-class _Image(NamedTuple):
-    path: str
-    length: int
-    width: int
-    height: int
-    plain: bool
-
-
-class _Bad(NamedTuple):
-    path: str
-    reason: str
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    """A file descriptor of a regular file. A FIFO is refused, never waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file")
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def build_index(
-    root: str | os.PathLike[str], *, threads: int | None = None, min_side: int = 1
-) -> Index:
-    """Lists the images below a folder and reads their headers.
-
-    Rows are sorted by the bytes of their relative path. The class of an image is the name of the
-    folder that it lies in; images directly in `root` have none. Hidden files are skipped.
-
-    Args:
-        root: the folder, any nesting; symbolic links are followed.
-        threads: threads that read headers; by default twice the number of cores, at most 16.
-        min_side: smallest width and height of an image, pixels (the patch size).
-
-    Returns:
-        The table. Broken files are in its `bad`, with the reason.
-
-    Raises:
-        ValueError: `root` is missing, not a folder or without a usable image; an image is smaller
-            than `min_side`.
-    """
-    folder = Path(root)
-    if not folder.exists():
-        raise ValueError(f"data.root must be an existing folder, got {str(folder)!r}")
-    if not folder.is_dir():
-        raise ValueError(f"data.root must be a folder, not a file, got {str(folder)!r}")
-    listing = _Listing(str(folder))
-    threads = threads or min(2 * (os.cpu_count() or 1), 16)
-    # Pillow warns of metadata that is not used here, and of large images, which `_probe` refuses.
-    # The filter is the process's, so it is set once around the threads, not in each.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads, "ijepa-index") as pool:
-        warnings.simplefilter("ignore")
-        paths = listing.images
-        chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
-        probed = pool.map(lambda chunk: [_probe(listing.root, path) for path in chunk], chunks)
-        found = [item for chunk in probed for item in chunk]
-    images = [item for item in found if isinstance(item, _Image)]
-    bad = sorted(
-        [*listing.bad, *(item for item in found if isinstance(item, _Bad))], key=_path_bytes
-    )
-    _require_images(folder, images, bad, listing.ignored)
-    _require_size(images, min_side)
-
-    parents = [os.path.basename(os.path.dirname(image.path)) for image in images]
-    classes = tuple(sorted({name for name in parents if name}, key=os.fsencode))
-    label_of = {name: label for label, name in enumerate(classes)}
-    index = Index(
-        file=np.arange(len(images), dtype=np.int32),
-        offset=np.zeros(len(images), dtype=np.int64),
-        length=np.array([image.length for image in images], dtype=np.int64),
-        label=np.array([label_of.get(name, -1) for name in parents], dtype=np.int32),
-        width=np.array([image.width for image in images], dtype=np.int32),
-        height=np.array([image.height for image in images], dtype=np.int32),
-        plain=np.array([image.plain for image in images], dtype=np.bool_),
-        paths=tuple(image.path for image in images),
-        classes=classes,
-        root=listing.root,
-        bad=tuple((item.path, item.reason) for item in bad),
-        ignored=listing.ignored,
-    )
-    counts = f"{len(index)} images in {len(classes)} classes, {len(bad)} unusable image files"
-    level = logging.INFO if bad or index.ignored else logging.DEBUG
-    logger.log(level, "%s: %s, %d other files ignored", listing.root, counts, index.ignored)
-    return index
-
-
-def _require_images(folder: Path, images: list[_Image], bad: list[_Bad], ignored: int) -> None:
-    if images:
-        return
-    if bad:
-        first = f"the first: {bad[0].path!r}: {bad[0].reason}"
-        found = f"{str(folder)!r} with {len(bad)} unusable files"
-        raise ValueError(f"data.root must hold images, got {found}; {first}")
-    kinds = " ".join(EXTENSIONS)
-    raise ValueError(
-        f"data.root must hold images ({kinds}), got {str(folder)!r} with {ignored} other files"
-    )
-
-
-def _require_size(images: list[_Image], min_side: int) -> None:
-    small = [image for image in images if min(image.width, image.height) < min_side]
-    if small:
-        first = f"{small[0].path!r} of {small[0].width}x{small[0].height}"
-        others = f" and {len(small) - 1} more" if len(small) > 1 else ""
-        raise ValueError(
-            f"images must be at least {min_side} pixels on each side (the patch size), "
-            f"got {first}{others}"
-        )
-
-
-class _Listing:
-    """What lies below a folder: `images` (sorted), `bad` folders, the number `ignored`."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.images: list[str] = []
-        self.bad: list[_Bad] = []
-        self.ignored = 0
-        status = os.stat(root)
-        self._walk((status.st_dev, status.st_ino))
-        self.images.sort(key=os.fsencode)
-
-    def _walk(self, identity: tuple[int, int]) -> None:
-        pending = [("", frozenset({identity}))]
-        while pending:
-            relative, ancestors = pending.pop()
-            try:
-                with os.scandir(os.path.join(self.root, relative)) as entries:
-                    listed = [entry for entry in entries if not entry.name.startswith(".")]
-            except OSError as error:
-                self.bad.append(_Bad(relative + os.sep, f"the folder {describe(error)}"))
-                continue
-            for entry in listed:
-                path = os.path.join(relative, entry.name)
-                if _is_folder(entry):
-                    status = entry.stat()
-                    identity = (status.st_dev, status.st_ino)
-                    # A link to a folder that contains it would never end.
-                    if identity not in ancestors:
-                        pending.append((path, ancestors | {identity}))
-                elif not entry.name.lower().endswith(EXTENSIONS):
-                    self.ignored += 1
-                else:
-                    self.images.append(path)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _path_bytes(item: _Bad) -> bytes:
-    return os.fsencode(item.path)
-
-
-def _probe(root: str, path: str) -> _Image | _Bad:
-    """Reads the header of one file; the pixels only if the end marker is missing."""
-    try:
-        with _opened(os.path.join(root, path)) as descriptor:
-            length = os.fstat(descriptor).st_size
-            if length == 0:
-                return _Bad(path, "the file is empty")
-            with os.fdopen(os.dup(descriptor), "rb") as file, open_image(file) as image:
-                width, height = image.size
-                _check_pixels(width, height)
-                check_mode(image)
-                plain = is_plain(image, os.pread(descriptor, 32, 0))
-                marker = _END_MARKER.get(image.format or "")
-                tail = os.pread(descriptor, _TAIL, max(length - _TAIL, 0))
-                if marker is not None and marker not in tail:
-                    image.load()
-    except MemoryError:
-        raise
-    # Pillow raises nearly anything on a hostile file; all of it means that the file is not usable.
-    except Exception as error:  # noqa: BLE001
-        return _Bad(path, _reason(root, path, error))
-    return _Image(path, length, width, height, plain)
-
-
-def _check_pixels(width: int, height: int) -> None:
-    from PIL import Image
-
-    # Pillow only warns above its limit and refuses twice of it; here there is one limit.
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise ValueError(f"an image must have at most {limit} pixels, got {width}x{height}")
-
-
-def _reason(root: str, path: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError) and os.path.islink(os.path.join(root, path)):
-        return "a broken symbolic link"
-    return describe(error)
-
-
 def index_to_arrays(index: Index) -> dict[str, NDArray[np.generic]]:
-    """The index as plain arrays without objects, so that rank 0 can broadcast it as tensors."""
-    arrays: dict[str, NDArray[np.generic]] = {name: getattr(index, name) for name in _COLUMNS}
-    arrays["paths"] = _pack(index.paths)
-    arrays["classes"] = _pack(index.classes)
-    arrays["root"] = _pack([index.root])
-    arrays["bad"] = _pack(text for entry in index.bad for text in entry)
+    """The index as plain arrays without objects, to be broadcast or kept in a file.
+
+    What follows from the rest is left out: files and offsets where each image is a file of its own.
+    """
+    arrays: dict[str, NDArray[np.generic]] = {name: getattr(index, name) for name in COLUMNS}
+    own = index.members is None
+    if own and np.array_equal(index.file, np.arange(len(index), dtype=np.int32)):
+        del arrays["file"], arrays["offset"]
+    texts: dict[str, Any] = {
+        "paths": index.paths,
+        "classes": Texts.of(index.classes),
+        "roots": Texts.of(index.roots),
+        "bad": Texts.of(text for entry in index.bad for text in entry),
+        "bad_paths": Texts.of(index.bad_paths),
+    }
+    if index.members is not None:
+        texts["members"] = index.members
+    for name, packed in texts.items():
+        arrays[name] = packed.blob
+        arrays[f"{name}_start"] = packed.start
+    arrays["stamps"], arrays["root_start"] = index.stamps, index.root_start
+    arrays["bad_stamps"], arrays["ignored_in"] = index.bad_stamps, index.ignored_in
     arrays["ignored"] = np.array([index.ignored], dtype=np.int64)
+    arrays["digest"] = np.frombuffer(bytes.fromhex(index.digest()), dtype=np.uint8)
     return arrays
 
 
@@ -316,31 +330,53 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
     """The inverse of `index_to_arrays`.
 
     Raises:
-        ValueError: an array is missing.
+        ValueError: an array is missing or does not fit the others.
     """
-    missing = [
-        name
-        for name in (*_COLUMNS, "paths", "classes", "root", "bad", "ignored")
-        if name not in arrays
+    needed = [
+        *(name for name in COLUMNS if name not in ("file", "offset")),
+        *(f"{name}{end}" for name in _TEXTS if name != "members" for end in ("", "_start")),
+        *("stamps", "root_start", "bad_stamps", "ignored", "ignored_in", "digest"),
     ]
+    missing = [name for name in needed if name not in arrays]
     if missing:
         raise ValueError(f"arrays must hold every column of an index, got none for {missing}")
-    bad = _unpack(arrays["bad"])
-    return Index(
-        **{name: arrays[name].astype(dtype, copy=False) for name, dtype in _COLUMNS.items()},
-        paths=_unpack(arrays["paths"]),
-        classes=_unpack(arrays["classes"]),
-        root=_unpack(arrays["root"])[0],
+    rows = len(arrays["length"])
+    columns = dict(arrays)
+    columns.setdefault("file", np.arange(rows, dtype=np.int32))
+    columns.setdefault("offset", np.broadcast_to(np.int64(0), (rows,)))
+    texts = {
+        name: Texts(arrays[name].astype(np.uint8, copy=False), _starts(arrays, name))
+        for name in _TEXTS
+        if name in arrays
+    }
+    members = texts.get("members")
+    lengths = {name: len(columns[name]) for name in COLUMNS}
+    lengths |= {"members": rows if members is None else len(members)}
+    wrong = {name: length for name, length in lengths.items() if length != rows}
+    if wrong or len(arrays["stamps"]) != len(texts["paths"]):
+        raise ValueError(f"columns of an index must be of one length ({rows}), got {wrong}")
+    bad = tuple(texts["bad"])
+    index = Index(
+        **{name: columns[name].astype(dtype, copy=False) for name, dtype in COLUMNS.items()},  # type: ignore[arg-type]
+        paths=texts["paths"],
+        members=members,
+        stamps=arrays["stamps"].astype(np.uint64, copy=False),
+        roots=tuple(texts["roots"]),
+        root_start=arrays["root_start"].astype(np.int32, copy=False),
+        classes=tuple(texts["classes"]),
         bad=tuple(zip(bad[::2], bad[1::2], strict=True)),
+        bad_paths=tuple(texts["bad_paths"]),
+        bad_stamps=arrays["bad_stamps"].astype(np.uint64, copy=False),
         ignored=int(arrays["ignored"].reshape(-1)[0].item()),
+        ignored_in=arrays["ignored_in"].astype(np.int64, copy=False).reshape(-1, 2),
     )
+    # known already: computing it again would read the whole table
+    index.__dict__["_digest"] = arrays["digest"].tobytes().hex()
+    return index
 
 
-def _pack(texts: Iterable[str]) -> NDArray[np.uint8]:
-    """Texts as UTF-8, each ended by a NUL (which no path can hold)."""
-    joined = "".join(text.replace("\0", "") + "\0" for text in texts)
-    return np.frombuffer(bytearray(joined.encode("utf-8", "surrogateescape")), dtype=np.uint8)
-
-
-def _unpack(packed: NDArray[np.generic]) -> tuple[str, ...]:
-    return tuple(packed.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1])
+def _starts(arrays: dict[str, NDArray[np.generic]], name: str) -> NDArray[np.int64]:
+    start = arrays[f"{name}_start"].astype(np.int64, copy=False)
+    if len(start) == 0 or start[0] != 0 or start[-1] != len(arrays[name]):
+        raise ValueError(f"{name}_start must begin at 0 and end at the end of {name}")
+    return start

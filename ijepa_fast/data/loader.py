@@ -2,6 +2,7 @@
 
 Which samples a batch holds, and how they are cropped, is a pure function of (seed, step, position
 in the global batch) and of which files are bad; so a run resumes anywhere, on any number of ranks.
+While one batch is decoded, a pool of threads reads the files of the next.
 """
 
 import contextlib
@@ -10,7 +11,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
 from types import TracebackType
 from typing import NamedTuple
 
@@ -21,18 +23,48 @@ from numpy.typing import NDArray
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data.batch import Batch
 from ijepa_fast.data.crops import crop_windows
-from ijepa_fast.data.decoders import DecodeError, Decoder, default_threads, make_decoder
+from ijepa_fast.data.decoders import DecodeError, Decoder, make_decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.order import epoch_order, positions, replacement_id, steps_per_epoch
 from ijepa_fast.data.pixels import describe
 from ijepa_fast.data.quarantine import Quarantine, TooManyBadFiles
 
-__all__ = ["Loader"]
+__all__ = ["DataStalled", "Loader"]
 
 logger = logging.getLogger(__name__)
 
 # How often a blocked loader thread looks whether it is still wanted, seconds.
 _POLL = 0.1
+# Threads that read: they wait for a disk or a network, not for a core.
+_READERS = 16
+# How often a waiting step says so, seconds.
+_SAID_EVERY = 10.0
+# Decoding may take so many times as long as `data.timeout` before it counts as stuck.
+_PATIENCE = 10
+
+
+class DataStalled(OSError):
+    """No batch has come for `data.timeout` seconds."""
+
+
+class _NotWanted(Exception):
+    """The loader is being closed."""
+
+
+class _Plan(NamedTuple):
+    """One micro-batch: places in its epoch, what was drawn there, and what is taken."""
+
+    epoch: int
+    places: NDArray[np.int64]
+    drawn: NDArray[np.int64]
+    ids: NDArray[np.int64]
+
+
+class _Reading(NamedTuple):
+    """A batch whose files are being read."""
+
+    plan: _Plan
+    parts: list[Future[list[bytes | str]]]
 
 
 class _Ready(NamedTuple):
@@ -116,7 +148,8 @@ class Loader(Iterator[Batch]):
             quarantine = Quarantine(None, config.max_bad_share, len(index) + len(index.bad))
         self._quarantine = quarantine
         quarantine.add_known(index.bad, write=rank == 0)
-        self._bad = {row for row in range(len(index)) if index.name(row) in quarantine}
+        self._bad = _known_bad(index, quarantine)
+        self._plain = index.plain
         self._require_good()
 
         self._own_decoder = decoder is None
@@ -124,9 +157,14 @@ class Loader(Iterator[Batch]):
             decoder, reason = make_decoder(config, self._device, max_batch=device_batch)
             logger.info("%s", reason)
         self._decoder = decoder
-        self._readers = ThreadPoolExecutor(config.threads or default_threads(), "ijepa-read")
+        self._readers = ThreadPoolExecutor(_READERS, "ijepa-read")
+        # what each reader is at, and when one of them last came to an end
+        self._at: list[int] = [-1] * _READERS
+        self._progress = time.monotonic()
+        self._decoding = False
         self._queue: queue.Queue[_Ready | _End] = queue.Queue(maxsize=config.prefetch)
         self._stop = threading.Event()
+        self._stalled = False
         self._end: _End | None = None
         # Not a daemon: the interpreter must not be torn down under a running decoder. It ends by
         # itself when the main thread does.
@@ -143,7 +181,7 @@ class Loader(Iterator[Batch]):
             if self._stop.is_set():
                 raise StopIteration
             started = time.perf_counter()
-            item = self._queue.get()
+            item = self._wait()
             self.wait_seconds += time.perf_counter() - started
             if isinstance(item, _Ready):
                 if item.event is not None:
@@ -155,6 +193,33 @@ class Loader(Iterator[Batch]):
         if self._end.error is not None:
             raise self._end.error
         raise StopIteration
+
+    def _wait(self) -> _Ready | _End:
+        """The next entry of the queue.
+
+        Raises:
+            DataStalled: nothing has been read for too long.
+        """
+        started = time.monotonic()
+        limit = self._config.timeout
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=min(_SAID_EVERY, limit / 2))
+            now = time.monotonic()
+            idle = now - max(self._progress, started)
+            where = "decoding" if self._decoding else f"reading {self._being_read()}"
+            if idle >= (_PATIENCE * limit if self._decoding else limit):
+                self._stalled = True
+                raise DataStalled(
+                    f"data.timeout must be longer than any time without data ({limit:g} s), "
+                    f"got {idle:.0f} s, {where}; is the storage there and fast enough?"
+                )
+            logger.warning("the step waits for data for %.0f s: %s", now - started, where)
+
+    def _being_read(self) -> str:
+        rows = [row for row in self._at if row >= 0]
+        names = ", ".join(repr(self._index.name(row)) for row in rows[:2])
+        return f"{names} and {len(rows) - 2} more" if len(rows) > 2 else names or "nothing"
 
     def __enter__(self) -> "Loader":
         """The loader itself."""
@@ -170,11 +235,17 @@ class Loader(Iterator[Batch]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread, after the batch that it is decoding; further calls do nothing."""
+        """Ends the thread, after the batch that it is decoding; further calls do nothing.
+
+        One that hangs in a read is left to itself: it ends with the process.
+        """
         self._stop.set()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
+        if self._stalled:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+            return
         self._thread.join()
         self._readers.shutdown(wait=True, cancel_futures=True)
         if self._own_decoder:
@@ -188,12 +259,18 @@ class Loader(Iterator[Batch]):
             # A stream of its own, so that copies and GPU decoding run beside the training step.
             stream = torch.cuda.Stream(self._device) if cuda else None
             with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-                for step in self._steps:
-                    for micro_step in range(self.accumulation):
-                        batch = self._load(step, micro_step)
-                        event = stream.record_event() if stream else None
-                        if not self._put(_Ready(batch, event)):
-                            return
+                tasks = ((s, m) for s in self._steps for m in range(self.accumulation))
+                following = next(tasks, None)
+                ahead = self._read(self._plan(*following)) if following else None
+                while ahead is not None:
+                    current, following = ahead, next(tasks, None)
+                    ahead = self._read(self._plan(*following)) if following else None
+                    batch = self._load(current)
+                    event = stream.record_event() if stream else None
+                    if not self._put(_Ready(batch, event)):
+                        return
+        except _NotWanted:
+            return
         # Whatever ends the thread must reach the consumer, who would wait for ever otherwise.
         except BaseException as caught:  # noqa: BLE001
             error = caught
@@ -207,32 +284,24 @@ class Loader(Iterator[Batch]):
                 return True
         return False
 
-    def _load(self, step: int, micro_step: int) -> Batch:
+    def _plan(self, step: int, micro_step: int) -> _Plan:
+        """Which samples a micro-batch holds, as far as bad files are known now."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         own = positions(self._rank, self._world, micro_step, self._device_batch)
         places = step_in_epoch * self._global_batch + own
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self._index), seed=self._seed, epoch=epoch))
         drawn = self._order[1][places]
-        while True:
-            ids = self._replace_bad(drawn, epoch, places)
-            try:
-                images = self._decode(ids, epoch)
-            except DecodeError as error:
-                for row, reason in error.failures.items():
-                    self._condemn(int(ids[row]), reason, epoch, int(places[row]))
-                # Once more from the start: the pixels are then those of a run that knew before.
-                continue
-            return Batch(images=images, ids=torch.from_numpy(ids))
+        return _Plan(epoch, places, drawn, self._replace_bad(drawn, epoch, places))
 
     def _replace_bad(
         self, drawn: NDArray[np.int64], epoch: int, places: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Sample ids with every known bad one replaced, as a function of its position."""
         ids = drawn.copy()
-        for row in range(ids.size):
+        for row in np.flatnonzero(self._bad[ids]).tolist():
             attempt = 0
-            while int(ids[row]) in self._bad:
+            while self._bad[ids[row]]:
                 ids[row] = replacement_id(
                     len(self._index),
                     seed=self._seed,
@@ -241,46 +310,117 @@ class Loader(Iterator[Batch]):
                     attempt=attempt,
                 )
                 attempt += 1
+            logger.debug(
+                "epoch %d, position %d: sample %d stands in for %d",
+                *(epoch, places[row], ids[row], drawn[row]),
+            )
         return ids
 
+    def _read(self, plan: _Plan) -> _Reading:
+        """Begins to read a batch's files."""
+        bounds = [plan.ids.size * part // _READERS for part in range(_READERS + 1)]
+        rows = plan.ids.tolist()
+        parts = [
+            self._readers.submit(self._read_part, part, rows[begin:end])
+            for part, (begin, end) in enumerate(pairwise(bounds))
+            if end > begin
+        ]
+        return _Reading(plan, parts)
+
+    def _read_part(self, part: int, rows: list[int]) -> list[bytes | str]:
+        """The files' bytes, or what is wrong with them."""
+        found: list[bytes | str] = []
+        for row in rows:
+            if self._stop.is_set():
+                break
+            self._at[part] = row
+            try:
+                found.append(self._index.read(row))
+            except OSError as error:
+                found.append(describe(error))
+            self._progress = time.monotonic()
+        self._at[part] = -1
+        return found
+
+    def _load(self, reading: _Reading) -> Batch:
+        """Waits for the files and decodes them."""
+        plan, parts = reading
+        while True:
+            if self._bad[plan.ids].any():
+                # The batch before has found out. Once more from the start: the pixels are then
+                # those of a run that knew before.
+                plan = plan._replace(ids=self._replace_bad(plan.drawn, plan.epoch, plan.places))
+                parts = self._read(plan).parts
+            try:
+                return Batch(images=self._decode(plan, parts), ids=torch.from_numpy(plan.ids))
+            except DecodeError as error:
+                for row, reason in error.failures.items():
+                    place = int(plan.places[row])
+                    self._condemn(int(plan.ids[row]), reason, plan.epoch, place)
+
     def _condemn(self, row: int, reason: str, epoch: int, position: int) -> None:
-        self._bad.add(row)
+        self._bad[row] = True
         name = self._index.name(row)
         self._quarantine.add(name, reason, sample_id=row, epoch=epoch, position=position)
         self._require_good()
 
     def _require_good(self) -> None:
         """Without a single good file the search for a replacement would not end."""
-        if len(self._bad) >= len(self._index):
+        if self._bad.all():
             raise TooManyBadFiles(
                 f"at least one image must be usable, got {len(self._bad)} bad ones"
             )
 
-    def _decode(self, ids: NDArray[np.int64], epoch: int) -> torch.Tensor:
-        """Reads and decodes a batch.
+    def _decode(self, plan: _Plan, parts: list[Future[list[bytes | str]]]) -> torch.Tensor:
+        """Decodes a batch that is being read.
 
         Raises:
             DecodeError: files cannot be read or decoded.
         """
-        index, config = self._index, self._config
+        index, config, ids = self._index, self._config, plan.ids
         windows = crop_windows(
             index.width[ids],
             index.height[ids],
             ids,
             seed=self._seed,
-            epoch=epoch,
+            epoch=plan.epoch,
             scale=config.scale,
             ratio=config.ratio,
         )
-        read = list(self._readers.map(self._read, ids.tolist()))
+        read = list(chain.from_iterable(part.result() for part in parts))
         encoded = [item for item in read if isinstance(item, bytes)]
-        if len(encoded) != len(read):
+        if len(read) != len(ids):
+            raise _NotWanted
+        if len(encoded) != len(ids):
             raise DecodeError({row: item for row, item in enumerate(read) if isinstance(item, str)})
-        return self._decoder.decode(encoded, windows, index.plain[ids])
+        self._decoding, self._progress = True, time.monotonic()
+        images = self._decoder.decode(encoded, windows, self._plain[ids])
+        self._decoding, self._progress = False, time.monotonic()
+        refused = getattr(self._decoder, "refused", ())
+        if refused:
+            self._leave_to_pillow(ids[refused])
+        return images
 
-    def _read(self, row: int) -> bytes | str:
-        """The file's bytes, or what is wrong with it."""
-        try:
-            return self._index.read(row)
-        except OSError as error:
-            return describe(error)
+    def _leave_to_pillow(self, rows: NDArray[np.int64]) -> None:
+        """Rows that DALI refuses, though they are good, do not reach it again."""
+        if self._plain is self._index.plain:
+            self._plain = self._index.plain.copy()
+        self._plain[rows] = False
+        names = ", ".join(repr(self._index.name(int(row))) for row in rows)
+        logger.warning("DALI cannot decode %s; Pillow can, and does from now on", names)
+
+
+def _known_bad(index: Index, quarantine: Quarantine) -> NDArray[np.bool_]:
+    """Bad rows (N,), as far as a quarantine knows."""
+    bad = np.zeros(len(index), dtype=np.bool_)
+    left_out = {name for name, _ in index.bad}
+    unknown = {name for name in quarantine.files if name not in left_out}
+    for name, row in quarantine.ids.items():
+        if 0 <= row < len(index) and index.name(row) == name:
+            bad[row] = True
+            unknown.discard(name)
+    if unknown:
+        # an earlier table numbered them otherwise, or they were mended since
+        rows = [row for row in range(len(index)) if index.name(row) in unknown]
+        bad[rows] = True
+    return bad

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "EXTENSIONS",
     "check_mode",
-    "decode_crop",
+    "check_pixels",
+    "decode_window",
     "describe",
     "is_plain",
     "open_image",
@@ -58,6 +59,15 @@ def check_mode(image: "Image.Image") -> None:
         raise ValueError(
             f"pixels must have a stated conversion to RGB, got Pillow mode {image.mode!r}"
         )
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raises ValueError for more pixels than Pillow's limit (it only warns, up to twice of it)."""
+    from PIL import Image
+
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(f"an image must have at most {limit} pixels, got {width}x{height}")
 
 
 def is_plain(image: "Image.Image", header: bytes) -> bool:
@@ -100,36 +110,32 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
     return image.convert("RGB")
 
 
-def decode_crop(
-    encoded: bytes, window: NDArray[np.int32], crop_size: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """Decodes, cuts the window out, converts to RGB and resizes (bilinear, antialiased).
+def decode_window(encoded: bytes, window: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Decodes, cuts the window out and converts to RGB.
 
     The whole file is decoded whatever the window, so that its validity does not depend on the crop.
 
     Args:
         encoded: the file.
         window: (4,) top, left, height, width, pixels.
-        crop_size: height and width of the result, pixels.
 
     Returns:
-        uint8 (H, W, 3).
+        uint8 (height, width, 3).
 
     Raises:
         ValueError: the window does not lie in the image.
         Exception: anything that Pillow raises on a file that it cannot read.
     """
-    from PIL import Image
-
     top, left, height, width = (int(value) for value in window)
     with open_image(encoded) as image:
         image_w, image_h = image.size
         if top < 0 or left < 0 or top + height > image_h or left + width > image_w:
             rule = f"inside the image ({image_w}x{image_h}: has the file changed?)"
             raise ValueError(f"the crop window must lie {rule}, got {top, left, height, width}")
+        # Headers are compared with the table before; a file that has changed since is not trusted.
+        check_pixels(image_w, image_h)
         crop = image.crop((left, top, left + width, top + height))
-    resized = to_rgb(crop).resize((crop_size[1], crop_size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    return np.asarray(to_rgb(crop))
 
 
 def describe(error: BaseException) -> str:

@@ -50,6 +50,7 @@ class Quarantine:
         self.limit = max(1, math.floor(limit_share * num_images + 1e-9))
         self.num_images = num_images
         self._reasons: dict[str, str] = {}
+        self._ids: dict[str, int] = {}
         self._read_to = 0
         self._read()
         self._check()
@@ -58,6 +59,11 @@ class Quarantine:
     def files(self) -> Mapping[str, str]:
         """File -> reason, in the order in which they became known."""
         return MappingProxyType(self._reasons)
+
+    @property
+    def ids(self) -> Mapping[str, int]:
+        """File -> row of the index that it was met in; files that the index left out have none."""
+        return MappingProxyType(self._ids)
 
     def __contains__(self, file: str) -> bool:
         """Whether a file is known to be bad."""
@@ -88,6 +94,8 @@ class Quarantine:
         self._read()
         if file not in self._reasons:
             self._reasons[file] = reason
+            if sample_id is not None:
+                self._ids[file] = sample_id
             place = {"id": sample_id, "epoch": epoch, "position": position}
             self._append([{"file": file, "reason": reason, **place}])
             logger.warning("unusable file %r: %s", file, reason)
@@ -155,16 +163,21 @@ class Quarantine:
         for line in data[:whole].splitlines():
             entry = _parse(line)
             if entry is not None:
-                self._reasons.setdefault(*entry)
+                name, reason, sample_id = entry
+                self._reasons.setdefault(name, reason)
+                if sample_id is not None:
+                    self._ids.setdefault(name, sample_id)
             elif line.strip():
                 logger.warning("%s: a torn line is skipped", self.path)
 
 
-def _parse(line: bytes) -> tuple[str, str] | None:
+def _parse(line: bytes) -> tuple[str, str, int | None] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         return None
-    return entry["file"], str(entry.get("reason"))
+    sample_id = entry.get("id")
+    known = isinstance(sample_id, int) and not isinstance(sample_id, bool)
+    return entry["file"], str(entry.get("reason")), sample_id if known else None

@@ -22,13 +22,20 @@ from numpy.typing import NDArray
 
 from ijepa_fast.data.scenes import CLASSES, SIZES, Split, render
 
-__all__ = ["CLASSES", "SIZES", "render", "write_shapes"]
+__all__ = ["CLASSES", "SIZES", "cache_folder", "render", "write_shapes"]
 
 _VERSION = 1
 _QUALITY = 90
 _MANIFEST = "manifest.json"
 _OURS = re.compile(rf"(train|test)/({'|'.join(CLASSES)})/\d{{5}}\.jpg|{re.escape(_MANIFEST)}")
 _LOG = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME, or ~/.cache."""
+    # The XDG specification asks for relative values to be ignored.
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return named if named.is_absolute() else Path.home() / ".cache"
 
 
 def _files(train: int, test: int) -> Iterator[tuple[Split, int, str]]:
@@ -162,10 +169,7 @@ def write_shapes(
     for split, count in (("train", train), ("test", test)):
         if not 1 <= count <= 100_000:
             raise ValueError(f"{split} must be in 1..100000, got {count}")
-    if cache is None:
-        # The XDG specification asks for relative values to be ignored.
-        named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        cache = named if named.is_absolute() else Path.home() / ".cache"
+    cache = cache or cache_folder()
     plain = {"train": train, "test": test} == SIZES
     final = cache / "ijepa-fast" / f"shapes-v{_VERSION}{'' if plain else f'-{train}-{test}'}"
     if _is_intact(final, train, test):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import os
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ def folder(root, count=IMAGES):
 def spoil(index, rows):
     """Files that were good when they were indexed and are not now."""
     for row in rows:
-        path = os.path.join(index.root, index.name(row))
+        path = index.path(row)
         with open(path, "r+b") as file:
             file.write(b"\0" * int(index.length[row]))
 

@@ -471,7 +471,7 @@ def test_contradictions_are_one_line_and_exit_code_2(arguments, message, tmp_pat
         (["--model.name", "vit_hug"], ["vit_hug", "--model.name", "vit_huge"]),
         (["--optim.loss", "huber"], ["huber", "smooth_l1", "l2"]),
         (["--data.scale", "0.5"], ["--data.scale"]),
-        (["--data"], ["--data", "expected one argument"]),
+        (["--data"], ["--data", "expected at least one argument"]),
         (["--preset", "vitb"], ["preset", "vitb16_in1k", "'vitb'"]),
         (["word"], ["word"]),
     ],

@@ -130,9 +130,9 @@ def test_decoders_agree_on_photographs_and_every_variety(chelsea, pillow, dali, 
         assert a.dtype == b.dtype == torch.uint8
         assert a.shape == b.shape == (len(encoded), 64, 48, 3)
         psnr = {name: _psnr(a[row], b[row]) for row, name in enumerate(files)}
-        assert min(psnr.values()) >= 45, sorted(psnr.items(), key=lambda item: item[1])[:3]
-        # Rows that are not plain went through Pillow in both.
-        assert all(psnr[name] == float("inf") for name in dropped)
+        # one libjpeg, one resize: the same bytes, the file cut or whole
+        differ = {name: db for name, db in psnr.items() if db < float("inf")}
+        assert not differ, sorted(differ.items(), key=lambda item: item[1])
 
 
 @needs_dali
@@ -170,7 +170,8 @@ def test_pillow_crops_first_and_resizes_then(chelsea, pillow):
     window = np.array([[30, 40, 200, 300]], dtype=np.int32)
     out = pillow.decode([_encode(chelsea, "PNG")], window)
     cropped = chelsea.crop((40, 30, 340, 230)).resize((48, 64), Image.Resampling.BILINEAR)
-    assert np.array_equal(out[0].numpy(), np.asarray(cropped))
+    # torch's arithmetic, Pillow's to within one level
+    assert np.abs(out[0].numpy().astype(int) - np.asarray(cropped)).max() <= 1
 
 
 def _png(width, height, depth, colour, rows):
@@ -319,7 +320,7 @@ def test_batches_that_only_dali_refuses(chelsea, monkeypatch, caplog):
     good, windows = [_encode(chelsea)] * 2, np.array([[0, 0, 99, 99]] * 2, dtype=np.int32)
     plain = np.ones(2, dtype=bool)
     real = decoder._build
-    monkeypatch.setattr(decoder, "_build", Refusing)
+    monkeypatch.setattr(decoder, "_build", lambda _: Refusing())
     decoder._pipeline = None
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -331,7 +332,7 @@ def test_batches_that_only_dali_refuses(chelsea, monkeypatch, caplog):
     # In between it works again: the count starts anew.
     monkeypatch.setattr(decoder, "_build", real)
     decoder.decode(good, windows, plain)
-    monkeypatch.setattr(decoder, "_build", Refusing)
+    monkeypatch.setattr(decoder, "_build", lambda _: Refusing())
     decoder._pipeline = None
     decoder.decode(good, windows, plain)
     decoder.decode(good, windows, plain)

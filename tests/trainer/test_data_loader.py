@@ -211,7 +211,7 @@ def test_an_abandoned_loader_does_not_keep_the_process_alive(index):
         "next(loader)\n"
         "print('done')\n"
     )
-    command = [sys.executable, "-c", code, index.root]
+    command = [sys.executable, "-c", code, index.roots[0]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "done\n"
     assert "Traceback" not in done.stderr

@@ -97,7 +97,7 @@ def test_found_on_several_ranks_sharing_one_file(index, tmp_path):
 
 def test_files_that_vanish_are_replaced_too(index):
     order = epoch_order(IMAGES, seed=7, epoch=0)
-    os.unlink(os.path.join(index.root, index.name(order[2])))
+    os.unlink(index.path(order[2]))
     quarantine = Quarantine(None, 0.2, IMAGES)
     ids = sample_ids(index, steps=1, quarantine=quarantine)
     assert ids[0][2] == replacement_id(IMAGES, seed=7, epoch=0, position=2, attempt=0)

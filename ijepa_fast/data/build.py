@@ -1,0 +1,330 @@
+"""Makes the table of a data set: lists its sources, looks into every file.
+
+A file is looked into again only where its path, size or time of change differs from an older
+table's.
+"""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ijepa_fast.data.index import COLUMNS, Index, Texts, stamp
+from ijepa_fast.data.pixels import EXTENSIONS
+from ijepa_fast.data.probe import Image, Probed, probe_file, probe_shard
+from ijepa_fast.data.sources import SHARDS, Bad, Entry, Source, list_source
+
+__all__ = ["Sources", "build_index", "build_listed", "list_sources", "require_size", "source_names"]
+
+logger = logging.getLogger(__name__)
+
+Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+# Files for one task of the pool: a future costs about a kilobyte, and there may be millions.
+_CHUNK = 64
+# Rows that are kept as objects before they become arrays.
+_FLUSHED = 1 << 16
+_SAID_EVERY = 10.0
+_OF_IMAGE = ("offset", "length", "width", "height", "format", "plain", "verified", "mark")
+
+
+def build_index(
+    sources: Sources,
+    *,
+    threads: int | None = None,
+    min_side: int = 1,
+    verify: bool = False,
+    older: Index | None = None,
+) -> Index:
+    """Lists images and reads their headers.
+
+    Rows come source by source; in a folder they are sorted by the bytes of their relative path, in
+    a shard they keep its order. Hidden files are skipped, symbolic links to files and folders are
+    followed, members of a shard that are links are not.
+
+    Args:
+        sources: a folder, list file, tar shard or range of shards, or several (see `sources`).
+        threads: threads that read headers; by default twice the number of cores, at most 16.
+        min_side: smallest width and height of an image, pixels (the patch size).
+        verify: decode every image wholly, which finds damage between header and end.
+        older: a table of the same sources; what has not changed since is taken over.
+
+    Returns:
+        The table. Broken files are in its `bad`, with the reason.
+
+    Raises:
+        ValueError: a source is missing, of no known kind, or they hold no usable image; an image is
+            smaller than `min_side`.
+    """
+    given, listed = list_sources(sources)
+    index = build_listed(given, listed, threads=threads, verify=verify, older=older)
+    require_size(index, min_side)
+    return index
+
+
+def build_listed(
+    given: Sequence[str],
+    listed: Sequence[Source],
+    *,
+    threads: int | None = None,
+    verify: bool = False,
+    older: Index | None = None,
+) -> Index:
+    """As `build_index`, of sources that are listed already; images of any size."""
+    threads = threads or min(2 * (os.cpu_count() or 1), 16)
+    parts = _Parts()
+    total = sum(len(source.entries) for source in listed)
+    said, done = time.monotonic(), 0
+    # Pillow warns of metadata that is not used here, and of large images, which are refused.
+    # The filter is the process's, so it is set once around the threads, not in each.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads, "ijepa-index") as pool:
+        warnings.simplefilter("ignore")
+        for source in listed:
+            parts.begin(source)
+            known = _Known(older, source.root, verify=verify) if older else None
+            for probed in _probed(pool, source, verify, known):
+                parts.add(probed)
+                done += 1
+                if time.monotonic() - said > _SAID_EVERY:
+                    said = time.monotonic()
+                    logger.info("looked into %d of %d files", done, total)
+    index = parts.finish()
+    _require_images(given, index)
+    counts = f"{len(index)} images in {len(index.classes)} classes, {len(index.bad)} unusable"
+    level = logging.INFO if index.bad or index.ignored else logging.DEBUG
+    where = ", ".join(given)
+    logger.log(level, "%s: %s image files, %d other files ignored", where, counts, index.ignored)
+    return index
+
+
+def source_names(sources: Sources) -> list[str]:
+    """What the sources are called."""
+    if isinstance(sources, str | os.PathLike):
+        return [os.fspath(sources)]
+    return [os.fspath(source) for source in sources]
+
+
+def list_sources(sources: Sources) -> tuple[list[str], list[Source]]:
+    """The sources' names, and what they consist of.
+
+    Raises:
+        ValueError: a source is missing, given twice or of no known kind.
+    """
+    given = source_names(sources)
+    if not given:
+        raise ValueError("data.root must name at least one source, got none")
+    twice = next((name for name in given if given.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"data.root must name every source once, got {twice!r} twice")
+    return given, [list_source(source) for source in given]
+
+
+def _probed(
+    pool: ThreadPoolExecutor, source: Source, verify: bool, known: "_Known | None"
+) -> Iterator[Probed]:
+    """Every entry of a source, in order."""
+
+    def look(entries: Sequence[Entry]) -> list[Probed]:
+        found = []
+        for path, label in entries:
+            probe = probe_shard if path.lower().endswith(SHARDS) else probe_file
+            again = known.find(path, label) if known else None
+            found.append(again or probe(source.root, path, label, verify=verify))
+        return found
+
+    entries = source.entries
+    # a shard is work enough for a task
+    sharded = any(entry.path.lower().endswith(SHARDS) for entry in entries)
+    size = 1 if sharded else _CHUNK
+    chunks = (entries[start : start + size] for start in range(0, len(entries), size))
+    return chain.from_iterable(pool.map(look, chunks))
+
+
+class _Known:
+    """What an older table says of files that have not changed since."""
+
+    def __init__(self, older: Index, root: str, *, verify: bool) -> None:
+        self._older, self._root, self._verify = older, root, verify
+        self._file_of: dict[bytes, int] = {}
+        for place, known in enumerate(older.roots):
+            if known == root:
+                begin = int(older.root_start[place])
+                last = place + 1 == len(older.roots)
+                end = len(older.paths) if last else int(older.root_start[place + 1])
+                self._file_of |= {older.paths.raw(file): file for file in range(begin, end)}
+        # rows of a file stand together, and files in the order of their rows
+        self._first = np.searchsorted(older.file, np.arange(len(older.paths) + 1))
+        self._ignored = dict(older.ignored_in.tolist())
+        self._bad: dict[str, list[int]] = {}
+        for place, path in enumerate(older.bad_paths):
+            self._bad.setdefault(path, []).append(place)
+
+    def find(self, path: str, label: str | None) -> Probed | None:
+        """What was found in a file, if it is as it was."""
+        older, where = self._older, os.path.join(self._root, path)
+        file = self._file_of.get(os.fsencode(path))
+        bad = self._bad.get(where, [])
+        stamps = {int(older.bad_stamps[place]) for place in bad}
+        if file is not None:
+            stamps.add(int(older.stamps[file]))
+        try:
+            if stamps != {stamp(os.stat(where))}:
+                return None
+        except OSError:
+            return None
+        rows = range(0) if file is None else range(*self._first[file : file + 2].tolist())
+        if self._verify and not older.verified[rows.start : rows.stop].all():
+            return None
+        return Probed(
+            path,
+            [self._image(row, label) for row in rows],
+            [Bad(self._name(*older.bad[place]), older.bad[place][1]) for place in bad],
+            stamps.pop(),
+            0 if file is None else self._ignored.get(file, 0),
+        )
+
+    def _name(self, name: str, _reason: str) -> str:
+        """Names of a table of several sources have the root before them."""
+        several = len(self._older.roots) > 1
+        return os.path.relpath(name, self._root) if several else name
+
+    def _image(self, row: int, label: str | None) -> Image:
+        older = self._older
+        member = older.members[row] if older.members is not None else ""
+        if member:
+            code = int(older.label[row])
+            label = older.classes[code] if code >= 0 else None
+        values = {name: getattr(older, name)[row].item() for name in _OF_IMAGE}
+        return Image(member=member, label=label, **values)
+
+
+class _Parts:
+    """Rows as they are found, file after file; columns in pieces of plain arrays."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, list[NDArray[np.generic]]] = {name: [] for name in COLUMNS}
+        self._labels: dict[str, int] = {}
+        self._paths: list[str] = []
+        self._stamps: list[int] = []
+        self._members: list[str] = []
+        self._sharded = False
+        self._roots: list[str] = []
+        self._root_start: list[int] = []
+        self._bad: list[tuple[int, str, int, Bad]] = []
+        self._ignored = 0
+        self._ignored_in: list[tuple[int, int]] = []
+        self._rows: list[tuple[int, Image]] = []
+
+    def begin(self, source: Source) -> None:
+        """The files from here on belong to this source."""
+        self._roots.append(source.root)
+        self._root_start.append(len(self._paths))
+        self._ignored += source.ignored
+        self._bad += [(len(self._roots) - 1, bad.path, 0, bad) for bad in source.bad]
+
+    def add(self, probed: Probed) -> None:
+        """Takes over one file."""
+        root = len(self._roots) - 1
+        self._bad += [(root, probed.path, probed.stamp, bad) for bad in probed.bad]
+        self._ignored += probed.ignored
+        if not probed.images:
+            return
+        file = len(self._paths)
+        if probed.ignored:
+            self._ignored_in.append((file, probed.ignored))
+        self._paths.append(probed.path)
+        self._stamps.append(probed.stamp)
+        self._rows += [(file, image) for image in probed.images]
+        if len(self._rows) >= _FLUSHED:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows, self._rows = self._rows, []
+        images = [image for _, image in rows]
+        labels = [-1 if i.label is None else self._code(i.label) for i in images]
+        values: dict[str, list[int]] = {
+            "file": [file for file, _ in rows],
+            "label": labels,
+            **{name: [getattr(i, name) for i in images] for name in _OF_IMAGE},
+        }
+        for name, column in values.items():
+            self._columns[name].append(np.array(column, dtype=COLUMNS[name]))
+        members = [image.member for image in images]
+        self._sharded = self._sharded or any(members)
+        self._members += members
+
+    def _code(self, label: str) -> int:
+        return self._labels.setdefault(label, len(self._labels))
+
+    def finish(self) -> Index:
+        """The table."""
+        self._flush()
+        columns = {name: np.concatenate(pieces) for name, pieces in self._columns.items()}
+        numbers = all(label.isdecimal() for label in self._labels)
+        classes = sorted(self._labels, key=_as_number if numbers else os.fsencode)
+        new = np.empty(len(classes) + 1, dtype=np.int32)
+        new[[self._labels[name] for name in classes]] = np.arange(len(classes), dtype=np.int32)
+        new[-1] = -1
+        columns["label"] = new[columns["label"]]
+        several = len(self._roots) > 1
+        bad = sorted(
+            (
+                os.path.join(self._roots[root], entry.path) if several else entry.path,
+                entry.reason,
+                os.path.join(self._roots[root], path),
+                known,
+            )
+            for root, path, known, entry in self._bad
+        )
+        bad.sort(key=lambda entry: os.fsencode(entry[0]))
+        return Index(
+            **columns,  # type: ignore[arg-type]
+            paths=Texts.of(self._paths),
+            members=Texts.of(self._members) if self._sharded else None,
+            stamps=np.array(self._stamps, dtype=np.uint64),
+            roots=tuple(self._roots),
+            root_start=np.array(self._root_start, dtype=np.int32),
+            classes=tuple(classes),
+            bad=tuple((name, reason) for name, reason, _, _ in bad),
+            bad_paths=tuple(path for _, _, path, _ in bad),
+            bad_stamps=np.array([known for _, _, _, known in bad], dtype=np.uint64),
+            ignored=self._ignored,
+            ignored_in=np.array(self._ignored_in, dtype=np.int64).reshape(-1, 2),
+        )
+
+
+def _as_number(label: str) -> tuple[int, str]:
+    return int(label), label
+
+
+def _require_images(given: Sequence[str], index: Index) -> None:
+    if len(index):
+        return
+    names = ", ".join(repr(source) for source in given)
+    if index.bad:
+        name, reason = index.bad[0]
+        found = f"{names} with {len(index.bad)} unusable files"
+        raise ValueError(f"data.root must hold images, got {found}; the first: {name!r}: {reason}")
+    kinds = " ".join((*EXTENSIONS, *SHARDS))
+    raise ValueError(
+        f"data.root must hold images ({kinds}), got {names} with {index.ignored} other files"
+    )
+
+
+def require_size(index: Index, min_side: int) -> None:
+    """Raises ValueError if an image is smaller than `min_side` pixels in width or height."""
+    small = np.flatnonzero(np.minimum(index.width, index.height) < min_side)
+    if small.size:
+        row = int(small[0])
+        first = f"{index.name(row)!r} of {index.width[row]}x{index.height[row]}"
+        others = f" and {small.size - 1} more" if small.size > 1 else ""
+        raise ValueError(
+            f"images must be at least {min_side} pixels on each side (the patch size), "
+            f"got {first}{others}"
+        )

@@ -1,0 +1,172 @@
+"""Tables in the cache folder: made once, opened in no time, renewed where the files have changed.
+
+`<cache>/ijepa-fast/tables/<hash of the sources>.safetensors`. A start compares folders, list files,
+shards and (up to two million files) every image with the table by path, size and time of change;
+larger sets compare an image when it is read.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ijepa_fast.data.build import (
+    Sources,
+    build_listed,
+    list_sources,
+    require_size,
+    source_names,
+)
+from ijepa_fast.data.index import Index, Texts, index_from_arrays, index_to_arrays, stamp
+from ijepa_fast.data.probe import YOUNG_NS
+from ijepa_fast.data.shapes import cache_folder
+from ijepa_fast.data.sources import SHARDS
+from ijepa_fast.data.table_file import TableError, read_table, write_table
+
+__all__ = ["load_table", "open_index", "save_table"]
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_COMPARED = 2_000_000
+
+
+def open_index(
+    sources: Sources,
+    *,
+    cache: Path | None = None,
+    threads: int | None = None,
+    min_side: int = 1,
+    verify: bool = False,
+    compare_all: bool = False,
+) -> tuple[Index, Path | None]:
+    """The table of a data set, from the cache if it is up to date, see `build_index`.
+
+    Args:
+        sources: what it consists of.
+        cache: parent folder; by default $XDG_CACHE_HOME, or ~/.cache.
+        threads: threads that read headers.
+        min_side: smallest width and height of an image, pixels.
+        verify: decode every image wholly that has not been verified yet.
+        compare_all: compare every image with the table, however many there are.
+
+    Returns:
+        The table, and the file that it was opened from; None if it could not be written.
+
+    Raises:
+        ValueError: as `build_index`.
+    """
+    given = source_names(sources)
+    key = json.dumps([_FORMAT, [os.path.abspath(name) for name in given]], ensure_ascii=True)
+    name = hashlib.sha256(key.encode()).hexdigest()[:24]
+    path = (cache or cache_folder()) / "ijepa-fast" / "tables" / f"{name}.safetensors"
+    older: Index | None = None
+    try:
+        older, times = _load(path)
+        if _up_to_date(older, times, compare_all) and (not verify or older.verified.all()):
+            require_size(older, min_side)
+            logger.debug("table of %d images from %s", len(older), path)
+            return older, path
+    except FileNotFoundError:
+        pass
+    except (TableError, OSError) as error:
+        logger.warning("the table %s is made anew: %s", path, error)
+    given, listed = list_sources(given)
+    index = build_listed(given, listed, threads=threads, verify=verify, older=older)
+    # an image that was too young for its stamp to be trusted is looked into again next time
+    watched = [entry for source in listed for entry in source.watched]
+    try:
+        save_table(path, index, watched)
+        index = load_table(path)
+    except OSError as error:
+        logger.warning("the table of the data is not kept, the next start makes it anew: %s", error)
+        return _sized(index, min_side), None
+    return _sized(index, min_side), path
+
+
+def _sized(index: Index, min_side: int) -> Index:
+    require_size(index, min_side)
+    return index
+
+
+def save_table(path: Path, index: Index, watched: Sequence[tuple[str, int]] = ()) -> None:
+    """Writes a table.
+
+    Args:
+        path: the file.
+        index: the table.
+        watched: (path, mtime in ns) of folders and list files that it depends on.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    arrays = index_to_arrays(index)
+    names = Texts.of(name for name, _ in watched)
+    arrays["watched"], arrays["watched_start"] = names.blob, names.start
+    young = time.time_ns() - YOUNG_NS
+    times = [changed if changed < young else 0 for _, changed in watched]
+    arrays["watched_times"] = np.array(times, dtype=np.int64)
+    write_table(path, arrays, {"format": str(_FORMAT)})
+
+
+def load_table(path: Path) -> Index:
+    """Opens a table without looking at the data.
+
+    Raises:
+        TableError: the file is damaged or of another version.
+        OSError: it cannot be opened.
+    """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[Index, dict[str, int]]:
+    """A table, and the times of what it depends on."""
+    arrays, meta = read_table(path)
+    if meta.get("format") != str(_FORMAT):
+        raise TableError(f"{path} must have format {_FORMAT}, got {meta.get('format')!r}")
+    try:
+        index = index_from_arrays(arrays)
+        times = arrays["watched_times"].tolist()
+        names = Texts(arrays["watched"], arrays["watched_start"])  # type: ignore[arg-type]
+        watched = dict(zip(names, times, strict=True))
+    except (KeyError, ValueError) as error:
+        raise TableError(f"{path} is damaged: {error}") from None
+    return index, watched
+
+
+def _up_to_date(index: Index, watched: Mapping[str, int], compare_all: bool) -> bool:
+    """Whether folders, lists, shards and files are as they were when the table was made."""
+    try:
+        # 0: too young to be trusted
+        if any(os.stat(path).st_mtime_ns != changed for path, changed in watched.items()):
+            return False
+        compared = compare_all or len(index.paths) <= _COMPARED
+        if not compared:
+            logger.info(
+                "%d files: a changed image is noticed when it is read; `python -m ijepa_fast.data` "
+                "compares all",
+                len(index.paths),
+            )
+        ends = [*index.root_start[1:].tolist(), len(index.paths)]
+        names = iter(index.paths)
+        stamps = index.stamps.tolist()
+        begins = index.root_start.tolist()
+        for root, begin, end in zip(index.roots, begins, ends, strict=True):
+            for file in range(begin, end):
+                path = next(names)
+                if not (compared or path.lower().endswith(SHARDS)):
+                    continue
+                if stamp(os.stat(os.path.join(root, path))) != stamps[file]:
+                    return False
+        for path, known in zip(index.bad_paths, index.bad_stamps.tolist(), strict=True):
+            # an entry without a stamp is a folder or file that could not be opened
+            if not known or stamp(os.stat(path)) != known:
+                return False
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,304 @@
+"""Looks into files: header and end marker of an image, members of a tar shard.
+
+Nothing is extracted, unpickled or followed: a member is a byte range, whatever it is called.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ijepa_fast.data.index import FORMATS, open_regular, stamp
+from ijepa_fast.data.pixels import (
+    EXTENSIONS,
+    check_mode,
+    check_pixels,
+    describe,
+    is_plain,
+    open_image,
+)
+from ijepa_fast.data.sources import Bad
+
+__all__ = ["YOUNG_NS", "Image", "Probed", "probe_file", "probe_shard"]
+
+logger = logging.getLogger(__name__)
+
+# A file that ends in its format's end marker is whole; some writers pad or append a little.
+_TAIL = 1024
+_END_MARKER = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_LONGEST = 2**32 - 1
+YOUNG_NS = 2_000_000_000
+"""Age of a file, in ns, from which its time of change tells it from a later version."""
+_LONGEST_LABEL = 1 << 20
+_LABEL_KEYS = ("label", "cls", "class")
+
+
+class Image(NamedTuple):
+    """What the header of a usable image says."""
+
+    member: str
+    label: str | None
+    offset: int
+    length: int
+    width: int
+    height: int
+    format: int
+    plain: bool
+    verified: bool
+    mark: int
+
+
+class Probed(NamedTuple):
+    """One file, or one shard: its images, what in it is unusable, its stamp (0: not known)."""
+
+    path: str
+    images: list[Image]
+    bad: list[Bad]
+    stamp: int
+    ignored: int = 0
+
+
+class _Range(io.RawIOBase):
+    """A byte range of a descriptor as a file."""
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        super().__init__()
+        self._descriptor, self._offset, self._length, self._at = descriptor, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if start + offset < 0:
+            raise OSError("a position must be at least 0")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), max(self._length - self._at, 0))
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:size]], self._offset + self._at)
+        self._at += count
+        return count
+
+
+def probe_file(root: str, path: str, label: str | None, *, verify: bool) -> Probed:
+    """Reads the header of one file; the pixels only if the end marker is missing, or to verify.
+
+    Args:
+        root: absolute folder.
+        path: relative to it.
+        label: class of the image, if it has one.
+        verify: decode the whole image.
+    """
+    known = 0
+    try:
+        descriptor, status = open_regular(os.path.join(root, path))
+        try:
+            known = _stamp(status)
+            image = _probe(descriptor, 0, status.st_size, verify=verify)
+        finally:
+            os.close(descriptor)
+    except MemoryError:
+        raise
+    # Pillow raises nearly anything on a hostile file; all of it means that the file is not usable.
+    except Exception as error:  # noqa: BLE001
+        return Probed(path, [], [Bad(path, _reason(root, path, error))], known)
+    return Probed(path, [image._replace(label=label)], [], known)
+
+
+def _probe(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
+    if length == 0:
+        raise ValueError("the file is empty")
+    if length > _LONGEST:
+        raise ValueError(f"an image must have at most {_LONGEST} bytes, got {length}")
+    file = io.BufferedReader(_Range(descriptor, offset, length))
+    with open_image(file) as image:
+        width, height = image.size
+        check_pixels(width, height)
+        check_mode(image)
+        plain = is_plain(image, os.pread(descriptor, min(32, length), offset))
+        size = min(_TAIL, length)
+        tail = os.pread(descriptor, size, offset + length - size)
+        marker = _END_MARKER.get(image.format or "")
+        verified = verify or (marker is not None and marker not in tail)
+        if verified:
+            image.load()
+        name = "JPEG" if image.format == "MPO" else image.format
+        mark = hashlib.blake2b(tail + length.to_bytes(8, "little"), digest_size=8).digest()
+    return Image(
+        member="",
+        label=None,
+        offset=offset,
+        length=length,
+        width=width,
+        height=height,
+        format=FORMATS.index(name or ""),
+        plain=plain,
+        verified=verified,
+        mark=int.from_bytes(mark, "little"),
+    )
+
+
+def _stamp(status: os.stat_result) -> int:
+    """The stamp, or 0 for what was changed so shortly before that the clock may not tell a change
+    to come from it.
+    """
+    return stamp(status) if status.st_mtime_ns < time.time_ns() - YOUNG_NS else 0
+
+
+def _reason(root: str, path: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and os.path.islink(os.path.join(root, path)):
+        return "a broken symbolic link"
+    if type(error) is ValueError and str(error) == "the file is empty":
+        return str(error)
+    return describe(error)
+
+
+def probe_shard(root: str, path: str, label: str | None, *, verify: bool) -> Probed:
+    """Lists a tar shard in the WebDataset layout and reads the headers of its images.
+
+    A sample is what shares a name up to the first dot behind the last slash; its class is the
+    text of ``.cls``, or `label`, `cls` or `class` of ``.json``. A damaged shard keeps what comes
+    before the damage.
+
+    Args:
+        root: absolute folder.
+        path: relative to it.
+        label: class of the samples that do not say one.
+        verify: decode the whole images.
+    """
+    images: list[Image] = []
+    bad: list[Bad] = []
+    known = ignored = unread = 0
+    labels: dict[str, str] = {}
+    keys: list[str] = []
+    seen: set[str] = set()
+    try:
+        descriptor, status = open_regular(os.path.join(root, path))
+    except OSError as error:
+        return Probed(path, [], [Bad(path, _reason(root, path, error))], 0)
+    with os.fdopen(descriptor, "rb") as file:
+        known = _stamp(status)
+        members = _members(file)
+        while True:
+            try:
+                member = next(members, None)
+            except MemoryError:
+                raise
+            # tarfile raises several kinds of errors, and a few by mistake, on a damaged archive.
+            except Exception as error:  # noqa: BLE001
+                bad.append(Bad(path, f"the shard is damaged: {describe(error)}"))
+                break
+            if member is None:
+                break
+            key, extension = _split(member.name)
+            full = f"{path}/{member.name}"
+            if extension in EXTENSIONS:
+                if not member.isreg() or member.issparse():
+                    bad.append(Bad(full, f"must be a plain member of the tar, got {_kind(member)}"))
+                    continue
+                if key in seen:
+                    bad.append(Bad(full, f"the shard holds the key {key!r} twice"))
+                    continue
+                seen.add(key)
+                try:
+                    if member.offset_data + member.size > status.st_size:
+                        raise ValueError("the shard ends before the file does")
+                    image = _probe(descriptor, member.offset_data, member.size, verify=verify)
+                except MemoryError:
+                    raise
+                # As above.
+                except Exception as error:  # noqa: BLE001
+                    reason = str(error) if type(error) is ValueError else describe(error)
+                    bad.append(Bad(full, reason))
+                    continue
+                images.append(image._replace(member=member.name))
+                keys.append(key)
+            elif extension in (".cls", ".json") and member.isreg() and not member.issparse():
+                text = _label(descriptor, member, extension)
+                unread += text is None
+                if text and (extension == ".cls" or key not in labels):
+                    labels[key] = text
+            elif member.isdir():
+                continue
+            else:
+                ignored += 1
+    if unread:
+        logger.warning("%r: %d .cls or .json members hold no class", path, unread)
+    labelled = [
+        image._replace(label=labels.get(key, label))
+        for image, key in zip(images, keys, strict=True)
+    ]
+    return Probed(path, labelled, bad, known, ignored)
+
+
+def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+    """Members one after the other, none kept.
+
+    Raises:
+        Exception: whatever tarfile raises on a damaged archive.
+    """
+    with tarfile.open(
+        fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+    ) as archive:
+        before = -1
+        while (member := archive.next()) is not None:
+            # a header with a negative size leads back to where one was already
+            if member.size < 0 or member.offset <= before:
+                raise tarfile.ReadError("a member's size must be at least 0")
+            before = member.offset
+            archive.members.clear()  # type: ignore[attr-defined]
+            yield member
+        # tarfile takes a damaged header for the end; the end is a block of zeros
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no header and no end marker at byte {archive.offset}")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`dir/key.part.jpg` -> (`dir/key`, `.jpg`), as WebDataset names samples."""
+    folder, slash, base = name.rpartition("/")
+    if base.startswith("."):
+        return name, ""
+    key = base.partition(".")[0]
+    return f"{folder}{slash}{key}", os.path.splitext(base)[1].lower()
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    for name, is_kind in (
+        ("a symbolic link", member.issym()),
+        ("a link", member.islnk()),
+        ("a folder", member.isdir()),
+        ("a sparse file", member.issparse()),
+        ("a device or FIFO", member.isdev()),
+    ):
+        if is_kind:
+            return name
+    return f"type {member.type!r}"
+
+
+def _label(descriptor: int, member: tarfile.TarInfo, extension: str) -> str | None:
+    """The class that a `.cls` or `.json` member names; None if it names none."""
+    if member.size > _LONGEST_LABEL:
+        return None
+    try:
+        text = os.pread(descriptor, member.size, member.offset_data).decode("utf-8")
+        if extension == ".cls":
+            label: object = text.strip()
+        else:
+            tree = json.loads(text)
+            label = next((tree[key] for key in _LABEL_KEYS if key in tree), None)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        return None
+    text = str(label).strip()
+    return text if text.isprintable() and len(text) <= 255 else None
