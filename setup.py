@@ -30,6 +30,7 @@ EXTRAS = {
         "pytest-benchmark>=5.1",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
+        "psutil>=6.0",
         "scikit-image>=0.25",
         "mypy>=1.14",
         "ruff>=0.9",

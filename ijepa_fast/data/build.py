@@ -20,7 +20,15 @@ from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.probe import Image, Probed, probe_file, probe_shard
 from ijepa_fast.data.sources import SHARDS, Bad, Entry, Source, list_source
 
-__all__ = ["Sources", "build_index", "build_listed", "list_sources", "require_size", "source_names"]
+__all__ = [
+    "NoImages",
+    "Sources",
+    "build_index",
+    "build_listed",
+    "list_sources",
+    "require_size",
+    "source_names",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +40,10 @@ _CHUNK = 64
 _FLUSHED = 1 << 16
 _SAID_EVERY = 10.0
 _OF_IMAGE = ("offset", "length", "width", "height", "format", "plain", "verified", "mark")
+
+
+class NoImages(ValueError):
+    """Sources hold no usable image."""
 
 
 def build_index(
@@ -310,9 +322,9 @@ def _require_images(given: Sequence[str], index: Index) -> None:
     if index.bad:
         name, reason = index.bad[0]
         found = f"{names} with {len(index.bad)} unusable files"
-        raise ValueError(f"data.root must hold images, got {found}; the first: {name!r}: {reason}")
+        raise NoImages(f"data.root must hold images, got {found}; the first: {name!r}: {reason}")
     kinds = " ".join((*EXTENSIONS, *SHARDS))
-    raise ValueError(
+    raise NoImages(
         f"data.root must hold images ({kinds}), got {names} with {index.ignored} other files"
     )
 

@@ -1,0 +1,532 @@
+"""Sources of a data set: tar shards, list files, several at once; tables kept between starts."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ijepa_fast.data import Quarantine, build_index, index_to_arrays, open_index
+from ijepa_fast.data import build as build_module
+from ijepa_fast.data.__main__ import main as data_main
+from ijepa_fast.data.build import NoImages
+from ijepa_fast.data.cache import load_table, save_table
+from ijepa_fast.data.index import Index
+from ijepa_fast.data.report import duplicates
+from ijepa_fast.data.table_file import TableError
+from tests.trainer.small_folder import DECODERS, folder, jpeg, make_loader, run
+from tests.trainer.tiny import bad_png
+
+OLD = 1_700_000_000
+
+
+def shard(path, members, *, end=True):
+    """Writes a tar of (name or TarInfo, bytes) members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    if not end:
+        path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    os.utime(path, (OLD, OLD))
+    return path
+
+
+def samples(count, first=0):
+    """(name, bytes) of `count` images with `.cls` beside them."""
+    for number in range(first, first + count):
+        yield f"{number:04d}.jpg", jpeg(number)
+        yield f"{number:04d}.cls", str(number % 12).encode()
+
+
+def aged(root):
+    """Everything below a folder as if it had been written long ago."""
+    for where, folders, files in os.walk(root):
+        for name in [*folders, *files]:
+            os.utime(os.path.join(where, name), (OLD, OLD), follow_symlinks=False)
+    os.utime(root, (OLD, OLD))
+    return root
+
+
+def made(path):
+    path.mkdir(parents=True)
+    return path
+
+
+class Probes:
+    """Counts the files that are looked into."""
+
+    def __init__(self, monkeypatch):
+        self.paths = []
+        for name in ("probe_file", "probe_shard"):
+            real = getattr(build_module, name)
+            monkeypatch.setattr(build_module, name, self._wrapped(real))
+
+    def _wrapped(self, real):
+        def probe(root, path, label, **options):
+            self.paths.append(path)
+            return real(root, path, label, **options)
+
+        return probe
+
+    def taken(self):
+        paths, self.paths = sorted(self.paths), []
+        return paths
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    return Probes(monkeypatch)
+
+
+def same(one: Index, two: Index):
+    a, b = index_to_arrays(one), index_to_arrays(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert np.array_equal(a[name], b[name]), name
+
+
+# --- tar shards ----------------------------------------------------------------------------------
+
+
+def test_a_shard_is_read_where_it_lies(tmp_path):
+    index = build_index(shard(tmp_path / "a.tar", samples(14)))
+    assert len(index) == 14
+    assert index.bad == ()
+    # as numbers: 2 before 10
+    assert index.classes == tuple(str(n) for n in range(12))
+    for row in range(14):
+        assert index.name(row) == f"a.tar/{row:04d}.jpg"
+        assert index.classes[index.label[row]] == str(row % 12)
+        assert index.read(row) == jpeg(row)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]
+    index.close()
+    assert index.read(3) == jpeg(3)
+
+
+def test_names_and_classes_as_webdataset_writes_them(tmp_path):
+    long = "d/" * 60 + "long.jpg"
+    index = build_index(
+        shard(
+            tmp_path / "s.tar",
+            [
+                ("a/1.cls", b"cat\n"),
+                ("a/1.jpg", jpeg(1)),
+                ("2.jpeg", jpeg(2)),
+                ("2.json", json.dumps({"label": "dog"}).encode()),
+                ("3.PNG", jpeg(3)),
+                ("3.json", b'{"other": 1}'),
+                ("4.jpg", jpeg(4)),
+                ("4.json", b"{" * 100_000),
+                ("5.seg.jpg", jpeg(5)),
+                ("6.jpg", jpeg(6)),
+                ("6.cls", b"evil\x1b[2Jname"),
+                ("7.jpg", jpeg(7)),
+                ("7.cls", b"7"),
+                ("7.json", b'{"label": "not this"}'),
+                (long, jpeg(8)),
+                ("caf\udce9.jpg", jpeg(9)),
+            ],
+        )
+    )
+    found = {index.name(row): int(index.label[row]) for row in range(len(index))}
+    labels = {
+        name.split("/", 1)[1]: index.classes[k] if k >= 0 else None for name, k in found.items()
+    }
+    assert labels == {
+        "a/1.jpg": "cat",
+        "2.jpeg": "dog",
+        "3.PNG": None,
+        "4.jpg": None,
+        "5.seg.jpg": None,
+        "6.jpg": None,
+        "7.jpg": "7",
+        long: None,
+        "caf\udce9.jpg": None,
+    }
+    assert [index.read(row) for row in (7, 8)] == [jpeg(8), jpeg(9)]
+
+
+class _Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("trapped",))
+
+
+def _hostile_members():
+    """(member, words of the reason why it is left out, or None for no word at all)."""
+    link = tarfile.TarInfo("link.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    hard = tarfile.TarInfo("hard.jpg")
+    hard.type, hard.linkname = tarfile.LNKTYPE, "good.jpg"
+    fifo = tarfile.TarInfo("fifo.jpg")
+    fifo.type = tarfile.FIFOTYPE
+    device = tarfile.TarInfo("device.jpg")
+    device.type = tarfile.CHRTYPE
+    home = tarfile.TarInfo("folder.jpg")
+    home.type = tarfile.DIRTYPE
+    yield "good.jpg", jpeg(0), None
+    yield "../../outside.jpg", jpeg(1), None
+    yield "/tmp/absolute.jpg", jpeg(2), None
+    for info in (link, hard, fifo, device, home):
+        yield info, b"", "plain member"
+    yield "empty.jpg", b"", "empty"
+    yield "page.jpg", b"<html>", "not an image"
+    yield "cut.jpg", jpeg(3)[:400], "Truncated"
+    yield "twice.jpg", jpeg(4), None
+    yield "twice.png", jpeg(5), "key 'twice' twice"
+    yield "twice.jpg", jpeg(5), "key 'twice' twice"
+    yield "payload.pkl", pickle.dumps(_Trap()), None
+    yield "payload.pyd", b"MZ" + bytes(100), None
+
+
+def test_hostile_members_are_left_out_with_a_reason(tmp_path, monkeypatch):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    members = list(_hostile_members())
+    path = shard(tmp_path / "data" / "h.tar", [(name, data) for name, data, _ in members])
+    before = sorted(os.walk(tmp_path))
+    index = build_index(path)
+    assert [index.name(row) for row in range(len(index))] == [
+        "h.tar/good.jpg",
+        "h.tar/../../outside.jpg",
+        "h.tar//tmp/absolute.jpg",
+        "h.tar/twice.jpg",
+    ]
+    assert [index.read(row) for row in range(4)] == [jpeg(n) for n in (0, 1, 2, 4)]
+    words = [words for _, _, words in members if words]
+    assert len(index.bad) == len(words) == 10
+    for word in words:
+        assert any(word in reason for _, reason in index.bad), (word, index.bad)
+    assert index.ignored == 2
+    # nothing was extracted, made or run
+    assert sorted(os.walk(tmp_path)) == before
+
+
+def test_a_damaged_shard_keeps_what_comes_before(tmp_path):
+    whole = shard(tmp_path / "whole.tar", samples(6)).read_bytes()
+    cut = tmp_path / "cut.tar"
+    content = len(whole.rstrip(b"\0"))
+    first = 512 + len(jpeg(0))
+    for percent in range(0, 100, 4):
+        length = content * percent // 100
+        cut.write_bytes(whole[:length])
+        if length < first:
+            with pytest.raises(NoImages, match=r"unusable files; the first: 'cut\.tar"):
+                build_index(cut)
+            continue
+        index = build_index(cut)
+        assert index.bad, percent
+        assert all(index.read(row) == jpeg(row) for row in range(len(index)))
+    # a header in the middle that is no header; a size that leads back
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        place = archive.getmembers()[4].offset
+    for damage, at in ((b"\xff" * 512, place), (b"-0000000777\0", place + 124)):
+        damaged = bytearray(whole)
+        damaged[at : at + len(damage)] = damage
+        if at != place:
+            header = damaged[place : place + 512]
+            header[148:156] = b" " * 8
+            damaged[place + 148 : place + 156] = f"{sum(header):06o}\0 ".encode()
+        cut.write_bytes(damaged)
+        index = build_index(cut)
+        assert len(index) == 2
+        assert [name for name, _ in index.bad] == ["cut.tar"]
+        assert "damaged" in index.bad[0][1]
+
+
+def test_random_damage_to_a_shard_never_does_harm(tmp_path):
+    whole = shard(tmp_path / "whole.tar", samples(3)).read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / "m.tar"
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), rng.integers(1, 12)):
+            # headers rather than pixels
+            at = (
+                int(place)
+                if rng.random() < 0.3
+                else int(place) // 512 * 512 + int(rng.integers(512))
+            )
+            damaged[min(at, len(whole) - 1)] = int(rng.integers(256))
+        path.write_bytes(damaged)
+        with contextlib.suppress(NoImages):
+            index = build_index(path)
+            for row in range(len(index)):
+                assert len(index.read(row)) == index.length[row]
+
+
+def test_a_shard_that_changes_under_the_run_is_not_trusted(tmp_path):
+    path = shard(tmp_path / "a.tar", samples(3))
+    index = build_index(path)
+    index.read(0)
+    # replaced: what is open is still the old one
+    replaced = shard(tmp_path / "b.tar", samples(3, first=10))
+    os.replace(replaced, path)
+    os.utime(path, (OLD + 5, OLD + 5))
+    assert index.read(1) == jpeg(1)
+    index.close()
+    with pytest.raises(OSError, match="the shard has changed"):
+        index.read(1)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_shards_train_as_a_folder_does(tmp_path, decoder):
+    """The same images in the same order: the same batches."""
+    loose = folder(tmp_path / "loose")
+    names = sorted(path.name for path in loose.iterdir())
+    for number, part in enumerate((names[:20], names[20:])):
+        shard(
+            tmp_path / f"t-{number:02d}.tar", [(name, (loose / name).read_bytes()) for name in part]
+        )
+    packed = build_index(str(tmp_path / "t-{00..01}.tar"))
+    ours, theirs = run(packed, decoder=decoder), run(build_index(loose), decoder=decoder)
+    assert [ids for ids, _ in ours] == [ids for ids, _ in theirs]
+    assert all((a == b).all() for (_, a), (_, b) in zip(ours, theirs, strict=True))
+
+
+# --- lists, several sources ----------------------------------------------------------------------
+
+
+def test_a_list_file(tmp_path):
+    folder(tmp_path / "images", 4)
+    shard(tmp_path / "s.tar", samples(2))
+    (tmp_path / "list.tsv").write_text(
+        "# comment\n\nimages/002.jpg\tzebra\r\nimages/000.jpg\tape\ns.tar\n"
+        f"{tmp_path}/images/003.jpg\nnotes.txt\nimages/gone.jpg\tape\n"
+    )
+    index = build_index(tmp_path / "list.tsv")
+    names = [index.name(row) for row in range(len(index))]
+    assert names == [
+        "images/002.jpg",
+        "images/000.jpg",
+        "s.tar/0000.jpg",
+        "s.tar/0001.jpg",
+        f"{tmp_path}/images/003.jpg",
+    ]
+    assert [index.classes[k] if k >= 0 else None for k in index.label] == [
+        "zebra",
+        "ape",
+        "0",
+        "1",
+        None,
+    ]
+    assert index.bad == (("images/gone.jpg", "cannot be read: No such file or directory"),)
+    assert index.ignored == 1
+
+
+def test_several_sources_are_one_data_set(tmp_path):
+    one, two = folder(tmp_path / "one", 3), folder(tmp_path / "two", 5)
+    (two / "bad.jpg").write_bytes(b"")
+    index = build_index([one, two])
+    assert len(index) == 8
+    assert [index.name(row) for row in (0, 3)] == [f"{one}/000.jpg", f"{two}/000.jpg"]
+    assert index.read(7) == jpeg(4, (61, 52))
+    assert index.bad == ((f"{two}/bad.jpg", "the file is empty"),)
+    assert index.digest() != build_index([two, one]).digest()
+    with pytest.raises(ValueError, match=r"once, got .*one' twice"):
+        build_index([one, one])
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("none.tar", "existing folder, list file or tar"),
+        ("x-{00..02}.tar", "without .*x-01.tar"),
+        ("x-{02..00}.tar", "range of 1 to"),
+        ("x-{00..01}.zip", r"must name \.tar files"),
+        ("notes.zip", "not a file like"),
+    ],
+)
+def test_wrong_sources_are_named(tmp_path, source, words):
+    shard(tmp_path / "x-00.tar", samples(1))
+    (tmp_path / "notes.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=words):
+        build_index(str(tmp_path / source))
+
+
+# --- kept tables ---------------------------------------------------------------------------------
+
+
+def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, probes):
+    root, cache = folder(tmp_path / "set", 12), tmp_path / "cache"
+    shard(root / "s.tar", samples(3))
+    (root / "bad.jpg").write_bytes(b"<html>")
+    aged(root)
+    first, path = open_index(root, cache=cache)
+    assert len(probes.taken()) == 14
+    again, same_path = open_index(root, cache=cache)
+    assert probes.taken() == []
+    assert same_path == path
+    same(first, again)
+    # one more, one changed in place, one gone
+    (root / "new.jpg").write_bytes(jpeg(50))
+    (root / "003.jpg").write_bytes(jpeg(51, (70, 60)))
+    (root / "004.jpg").unlink()
+    renewed, _ = open_index(root, cache=cache)
+    assert probes.taken() == ["003.jpg", "new.jpg"]
+    same(renewed, build_index(root))
+    assert renewed.read(3) == jpeg(51, (70, 60))
+    probes.taken()
+    # what is so young may still change within the clock's resolution: looked into again
+    open_index(root, cache=cache)
+    assert probes.taken() == ["003.jpg", "new.jpg"]
+    # a file mended in place, its folder untouched
+    aged(root)
+    open_index(root, cache=cache)
+    probes.taken()
+    (root / "bad.jpg").write_bytes(jpeg(60))
+    os.utime(root, (OLD, OLD))
+    mended, _ = open_index(root, cache=cache)
+    assert probes.taken() == ["bad.jpg"]
+    assert (len(mended), mended.bad) == (16, ())
+
+
+def test_verifying_finds_damage_and_remembers_it(tmp_path, probes):
+    root, cache = folder(tmp_path / "set", 6), tmp_path / "cache"
+    bad_png(root / "bad.jpg")
+    aged(root)
+    index, _ = open_index(root, cache=cache)
+    assert (len(index), index.verified.any()) == (7, False)
+    probes.taken()
+    index, _ = open_index(root, cache=cache, verify=True)
+    assert len(probes.taken()) == 7
+    assert [name for name, _ in index.bad] == ["bad.jpg"]
+    assert index.verified.all()
+    open_index(root, cache=cache, verify=True)
+    assert probes.taken() == []
+    # one more file: the verdict on the others stands
+    (root / "more.jpg").write_bytes(jpeg(70))
+    index, _ = open_index(root, cache=cache)
+    assert probes.taken() == ["more.jpg"]
+    assert [name for name, _ in index.bad] == ["bad.jpg"]
+    assert index.verified.tolist() == [True] * 6 + [False]
+
+
+def test_large_sets_compare_an_image_when_it_is_read(tmp_path, monkeypatch, caplog):
+    root, cache = aged(folder(tmp_path / "set", 4)), tmp_path / "cache"
+    open_index(root, cache=cache)
+    monkeypatch.setattr("ijepa_fast.data.cache._COMPARED", 3)
+    touched = root / "001.jpg"
+    touched.write_bytes(touched.read_bytes())
+    (root / "002.jpg").write_bytes(jpeg(9)[:200])
+    os.utime(root, (OLD, OLD))
+    index, _ = open_index(root, cache=cache)
+    assert index.read(0)
+    with caplog.at_level(logging.WARNING):
+        assert index.read(1) == touched.read_bytes()
+        index.read(1)
+    assert [r.getMessage()[:23] for r in caplog.records] == ["'001.jpg' was changed a"]
+    with pytest.raises(OSError, match=r"has changed: .* bytes expected"):
+        index.read(2)
+    assert [name for name, _ in open_index(root, cache=cache, compare_all=True)[0].bad] == [
+        "002.jpg"
+    ]
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, caplog):
+    root, cache = folder(tmp_path / "set", 3), tmp_path / "cache"
+    cache.write_text("a file")
+    index, path = open_index(root, cache=cache)
+    assert (len(index), path) == (3, None)
+    assert "is not kept" in caplog.text
+
+
+def test_a_damaged_table_is_made_anew(tmp_path):
+    root, cache = aged(folder(tmp_path / "set", 5)), tmp_path / "cache"
+    _, path = open_index(root, cache=cache)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        damaged = bytearray(whole)
+        if number % 2:
+            damaged = damaged[: int(rng.integers(0, len(whole)))]
+        else:
+            header = int.from_bytes(whole[:8], "little") + 8
+            for place in rng.integers(0, header, 3):
+                damaged[int(place)] = int(rng.integers(256))
+        path.write_bytes(damaged)
+        # a whole table, whatever the file says; a change inside a name or number is not seen
+        again, _ = open_index(root, cache=cache)
+        assert len(again) == 5
+    path.write_bytes(whole[:-1])
+    with pytest.raises(TableError):
+        load_table(path)
+
+
+def test_other_formats_and_other_files_are_no_tables(tmp_path):
+    index = build_index(folder(tmp_path / "set", 2))
+    path = tmp_path / "t.safetensors"
+    save_table(path, index)
+    same(load_table(path), index)
+    path.write_bytes(path.read_bytes().replace(b'"format":"1"', b'"format":"9"'))
+    with pytest.raises(TableError, match="must have format 1, got '9'"):
+        load_table(path)
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_the_report(tmp_path, capsys):
+    root = folder(made(tmp_path / "set") / "ape", 30).parent
+    (root / "cat").mkdir()
+    (root / "cat" / "same.jpg").write_bytes((root / "ape" / "004.jpg").read_bytes())
+    (root / "ape" / "also.jpg").write_bytes((root / "ape" / "004.jpg").read_bytes())
+    (root / "ape" / "x\x1b[2J.jpg").write_bytes(b"<html>")
+    (root / "notes.txt").write_text("")
+    assert data_main([str(root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["images"], found["classes"], found["other_files"]) == (32, 2, 1)
+    assert found["formats"] == {"JPEG": 32}
+    assert found["bytes"] == sum(p.stat().st_size for p in root.rglob("*.jpg")) - 6
+    assert found["duplicates"] == [["ape/004.jpg", "ape/also.jpg", "cat/same.jpg"]]
+    assert found["duplicates_of_several_classes"] == 1
+    assert [entry["file"] for entry in found["bad"]] == ["ape/x\x1b[2J.jpg"]
+    assert sum(found["shorter_side"].values()) == sum(found["kilobytes"].values()) == 32
+    assert Path(found["table"]).is_file()
+    assert data_main([str(root)]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "2 images repeat another's bytes" in text
+    # one more is too many
+    (root / "ape" / "worse.jpg").write_bytes(b"")
+    assert data_main([str(root)]) == 1
+    assert data_main([str(root), "--max-bad-share", "0.5"]) == 0
+    assert data_main([str(tmp_path / "none")]) == 2
+    assert "error: data.root must be an existing folder" in capsys.readouterr().err
+    assert data_main([str(root), "--max-bad-share", "2"]) == 2
+
+
+def test_files_that_only_look_alike_are_no_duplicates(tmp_path):
+    one = jpeg(1, (300, 200))
+    middle = one.index(b"\xff\xda") + 14
+    other = bytearray(one)
+    other[middle : middle + 2] = bytes(b ^ 1 for b in other[middle : middle + 2])
+    assert len(one) - middle > 1100
+    (tmp_path / "a.jpg").write_bytes(one)
+    (tmp_path / "b.jpg").write_bytes(other)
+    (tmp_path / "c.jpg").write_bytes(one)
+    index = build_index(tmp_path)
+    assert index.mark[0] == index.mark[1]
+    assert duplicates(index) == [[0, 2]]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_bad_member_is_replaced_and_quarantined_by_its_name(tmp_path, decoder):
+    loose = folder(tmp_path / "loose")
+    members = [(path.name, path.read_bytes()) for path in sorted(loose.iterdir())]
+    members[5] = ("005.png", bad_png(tmp_path / "bad.png").read_bytes())
+    index = build_index(shard(tmp_path / "s.tar", members))
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.1, len(index))
+    with make_loader(index, decoder=decoder, quarantine=quarantine) as loader:
+        ids = [row for batch in loader for row in batch.ids.tolist()]
+    assert 5 not in ids
+    assert list(quarantine.files) == ["s.tar/005.png"]
