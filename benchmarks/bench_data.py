@@ -101,7 +101,8 @@ def batches(
             del stream
         return
     decoder, _, gpu = name.partition(" ")
-    config = DataConfig(crop=CROP, decoder=decoder, threads=cores, prefetch=3)  # type: ignore[arg-type]
+    assert decoder in ("dali", "pillow")
+    config = DataConfig(crop=CROP, decoder=decoder, threads=cores, prefetch=3)
     loader = Loader(
         index,
         config,
@@ -181,8 +182,8 @@ def check(index: Index, device: torch.device) -> None:
             found = images[:4].cpu()
         else:
             config = DataConfig(crop=CROP, decoder="pillow")
-            options = {"seed": 0, "global_batch": BATCH, "device_batch": BATCH, "steps": 1}
-            with Loader(index, config, **options) as loader:  # type: ignore[arg-type]
+            size = {"global_batch": BATCH, "device_batch": BATCH}
+            with Loader(index, config, seed=0, steps=1, **size) as loader:
                 ids = next(loader).ids.numpy()
             rows = [plain[int(row)] for row in ids[:4]]
             expected, found = torch.stack(rows), images[:4].cpu()
@@ -216,7 +217,8 @@ def measure(
 def soak(index: Index, device: torch.device, *, cores: int, seconds: float) -> Row:
     """Memory of the default provider over a long time."""
     name = names(device)[0]
-    started, samples, count = time.perf_counter(), [], 0
+    started, count = time.perf_counter(), 0
+    samples: list[float] = []
     with batches(name, index, device, cores) as stream:
         while (now := time.perf_counter() - started) < seconds:
             next(stream)

@@ -7,33 +7,37 @@ float32 tensors named ``encoder.*``, ``predictor.*``, ``target_encoder.*``, ``ex
 ``exp_avg_sq.*``: nothing depends on the path or on the number of ranks.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
+    "Snapshot",
     "State",
     "Training",
     "capture",
     "checkpoint_folders",
     "gather",
     "load_latest",
+    "not_finite",
     "read",
+    "require_room",
     "restore",
     "rotate",
     "write",
@@ -42,6 +46,8 @@ __all__ = [
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIX = "step-"
+# bytes of one write: a thread that writes lets the others run in between
+_PIECE = 1 << 24
 # a copy that somebody made (step-00000100.bak) is not one of ours
 _NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 _logger = logging.getLogger(__name__)
@@ -93,28 +99,79 @@ class Training(Protocol):
         """Follows a change of the masters."""
 
 
-def capture(training: Training, *, step: int, meta: Mapping[str, Any], keep: bool = True) -> State:
-    """Copies a run's state to the CPU. Where weights are sharded, all ranks must call it.
+class Snapshot:
+    """Memory for one copy of a run's state, allocated once: a save stalls the step for the copy
+    alone.
 
     Args:
         training: networks and optimiser.
-        step: optimiser steps done.
-        meta: plain JSON values.
-        keep: whether this rank wants the tensors; there are none on the others.
+        keep: whether this rank keeps the copy; the others only take part.
     """
-    adam_step = 0
-    tensors = training.masters()
-    for key, parameter in _trained(training).items():
-        state = training.optimizer.state.get(parameter)
-        if state:
-            if not adam_step:  # the same for all parameters, and reading it waits for the device
-                adam_step = int(state["step"])
-            tensors[f"exp_avg.{key}"] = state["exp_avg"]
-            tensors[f"exp_avg_sq.{key}"] = state["exp_avg_sq"]
-        else:  # before the first update
-            tensors[f"exp_avg.{key}"] = tensors[f"exp_avg_sq.{key}"] = torch.zeros_like(parameter)
-    copies = gather(tensors, keep=keep)
-    return State(tensors=copies, step=step, adam_step=adam_step, meta=meta)
+
+    def __init__(self, training: Training, *, keep: bool) -> None:
+        self._keep = keep
+        self._copies: dict[str, Tensor] = {}
+        if not keep:
+            return
+        pinned = training.device.type == "cuda"
+        shapes = {key: tensor.shape for key, tensor in training.masters().items()}
+        for key, parameter in _trained(training).items():
+            shapes |= {f"{moment}.{key}": parameter.shape for moment in MOMENTS}
+        for key, shape in shapes.items():
+            # written to, so that the first save does not wait for the pages
+            self._copies[key] = torch.empty(shape, pin_memory=pinned).zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the copy; 0 on the ranks that keep none."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def take(self, training: Training, *, step: int, meta: Mapping[str, Any]) -> State:
+        """Copies the state, over the last copy. Where weights are sharded, all ranks must call it.
+
+        Args:
+            training: networks and optimiser.
+            step: optimiser steps done.
+            meta: plain JSON values.
+
+        Returns:
+            The state; its tensors are this snapshot's memory, and none on ranks that keep none.
+        """
+        adam_step = 0
+        tensors = training.masters()
+        for key, parameter in _trained(training).items():
+            state = training.optimizer.state.get(parameter)
+            if state:
+                if not adam_step:  # the same for all parameters; reading it waits for the device
+                    adam_step = int(state["step"])
+                tensors[f"exp_avg.{key}"] = state["exp_avg"]
+                tensors[f"exp_avg_sq.{key}"] = state["exp_avg_sq"]
+            else:  # before the first update
+                zeros = torch.zeros_like(parameter)
+                tensors[f"exp_avg.{key}"] = tensors[f"exp_avg_sq.{key}"] = zeros
+        for key, tensor in tensors.items():
+            whole = tensor.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if self._keep:
+                self._copies[key].copy_(whole, non_blocking=True)
+        if training.device.type == "cuda":
+            torch.cuda.current_stream(training.device).synchronize()
+        return State(tensors=self._copies, step=step, adam_step=adam_step, meta=meta)
+
+
+def capture(training: Training, *, step: int, meta: Mapping[str, Any], keep: bool = True) -> State:
+    """A `Snapshot` taken once."""
+    return Snapshot(training, keep=keep).take(training, step=step, meta=meta)
+
+
+def not_finite(state: State) -> str | None:
+    """Name of a tensor that holds NaN or infinity, or None: such a state is worth no checkpoint."""
+    for key, tensor in state.tensors.items():
+        # a sum needs no memory; where it overflows, the numbers themselves decide
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            return key
+    return None
 
 
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -212,22 +269,20 @@ def write(folder: Path, state: State) -> Path:
     temporary = folder / f".tmp-{final.name}-{os.getpid()}"
     temporary.mkdir()
     try:
-        try:
-            save_file(dict(state.tensors), temporary / "state.safetensors")
-        except SafetensorError as error:
-            raise OSError(f"cannot write {temporary / 'state.safetensors'}: {error}") from None
         header = {
             "format_version": FORMAT_VERSION,
             "step": state.step,
             "adam_step": state.adam_step,
             **state.meta,
         }
-        (temporary / "state.json").write_text(json.dumps(header, indent=1))
-        files = sorted(temporary.iterdir())
-        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in [*files, temporary / "manifest.json", temporary]:
-            _fsync(path)
+        manifest = {
+            "state.json": _write_file(temporary / "state.json", [_text(header)]),
+            "state.safetensors": _write_file(
+                temporary / "state.safetensors", _safetensors(state.tensors)
+            ),
+        }
+        _write_file(temporary / "manifest.json", [_text(manifest)])
+        _fsync(temporary)
         if final.exists():
             _remove(final)
         temporary.rename(final)
@@ -236,6 +291,75 @@ def write(folder: Path, state: State) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def _text(tree: Mapping[str, Any]) -> bytes:
+    return json.dumps(tree, indent=1).encode()
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces, straight from the tensors' memory.
+
+    The library's writer copies every tensor and holds the interpreter's lock all the while, which
+    stalls the steps that are trained meanwhile.
+    """
+    header, end = {}, 0
+    for key, tensor in tensors.items():
+        assert tensor.dtype == torch.float32, key
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.contiguous().view(-1).numpy().data.cast("B")
+
+
+def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file to the disk; its size and SHA-256, as a manifest says them."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for piece in pieces:
+            for begin in range(0, len(piece), _PIECE):
+                part = memoryview(piece)[begin : begin + _PIECE]
+                digest.update(part)
+                size += len(part)
+                while len(part):
+                    part = part[os.write(descriptor, part) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def require_room(folder: Path, nbytes: int) -> None:
+    """Tries whether a checkpoint can be written, before hours of work depend on it.
+
+    Args:
+        folder: where checkpoints go; made if missing.
+        nbytes: size of one.
+
+    Raises:
+        OSError: it cannot: a folder that may only be read, a full disk, a quota.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".tmp-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        path = probe / "bytes"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            # reserves the blocks without writing them, where the file system can
+            os.posix_fallocate(descriptor, 0, max(nbytes, 1))
+            os.pwrite(descriptor, b"\0" * 4096, max(nbytes - 4096, 0))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(probe)
 
 
 def _sweep(folder: Path) -> None:

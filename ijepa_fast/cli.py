@@ -18,7 +18,16 @@ import yaml
 from ijepa_fast.config import Config
 from ijepa_fast.presets import PRESETS, preset
 
-__all__ = ["Invocation", "UsageError", "as_dict", "dump_yaml", "parse", "read_yaml"]
+__all__ = [
+    "Invocation",
+    "UsageError",
+    "as_dict",
+    "dump_yaml",
+    "from_tree",
+    "load_yaml",
+    "parse",
+    "read_yaml",
+]
 
 DESCRIPTION = f"""Trains I-JEPA.
 
@@ -30,6 +39,8 @@ DESCRIPTION = f"""Trains I-JEPA.
 
 
 # read before the configuration's own flags
+_LONGEST_YAML = 1 << 20
+_DEEPEST_YAML = 20
 OWN_OPTIONS = ("preset", "config", "data", "print-config", "dry-run")
 
 
@@ -78,6 +89,29 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(as_dict(config), sort_keys=False, default_flow_style=None, width=100)
 
 
+def load_yaml(text: str) -> Any:
+    """Plain values of a YAML text.
+
+    Raises:
+        ValueError: it is no YAML, has aliases (few bytes of them stand for gigabytes), or is longer
+            or deeper than any configuration.
+    """
+    if len(text) > _LONGEST_YAML:
+        raise ValueError(f"at most {_LONGEST_YAML} characters, got {len(text)}")
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"no aliases, got *{event.anchor}")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST_YAML:
+                raise ValueError(f"at most {_DEEPEST_YAML} levels")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Flat settings of a YAML file, keys checked.
 
@@ -85,8 +119,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UsageError: unreadable, not YAML, not a mapping, or an unknown key.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # so much of it that a longer file is noticed, a device file too
+        with path.open(encoding="utf-8") as file:
+            tree = load_yaml(file.read(_LONGEST_YAML + 1))
+    except (OSError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(f"--config must be a readable YAML file, got {path}: {text}") from None
     if tree is None:
@@ -100,12 +136,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key in sections & tree.keys():
         if not isinstance(tree[key], dict):
             raise UsageError(f"{path}: {key} must hold a mapping, got {tree[key]!r}")
+    return _checked(tree, path)
+
+
+def _checked(tree: dict[str, Any], path: Path | str) -> dict[str, Any]:
     flat = flatten(tree)
     if None in (flat.get("out", ""), flat.get("data.root", "")):
         raise UsageError(f"{path}: out and data.root must be paths, got nothing")
     for key in flat:
         _check_known(str(key), f"{path}: unknown key {key}")
     return flat
+
+
+def from_tree(tree: object) -> Config:
+    """A configuration of nested plain values, as `as_dict` gives them.
+
+    Raises:
+        UsageError: a key is unknown, or a value wrong.
+    """
+    if not isinstance(tree, dict):
+        raise UsageError(f"a configuration must be a mapping, got {type(tree).__name__}")
+    return _parse_config(Config(), _as_arguments(_checked(tree, "the configuration")))
 
 
 def _known() -> dict[str, Any]:

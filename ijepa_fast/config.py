@@ -316,6 +316,8 @@ class LogConfig:
     """Optimiser steps between two lines of metrics."""
     tensorboard: bool = False
     """Also write TensorBoard events into OUT/tensorboard."""
+    samples: bool = False
+    """Also write which samples every step took, into OUT/samples-rank<r>.jsonl."""
 
     def __post_init__(self) -> None:
         _require(self.interval >= 1, "log.interval", "at least 1", self.interval)
@@ -379,6 +381,10 @@ class Config:
     """Split weights and optimiser state over all ranks (`full`) or over those of a machine
     (`hybrid`); `auto` is `full` with several ranks. The reference path never does.
     """
+    rank_timeout: float = 30.0
+    """With several ranks: seconds without a sign of life of one after which all leave (exit code
+    6), so that the job can be started again.
+    """
     allow_changed_recipe: bool = False
     """Resume although the recipe differs from the one the run was started with."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -397,6 +403,7 @@ class Config:
         _require(
             self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps
         )
+        _require(self.rank_timeout >= 1, "rank_timeout", "at least 1 second", self.rank_timeout)
         for side in self.data.crop_size:
             rule = f"a multiple of model.patch_size ({self.model.patch_size})"
             _require(side % self.model.patch_size == 0, "data.crop", rule, side)

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ijepa_fast.heartbeat import Heartbeat
+
 __all__ = [
     "Agreement",
     "MainRankError",
@@ -25,6 +27,7 @@ __all__ = [
     "anyone",
     "barrier",
     "broadcast_arrays",
+    "heartbeat",
     "leave",
     "on_main",
     "slow_bfloat16",
@@ -91,6 +94,23 @@ def start(device: str) -> Ranks:
         local_rank=local,
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=chosen,
+    )
+
+
+def heartbeat(ranks: Ranks, limit: float) -> Heartbeat:
+    """The watch that ranks keep over each other, see `Heartbeat`.
+
+    Args:
+        ranks: this rank.
+        limit: seconds without a sign of life of another rank.
+    """
+    lives = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
+    return Heartbeat(
+        rank=ranks.rank,
+        world=ranks.world,
+        address=(os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))),
+        life="-".join(lives),
+        limit=limit,
     )
 
 

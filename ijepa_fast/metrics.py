@@ -10,7 +10,9 @@ import logging
 import os
 import resource
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ __all__ = [
     "MetricsFile",
     "NonFiniteError",
     "Reporter",
+    "SampleLog",
+    "Watch",
     "id_hash",
     "peak_flops",
     "read_rows",
@@ -100,22 +104,46 @@ class MetricsFile:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
-        self._file = path.open("a")
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._waiting = b""
+        self._failed = False
+        self._lock = threading.Lock()
         self.rows = rows
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes one row and hands it to the system."""
+        """Writes one row and hands it to the system; what a full disk refuses waits for the next
+        row, or the next checkpoint.
+        """
         self.rows.append(dict(row))
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._lock:
+            self._waiting += json.dumps(row).encode() + b"\n"
+            try:
+                self._write()
+            except OSError as error:
+                if not self._failed:
+                    _logger.warning("metrics.jsonl cannot be written for now: %s", error)
+                self._failed = True
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        if self._failed:
+            self._failed = False
+            _logger.info("metrics.jsonl is written again, nothing is lost")
 
     def sync(self) -> None:
-        """Forces the rows to the disk; called before a checkpoint counts as written."""
-        os.fsync(self._file.fileno())
+        """Forces the rows to the disk; called before a checkpoint counts as written.
+
+        Raises:
+            OSError: it cannot.
+        """
+        with self._lock:
+            self._write()
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        os.close(self._file)
 
 
 class Meter:
@@ -325,18 +353,14 @@ class Journal:
         )
 
     def flush(self) -> None:
-        """Writes the queued row, if there is one.
-
-        Raises:
-            NonFiniteError: three steps in a row were skipped.
-        """
+        """Writes the queued row, if there is one."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         if pending.ready:
             pending.ready.synchronize()
         loss, feature_std = (float(v) for v in pending.numbers)
-        _, longest, total, since = (int(v) for v in pending.skipped)
+        total = int(pending.skipped[2])
         row = {
             **pending.row,
             "loss": loss,
@@ -348,6 +372,72 @@ class Journal:
         if self.file and self.reporter:
             self.file.append(row)
             self.reporter.show(row)
-        if longest >= LONGEST_SKIP:
-            end = row["step"] - since
-            raise NonFiniteError(range(end - longest + 1, end + 1))
+
+
+class Watch:
+    """Looks after every step whether too many in a row were skipped, without waiting for a GPU:
+    what it reads there is two steps old, on all ranks alike.
+
+    Args:
+        device: the training device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._late = 2 if device.type == "cuda" else 0
+        self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def look(self, step: int, skipped: Tensor) -> NonFiniteError | None:
+        """The error that ends the run, once three steps in a row were skipped.
+
+        Args:
+            step: optimiser steps done.
+            skipped: (4,), see `Journal.queue`, on the device.
+        """
+        ready = None
+        if skipped.is_cuda:
+            skipped = skipped.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._queue.append((step, skipped, ready))
+        if len(self._queue) <= self._late:
+            return None
+        step, skipped, ready = self._queue.popleft()
+        if ready:
+            ready.synchronize()
+        _, longest, _, since = skipped.tolist()
+        if longest < LONGEST_SKIP:
+            return None
+        end = step - since
+        return NonFiniteError(range(end - longest + 1, end + 1))
+
+
+class SampleLog:
+    """`samples-rank<r>.jsonl`: which samples each micro-step took, one JSON object a line.
+
+    Steps that a resume does again are written again; the later line is the one that counts.
+
+    Args:
+        path: the file.
+        step: optimiser steps done before.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._file = path.open("a")
+        self._file.write(json.dumps({"from_step": step}) + "\n")
+
+    def add(self, step: int, micro_step: int, positions: np.ndarray, ids: Tensor) -> None:
+        """Writes one micro-step.
+
+        Args:
+            step: the optimiser step, from 1.
+            micro_step: of that step, from 0.
+            positions: (b,) in the global batch.
+            ids: int64 (b,) rows of the index.
+        """
+        row = {"step": step, "micro_step": micro_step, "positions": positions.tolist()}
+        self._file.write(json.dumps({**row, "ids": ids.tolist()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

@@ -1,93 +1,41 @@
 """One rank's part of a run: networks, data and files, from the newest checkpoint on."""
 
-import itertools
-import json
 import logging
-import os
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast import checkpoint, distributed, evaluate
 from ijepa_fast.cli import UsageError, as_dict
 from ijepa_fast.config import Config
-from ijepa_fast.data import Batch, Index, Quarantine, index_from_arrays, index_to_arrays, open_index
-from ijepa_fast.data.cache import load_table, save_table
-from ijepa_fast.data.order import epoch_order, replacement_id, steps_per_epoch
-from ijepa_fast.data.shapes import write_shapes
+from ijepa_fast.data import Batch, Quarantine, steps_per_epoch
+from ijepa_fast.dataset import load_index
 from ijepa_fast.fast import FastStep, wants_compile
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks
-from ijepa_fast.metrics import Journal, MetricsFile, NonFiniteError, Reporter
+from ijepa_fast.metrics import (
+    Journal,
+    MetricsFile,
+    NonFiniteError,
+    Reporter,
+    SampleLog,
+    Watch,
+)
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.run_folder import RunFolder
+from ijepa_fast.saving import Saver
 from ijepa_fast.schedules import Schedules
 from ijepa_fast.sharding import make_mesh
 
-__all__ = ["Run", "load_index"]
+__all__ = ["Run"]
 
 _logger = logging.getLogger(__name__)
-
-
-def load_index(config: Config, ranks: distributed.Ranks) -> Index:
-    """Rank 0 makes the table or opens it; the others open the same file, or receive it."""
-    sources = config.data.sources
-    if sources == ("shapes",):
-        # once on every machine, as its ranks read the files
-        if ranks.local_rank == 0:
-            write_shapes()
-        distributed.barrier()
-        sources = (str(write_shapes() / "train"),)
-    made = distributed.on_main(ranks, lambda: open_index(sources, min_side=config.model.patch_size))
-    index, path = made or (None, None)
-    if ranks.world == 1:
-        assert index is not None
-        return index
-    return _shared_index(index, path, ranks)
-
-
-def _shared_index(index: Index | None, path: Path | None, ranks: distributed.Ranks) -> Index:
-    """Rank 0's table on every rank: one file for all where they see it."""
-    arrays: dict[str, NDArray[np.generic]] | None = None
-    if index is not None:
-        name = os.fsencode(path) if path else b""
-        arrays = {"path": np.frombuffer(name, np.uint8), "digest": _bytes(index.digest())}
-    told = distributed.broadcast_arrays(arrays)
-    digest, where = told["digest"].tobytes().hex(), Path(os.fsdecode(told["path"].tobytes()))
-    opened = index if path else _open_shared(where, digest)
-    if not distributed.anyone(opened is None):
-        assert opened is not None
-        return opened
-    # another machine has no such file: it gets the table, and keeps it for all its ranks
-    arrays = distributed.broadcast_arrays(index_to_arrays(index) if index is not None else None)
-    received = index if index is not None else index_from_arrays(arrays)
-    if opened is None and ranks.local_rank == 0 and told["path"].size:
-        try:
-            save_table(where, received)
-        except OSError as error:
-            _logger.warning("the table of the data is kept in memory: %s", error)
-    distributed.barrier()
-    return opened or _open_shared(where, digest) or received
-
-
-def _open_shared(path: Path, digest: str) -> Index | None:
-    try:
-        index = load_table(path)
-    except (OSError, ValueError):
-        return None
-    return index if index.digest() == digest else None
-
-
-def _bytes(digest: str) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex(digest), np.uint8)
 
 
 def _training(
@@ -150,6 +98,12 @@ class Run:
         # a smaller max_steps than is done already asks for nothing more
         self.end = max(self.end, self.step)
         self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.saver = Saver()
+        self._broken: str | None = None
+        # a run that is complete saves nothing more
+        if self.step < self.end:
+            self.snapshot = checkpoint.Snapshot(self.training, keep=self.ranks.is_main)
+            distributed.on_main(self.ranks, self._require_room)
         path = Path(config.out)
         files = len(self.index) + len(self.index.bad)
         self.quarantine = Quarantine(path / "quarantine.jsonl", config.data.max_bad_share, files)
@@ -160,6 +114,21 @@ class Run:
             events = path / "tensorboard" if config.log.tensorboard else None
             reporter = Reporter(last_step=self.end, tensorboard=events, step=self.step)
         self.journal = Journal(metrics, reporter)
+        self.watch = Watch(ranks.device)
+        self.samples: SampleLog | None = None
+        if config.log.samples and self.step < self.end:
+            self.samples = SampleLog(path / f"samples-rank{ranks.rank}.jsonl", self.step)
+
+    def _require_room(self) -> None:
+        assert self.folder is not None
+        size = self.snapshot.nbytes
+        try:
+            checkpoint.require_room(self.folder.checkpoints, size)
+        except OSError as error:
+            raise UsageError(
+                f"out must have room for a checkpoint of {size / 2**30:.2f} GiB and let it be "
+                f"written, got {self.folder.checkpoints}: {error}"
+            ) from None
 
     def _resume(self) -> int:
         """Restores the newest checkpoint on every rank; returns the steps done."""
@@ -195,6 +164,40 @@ class Run:
             )
         return state
 
+    def announce(self) -> None:
+        """One look at what is about to self."""
+        config, ranks = self.config, self.ranks
+        accumulation = config.batch.global_ // (self.device_batch * ranks.world)
+        _logger.info(
+            "%d images in %d classes; %d steps of %d images (%d ranks x %d on the device x %d "
+            "accumulated), %s on %s",
+            len(self.index),
+            len(self.index.classes),
+            self.end,
+            config.batch.global_,
+            ranks.world,
+            self.device_batch,
+            accumulation,
+            config.optim.precision,
+            ranks.device,
+        )
+        _logger.info("%s", self.training.describe())
+        if config.optim.precision == "bfloat16" and distributed.slow_bfloat16(ranks.device):
+            _logger.warning(
+                "this CPU emulates bfloat16 products (no AVX-512 BF16 or AMX): many times as slow "
+                "as --optim.precision float32"
+            )
+        reference, total = config.optim.lr_reference_batch, config.batch.global_
+        if total != reference:
+            _logger.info(
+                "batch.global is %d, the learning rates belong to %d: optim.lr_scaling=%s makes "
+                "the peak %g",
+                total,
+                reference,
+                config.optim.lr_scaling,
+                self.schedules.lr,
+            )
+
     def accumulate(
         self, images: Tensor, masks: Masks, elements: int, *, last: bool
     ) -> tuple[Tensor, Tensor]:
@@ -213,24 +216,58 @@ class Run:
             _logger.info("compiled graphs by step %d: %d", self.step, self._graphs)
 
     def save(self) -> None:
-        """Writes what is queued for the log, then (rank 0) a checkpoint, and deletes the oldest."""
+        """Writes what is queued for the log and copies the state; rank 0 writes the copy to the
+        disk, and deletes the oldest checkpoint, while training goes on.
+        """
         self.journal.flush()
         self.saved_step, self.saved_at = self.step, time.monotonic()
-        if self.journal.file:
-            self.journal.file.sync()
+        # the copy before is this one's memory
+        self.saver.wait()
         meta = {"config": as_dict(self.config), "data": self.digest, "images": len(self.index)}
-        keep = self.ranks.is_main
-        state = checkpoint.capture(self.training, step=self.step, meta=meta, keep=keep)
+        state = self.snapshot.take(self.training, step=self.step, meta=meta)
         if not self.folder:
             return
-        checkpoint.write(self.folder.checkpoints, state)
-        every = self.config.checkpoint.keep_every
-        checkpoint.rotate(
-            self.folder.checkpoints,
-            newest=self.step,
-            keep=self.config.checkpoint.keep,
-            keep_every_steps=every * self.schedules.steps_per_epoch if every else None,
-        )
+        folder, file, options = self.folder.checkpoints, self.journal.file, self.config.checkpoint
+        every = options.keep_every
+        kept = every * self.schedules.steps_per_epoch if every else None
+
+        def write() -> None:
+            # a checkpoint counts once the rows before it are on the disk
+            if file:
+                file.sync()
+            self._broken = checkpoint.not_finite(state)
+            if self._broken:
+                _logger.error(
+                    "the checkpoint at step %d is not written: %s is not finite",
+                    *(state.step, self._broken),
+                )
+                return
+            checkpoint.write(folder, state)
+            checkpoint.rotate(folder, newest=state.step, keep=options.keep, keep_every_steps=kept)
+
+        self.saver.start(self.step, write)
+
+    def finish_saving(self) -> None:
+        """Waits until the last checkpoint is on the disk.
+
+        Raises:
+            OSError: it could not be written (on rank 0; the others leave with it).
+            NonFiniteError: its weights are not finite (likewise).
+        """
+
+        def wait() -> None:
+            error = self.saver.wait()
+            if self._broken:
+                raise NonFiniteError(
+                    range(self.step, self.step + 1),
+                    f"{self._broken} is not finite, so no checkpoint was written for this step",
+                )
+            if error is not None:
+                last = self.saver.saved
+                known = "none was written" if last is None else f"the last good one is step {last}"
+                raise OSError(f"cannot write the checkpoint at step {self.step}: {error}; {known}")
+
+        distributed.on_main(self.ranks, wait)
 
     def score(self, name: str, *, with_pixels: bool) -> None:
         """Appends the kNN accuracy of the target encoder, once for each step."""
@@ -250,54 +287,6 @@ class Run:
         encoders = {name: encoder.to(self.ranks.device).requires_grad_(False)}
         scores = evaluate.knn_scores(encoders, splits, self.config, with_pixels=with_pixels)
         file.append({"step": self.step, "data": root, "knn": scores})
-
-    def name_samples(self, error: NonFiniteError) -> NonFiniteError:
-        """Writes `nonfinite.json` (on rank 0): the samples of the skipped steps over all ranks, by
-        position in the global batch; returns an error that names the first of them.
-
-        Where a file was quarantined, another is named that stood in for it: what the loader does,
-        as far as `quarantine.jsonl` tells this machine.
-        """
-        if not self.folder:
-            return error
-        config, size = self.config, self.config.batch.global_
-        # read anew: other ranks append to it
-        bad = Quarantine(self.folder.path / "quarantine.jsonl", 1.0, len(self.index)).files
-        steps: list[dict[str, Any]] = []
-        for epoch, group in itertools.groupby(error.steps, self._epoch):
-            order = epoch_order(len(self.index), seed=config.seed, epoch=epoch)
-            for step in group:
-                begin = (step - 1) % self.schedules.steps_per_epoch * size
-                ids = [
-                    self._used(int(order[position]), epoch, position, bad)
-                    for position in range(begin, begin + size)
-                ]
-                files = [self.index.name(row) for row in ids]
-                lr = self.schedules.at(step).lr
-                steps.append({"step": step, "epoch": epoch, "lr": lr, "ids": ids, "files": files})
-        path = self.folder.path / "nonfinite.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"seed": config.seed, "steps": steps}))
-        temporary.replace(path)
-        first = ", ".join(repr(name) for name in steps[0]["files"][:3])
-        return NonFiniteError(
-            error.steps,
-            f"Lower optim.lr or look at the data: {path} lists the samples of all ranks, the first "
-            f"{first}",
-        )
-
-    def _epoch(self, step: int) -> int:
-        return (step - 1) // self.schedules.steps_per_epoch
-
-    def _used(self, row: int, epoch: int, position: int, bad: Container[str]) -> int:
-        """The sample at a position of an epoch: the drawn one, or what replaces it."""
-        count, attempt = len(self.index), 0
-        while self.index.name(row) in bad:
-            row = replacement_id(
-                count, seed=self.config.seed, epoch=epoch, position=position, attempt=attempt
-            )
-            attempt += 1
-        return row
 
     def summary(self) -> None:
         """Prints all kNN scores of the run and draws its curves."""
@@ -329,9 +318,15 @@ class Run:
             draw(visualize, self.folder.path / name)
         except ModuleNotFoundError as error:
             _logger.warning("%s is not drawn: %s (pip install 'ijepa-fast[viz]')", name, error)
+        except OSError as error:
+            # a picture is no reason to lose a run
+            _logger.warning("%s is not drawn: %s", name, error)
 
     def close(self) -> None:
-        """Closes the metrics file and the progress bar."""
+        """Waits for a checkpoint that is being written; closes the metrics and the progress bar."""
+        self.saver.wait()
+        if self.samples:
+            self.samples.close()
         if self.journal.file and self.journal.reporter:
             self.journal.reporter.close()
             self.journal.file.close()

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from ijepa_fast.checkpoint import checkpoint_folders
-from ijepa_fast.cli import UsageError, as_dict, dump_yaml, flatten
+from ijepa_fast.cli import UsageError, as_dict, dump_yaml, flatten, load_yaml
 from ijepa_fast.config import Config
 
 __all__ = ["RunFolder", "recipe_difference"]
@@ -29,6 +27,7 @@ NOT_RECIPE = (
     "compile",
     "memory",
     "shard",
+    "rank_timeout",
     "allow_changed_recipe",
     "batch.device",
     "data.decoder",
@@ -100,11 +99,13 @@ class RunFolder:
         new = as_dict(config)
         if path.exists():
             try:
-                old = yaml.safe_load(path.read_text())
-            except yaml.YAMLError as error:
+                old = load_yaml(path.read_text())
+            except ValueError as error:
                 raise UsageError(
                     f"{path} must be YAML, got: {' '.join(str(error).split())}"
                 ) from None
+            if not isinstance(old, dict):
+                raise UsageError(f"{path} must hold a mapping, got {type(old).__name__}")
             changed = recipe_difference(old or {}, new)
             if changed and not checkpoint_folders(self.checkpoints):
                 # an earlier start came to nothing (a mistyped path, say)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: finish the step, save, then stop."""
+"""SIGTERM, SIGINT and SIGUSR1: finish the step, save, then stop."""
 
 import os
 import signal
@@ -9,18 +9,20 @@ __all__ = ["Signals"]
 
 
 class Signals:
-    """Remembers SIGTERM and SIGINT until the step is over; a later one ends the process at once.
+    """Remembers SIGTERM, SIGINT or SIGUSR1 until the step is over; a second one ends the process at
+    once.
 
     Ctrl-C reaches a worker from the terminal and again from torchrun, so whatever comes within a
-    few seconds of the first counts as the same.
+    second of the first counts as the same.
     """
 
-    SAME_SECONDS = 5.0
+    SAME_SECONDS = 1.0
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     received = 0
     at = 0.0
 
     def __enter__(self) -> "Signals":
-        self._old = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._old = {s: signal.signal(s, self._remember) for s in self.HANDLED}
         return self
 
     def __exit__(self, *_: object) -> None:

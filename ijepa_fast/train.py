@@ -1,8 +1,8 @@
 """Entry point and training loop: ``torchrun -m ijepa_fast.train``.
 
 Exit codes: 0 done, 2 wrong input, 3 no usable checkpoint, 4 too many bad files or non-finite
-gradients, 5 a file that cannot be read or written, 128 + signal after SIGTERM or SIGINT (a
-checkpoint is saved, and the same command goes on from there).
+gradients, 5 a file that cannot be read or written, 6 another rank is gone, 128 + signal after
+SIGTERM, SIGINT or SIGUSR1 (a checkpoint is saved, and the same command goes on from there).
 """
 
 import logging
@@ -23,9 +23,12 @@ from ijepa_fast.checkpoint import CheckpointError
 from ijepa_fast.cli import Invocation, UsageError, dump_yaml, parse
 from ijepa_fast.config import Config
 from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
+from ijepa_fast.dataset import load_index
+from ijepa_fast.faults import Faults
 from ijepa_fast.masks import check_masks, sample_masks
 from ijepa_fast.metrics import Meter, NonFiniteError, id_hash, peak_flops
-from ijepa_fast.run import Run, load_index
+from ijepa_fast.nonfinite import name_samples
+from ijepa_fast.run import Run
 from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.schedules import StepValues
 from ijepa_fast.signals import Signals
@@ -49,6 +52,9 @@ def train(run: Run, signals: Signals) -> int:
     """Trains to the end; returns the signal that ended it before, or 0.
 
     Nothing in the loop waits for the device: numbers are read one log interval late.
+
+    Raises:
+        NonFiniteError: three steps in a row were skipped.
     """
     config, ranks = run.config, run.ranks
     meter = Meter(
@@ -59,6 +65,7 @@ def train(run: Run, signals: Signals) -> int:
         device=ranks.device,
     )
     agreement = distributed.Agreement()
+    faults = Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank)
     received = 0
     # the ranks of one machine share its cores
     threads = config.data.threads or max(1, default_threads() // ranks.local_world)
@@ -78,12 +85,22 @@ def train(run: Run, signals: Signals) -> int:
         meter.restart(run.step, 0.0)
         while run.step < run.end:
             values = run.schedules.at(run.step + 1)
-            sums = _forward_backward(run, loader)
+            faults.strike(run.step + 1, run.training)
+            with faults.images(run.step + 1, run.training):
+                sums = _forward_backward(run, loader)
+            faults.gradients(run.step + 1, run.training)
             run.training.update(values)
             run.step += 1
-            if run.step % config.log.interval == 0 or run.step == run.end:
+            broken = run.watch.look(run.step, run.training.skipped)
+            if run.step % config.log.interval == 0 or run.step == run.end or broken:
                 _report(run, values, sums, meter.read(run.step, loader.wait_seconds, run.end))
-            due = time.monotonic() - run.saved_at >= 60 * config.checkpoint.minutes
+            if broken:
+                run.journal.flush()
+                raise broken
+            # one at a time: a save that outlasts the interval delays the next
+            late = time.monotonic() - run.saved_at >= 60 * config.checkpoint.minutes
+            due = late and not run.saver.busy
+            run.saver.check()
             received, save = agreement.exchange([signals.received, int(due)])
             epoch_ends = run.step % run.schedules.steps_per_epoch == 0
             # an agreement is a step old: what was saved meanwhile is not due any more
@@ -95,6 +112,7 @@ def train(run: Run, signals: Signals) -> int:
             if received:
                 break
         agreement.finish()
+    run.finish_saving()
     # what the ranks agreed on: the signal may have reached another rank only
     return received if run.step < run.end else 0
 
@@ -121,6 +139,8 @@ def _forward_backward(run: Run, loader: Loader) -> _Sums:
         loss = loss + part
         feature_std = feature_std + part_std / (loader.accumulation * ranks.world)
         ids_hash = ids_hash + id_hash(batch.ids, own)
+        if run.samples:
+            run.samples.add(run.step + 1, micro_step, own, batch.ids)
     return _Sums(loss=loss, feature_std=feature_std, ids_hash=ids_hash)
 
 
@@ -138,41 +158,6 @@ def _report(run: Run, values: StepValues, sums: _Sums, timing: dict[str, Any]) -
     run.log_graphs()
     skipped = run.training.skipped
     run.journal.queue(row, numbers, skipped=skipped, ids_hash=sums.ids_hash, timing=timing)
-
-
-def _announce(run: Run) -> None:
-    """One look at what is about to run."""
-    config, ranks = run.config, run.ranks
-    accumulation = config.batch.global_ // (run.device_batch * ranks.world)
-    _logger.info(
-        "%d images in %d classes; %d steps of %d images (%d ranks x %d on the device x %d "
-        "accumulated), %s on %s",
-        len(run.index),
-        len(run.index.classes),
-        run.end,
-        config.batch.global_,
-        ranks.world,
-        run.device_batch,
-        accumulation,
-        config.optim.precision,
-        ranks.device,
-    )
-    _logger.info("%s", run.training.describe())
-    if config.optim.precision == "bfloat16" and distributed.slow_bfloat16(ranks.device):
-        _logger.warning(
-            "this CPU emulates bfloat16 products (no AVX-512 BF16 or AMX): many times as slow as "
-            "--optim.precision float32"
-        )
-    reference, total = config.optim.lr_reference_batch, config.batch.global_
-    if total != reference:
-        _logger.info(
-            "batch.global is %d, the learning rates belong to %d: optim.lr_scaling=%s makes the "
-            "peak %g",
-            total,
-            reference,
-            config.optim.lr_scaling,
-            run.schedules.lr,
-        )
 
 
 def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, int]:
@@ -201,7 +186,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
         with Signals() as signals:
             run = Run(config, ranks, folder, device_batch)
             try:
-                _announce(run)
+                run.announce()
                 if run.step == 0:
                     run.score("untrained network", with_pixels=True)
                     distributed.barrier()
@@ -213,7 +198,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
                     try:
                         received = train(run, signals)
                     except NonFiniteError as error:
-                        raise run.name_samples(error) from error
+                        raise name_samples(run, error) from error
                     _logger.info("trained for %.0f s", time.perf_counter() - started)
                 if received:
                     _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
@@ -257,7 +242,9 @@ def main(argv: list[str] | None = None) -> int:
         if invocation.dry_run:
             _dry_run(invocation, ranks)
             return 0
-        return _run(invocation.config, ranks)
+        Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank)  # refused before work begins
+        with distributed.heartbeat(ranks, invocation.config.rank_timeout):
+            return _run(invocation.config, ranks)
     except (UsageError, ValueError, ImportError) as error:
         return _fail(error, 2)
     except CheckpointError as error:
@@ -271,6 +258,12 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         if ranks is not None:
             distributed.stop()
+
+
+def _first_life(variable: str) -> str:
+    """A variable of the environment, unless torchrun has restarted the job."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return "" if restarted else os.environ.get(variable, "")
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -28,8 +28,11 @@ FLOORS = (
         "model",
         "schedules",
         "distributed",
+        "faults",
+        "heartbeat",
         "knn",
         "metrics",
+        "saving",
         "signals",
     ),
     ("masks", "data", "presets"),
@@ -37,9 +40,10 @@ FLOORS = (
     ("packed",),
     ("reference", "checkpoint", "cli", "estimate"),
     ("fast",),
-    ("evaluate", "run_folder", "visualize", "parity"),
+    ("dataset", "evaluate", "run_folder", "visualize", "parity"),
     ("run",),
-    ("train",),
+    ("nonfinite",),
+    ("replay", "train"),
 )
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 

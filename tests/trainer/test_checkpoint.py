@@ -316,11 +316,10 @@ class _KillAt:
         self.dead = False
         for owner, name in (
             (os, "fsync"),
+            (os, "write"),
             (Path, "rename"),
-            (Path, "write_text"),
             (Path, "mkdir"),
             (shutil, "rmtree"),
-            (checkpoint, "save_file"),
         ):
             monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name), name))
 
@@ -330,7 +329,7 @@ class _KillAt:
                 self.left -= 1
                 return original(*arguments, **options)
             # a write that is cut short leaves half of its bytes
-            if not self.dead and name == "write_text":
+            if not self.dead and name == "write":
                 original(arguments[0], arguments[1][: len(arguments[1]) // 2])
             self.dead = True
             raise _Killed

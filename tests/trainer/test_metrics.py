@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 import sys
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 
 from ijepa_fast import metrics
-from ijepa_fast.metrics import Journal, Meter, MetricsFile, NonFiniteError, Reporter, id_hash
+from ijepa_fast.metrics import (
+    Journal,
+    Meter,
+    MetricsFile,
+    NonFiniteError,
+    Reporter,
+    Watch,
+    id_hash,
+    read_rows,
+)
 from tests.trainer import tiny
 
 CPU = torch.device("cpu")
@@ -168,23 +178,43 @@ def test_a_row_is_written_one_interval_late(tmp_path, journal):
     assert second["timing"]["step_ms"] == 64.8
 
 
-def test_the_third_skip_in_a_row_is_written_and_raised(tmp_path, journal):
-    _queue(journal, 2, skipped=(2, 2, 5, 0))
-    journal.flush()
-    _queue(journal, 7, skipped=(0, 3, 8, 1))
-    with pytest.raises(NonFiniteError, match="got 3 steps in a row") as caught:
-        journal.flush()
-    assert list(caught.value.steps) == [4, 5, 6]
-    assert "(steps 4 to 6)" in str(caught.value)
-    assert [row["skipped"] for row in tiny.rows(tmp_path)] == [5, 8]
+def test_the_third_skip_in_a_row_ends_the_run():
+    watch = Watch(CPU)
+    assert watch.look(2, torch.tensor([2, 2, 5, 0])) is None
+    error = watch.look(7, torch.tensor([0, 3, 8, 1]))
+    assert isinstance(error, NonFiniteError)
+    assert list(error.steps) == [4, 5, 6]
+    assert "got 3 steps in a row" in str(error)
+    assert "(steps 4 to 6)" in str(error)
 
 
-def test_every_rank_raises_though_one_writes():
-    journal = Journal(None, None)
-    _queue(journal, 2)
-    _queue(journal, 4, skipped=(3, 3, 3, 0))
-    with pytest.raises(NonFiniteError):
-        journal.flush()
+def test_rows_that_the_disk_refuses_wait(tmp_path, monkeypatch, caplog):
+    file = MetricsFile(tmp_path / "metrics.jsonl", step=0)
+    file.append({"step": 1})
+    write = os.write
+    refused: list[bytes] = []
+
+    def full(descriptor, data):
+        # half of a row still has room
+        if not refused and len(data) > 4:
+            refused.append(data)
+            return write(descriptor, data[:4])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        file.append({"step": 2})
+        file.append({"step": 3})
+        with pytest.raises(OSError, match="No space"):
+            file.sync()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
+    file.append({"step": 4})
+    file.sync()
+    assert [row["step"] for row in tiny.rows(tmp_path)] == [1, 2, 3, 4]
+    assert [row["step"] for row in file.rows] == [1, 2, 3, 4]
+    file.close()
+    words = [record.getMessage() for record in caplog.records]
+    assert len([w for w in words if "cannot be written for now" in w]) == 1
 
 
 # --- rates ---------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""The table of a run's data on every rank."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ijepa_fast import distributed
+from ijepa_fast.config import Config
+from ijepa_fast.data import Index, index_from_arrays, index_to_arrays, open_index
+from ijepa_fast.data.cache import load_table, save_table
+from ijepa_fast.data.shapes import write_shapes
+
+__all__ = ["load_index"]
+
+_logger = logging.getLogger(__name__)
+
+
+def load_index(config: Config, ranks: distributed.Ranks) -> Index:
+    """Rank 0 makes the table or opens it; the others open the same file, or receive it."""
+    sources = config.data.sources
+    if sources == ("shapes",):
+        # once on every machine, as its ranks read the files
+        if ranks.local_rank == 0:
+            write_shapes()
+        distributed.barrier()
+        sources = (str(write_shapes() / "train"),)
+    made = distributed.on_main(ranks, lambda: open_index(sources, min_side=config.model.patch_size))
+    index, path = made or (None, None)
+    if ranks.world == 1:
+        assert index is not None
+        return index
+    return _shared_index(index, path, ranks)
+
+
+def _shared_index(index: Index | None, path: Path | None, ranks: distributed.Ranks) -> Index:
+    """Rank 0's table on every rank: one file for all where they see it."""
+    arrays: dict[str, NDArray[np.generic]] | None = None
+    if index is not None:
+        name = os.fsencode(path) if path else b""
+        arrays = {"path": np.frombuffer(name, np.uint8), "digest": _bytes(index.digest())}
+    told = distributed.broadcast_arrays(arrays)
+    digest, where = told["digest"].tobytes().hex(), Path(os.fsdecode(told["path"].tobytes()))
+    opened = index if path else _open_shared(where, digest)
+    if not distributed.anyone(opened is None):
+        assert opened is not None
+        return opened
+    # another machine has no such file: it gets the table, and keeps it for all its ranks
+    arrays = distributed.broadcast_arrays(index_to_arrays(index) if index is not None else None)
+    received = index if index is not None else index_from_arrays(arrays)
+    if opened is None and ranks.local_rank == 0 and told["path"].size:
+        try:
+            save_table(where, received)
+        except OSError as error:
+            _logger.warning("the table of the data is kept in memory: %s", error)
+    distributed.barrier()
+    return opened or _open_shared(where, digest) or received
+
+
+def _open_shared(path: Path, digest: str) -> Index | None:
+    try:
+        index = load_table(path)
+    except (OSError, ValueError):
+        return None
+    return index if index.digest() == digest else None
+
+
+def _bytes(digest: str) -> NDArray[np.uint8]:
+    return np.frombuffer(bytes.fromhex(digest), np.uint8)
