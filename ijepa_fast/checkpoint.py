@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
+    "NonFiniteState",
     "Snapshot",
     "State",
     "Training",
@@ -55,6 +56,10 @@ _logger = logging.getLogger(__name__)
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, or none of those present can be used."""
+
+
+class NonFiniteState(RuntimeError):
+    """A state holds NaN or infinity, and is not written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast.heartbeat import Heartbeat
+from ijepa_fast.rendezvous import agree_on_life
 
 __all__ = [
     "Agreement",
@@ -48,13 +49,16 @@ BUCKET_ELEMENTS = 32 * 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process: rank r of n, its place on its machine, and the device it trains on."""
+    """This process: rank r of n, its place on its machine, the device it trains on, and the name of
+    this life of the job (another one after a restart).
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    life: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -84,8 +88,16 @@ def start(device: str) -> Ranks:
     if "WORLD_SIZE" not in os.environ:
         return Ranks(rank=0, world=1, local_rank=0, local_world=1, device=chosen)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(minutes=10)
+    store, life = _join(rank, world, timeout)
     dist.init_process_group(
-        backend, timeout=timedelta(minutes=10), device_id=chosen if use_cuda else None
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=chosen if use_cuda else None,
     )
     _waiting["group"] = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     return Ranks(
@@ -94,7 +106,20 @@ def start(device: str) -> Ranks:
         local_rank=local,
         local_world=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         device=chosen,
+        life=life,
     )
+
+
+def _join(rank: int, world: int, timeout: timedelta) -> tuple[Any, str]:
+    """The store of this life of the job, and the life's name."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent has one already
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        *address, is_master=hosts, timeout=timeout, wait_for_workers=False
+    )
+    life = agree_on_life(store, rank, world, timeout=timeout)
+    return dist.PrefixStore(f"ijepa-fast/{life}", store), life  # type: ignore[attr-defined]
 
 
 def heartbeat(ranks: Ranks, limit: float) -> Heartbeat:
@@ -104,12 +129,11 @@ def heartbeat(ranks: Ranks, limit: float) -> Heartbeat:
         ranks: this rank.
         limit: seconds without a sign of life of another rank.
     """
-    lives = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT")]
     return Heartbeat(
         rank=ranks.rank,
         world=ranks.world,
         address=(os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))),
-        life="-".join(lives),
+        life=ranks.life,
         limit=limit,
     )
 

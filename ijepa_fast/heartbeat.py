@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import distributed_c10d
+import torch.distributed as dist
 
 __all__ = ["LOST", "Heartbeat"]
 
@@ -106,7 +106,7 @@ class Heartbeat:
         if self._store is None:
             host, port = self._address
             # a client of the server that the process group was made with
-            self._store = distributed_c10d.TCPStore(  # type: ignore[attr-defined]
+            self._store = dist.TCPStore(  # type: ignore[attr-defined]
                 host, port, is_master=False, timeout=_REPLY, wait_for_workers=False
             )
         store = self._store

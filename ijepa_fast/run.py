@@ -21,7 +21,6 @@ from ijepa_fast.masks import Masks
 from ijepa_fast.metrics import (
     Journal,
     MetricsFile,
-    NonFiniteError,
     Reporter,
     SampleLog,
     Watch,
@@ -252,15 +251,15 @@ class Run:
 
         Raises:
             OSError: it could not be written (on rank 0; the others leave with it).
-            NonFiniteError: its weights are not finite (likewise).
+            NonFiniteState: its weights are not finite (likewise).
         """
 
         def wait() -> None:
             error = self.saver.wait()
             if self._broken:
-                raise NonFiniteError(
-                    range(self.step, self.step + 1),
-                    f"{self._broken} is not finite, so no checkpoint was written for this step",
+                raise checkpoint.NonFiniteState(
+                    f"weights must be finite to be saved, got {self._broken}: no checkpoint was "
+                    f"written at step {self.step}"
                 )
             if error is not None:
                 last = self.saver.saved

@@ -40,7 +40,7 @@ class Saver:
         if self._fault is not None:
             self.wait()
 
-    def start(self, step: int, job: Callable[[], None]) -> None:
+    def start(self, step: int, job: Callable[[], object]) -> None:
         """Runs a job in the background; waits for the one before first.
 
         Args:
@@ -66,14 +66,14 @@ class Saver:
             raise fault
         return self._error
 
-    def _run(self, step: int, job: Callable[[], None]) -> None:
+    def _run(self, step: int, job: Callable[[], object]) -> None:
         try:
             self._try(step, job)
         # whatever it is, the training loop must hear of it
         except BaseException as fault:  # noqa: BLE001
             self._fault = fault
 
-    def _try(self, step: int, job: Callable[[], None]) -> None:
+    def _try(self, step: int, job: Callable[[], object]) -> None:
         started = time.perf_counter()
         for wait in (*BACKOFF, None):
             try:

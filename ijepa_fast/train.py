@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import distributed, estimate
-from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.checkpoint import CheckpointError, NonFiniteState
 from ijepa_fast.cli import Invocation, UsageError, dump_yaml, parse
 from ijepa_fast.config import Config
 from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error, 2)
     except CheckpointError as error:
         return _fail(error, 3)
-    except (TooManyBadFiles, NonFiniteError) as error:
+    except (TooManyBadFiles, NonFiniteError, NonFiniteState) as error:
         return _fail(error, 4)
     except OSError as error:
         return _fail(error, 5)

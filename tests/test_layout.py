@@ -32,6 +32,7 @@ FLOORS = (
         "heartbeat",
         "knn",
         "metrics",
+        "rendezvous",
         "saving",
         "signals",
     ),

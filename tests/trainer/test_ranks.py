@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -116,28 +114,6 @@ def test_wrong_data_is_one_line_on_two_ranks(tmp_path):
     assert "error: data.root must be an existing folder" in output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-
-
-def test_torchrun(data, one_rank, tmp_path):
-    """The real launcher, and the pictures."""
-    out = tmp_path / "run"
-    argv = tiny.arguments(data, out, batch__device=4, max_steps=STEPS, log__interval=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--standalone", "-m", "ijepa_fast.train", *argv]
-    result = subprocess.run(
-        command,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "2 ranks x 4 on the device" in result.stdout
-    assert f"done: {out}" in result.stdout
-    assert (out / "masks.png").exists()
-    tiny.assert_near(out, one_rank(4), STEPS)
 
 
 # --- the functions underneath --------------------------------------------------------------------
