@@ -9,6 +9,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--torture", action="store_true", help="the long campaigns, too")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`make torture` runs them, `make test` does not."""
+    if "torture" in collection_path.parts and not config.getoption("--torture"):
+        return True
+    return None
+
+
 def pytest_configure(config):
     """Tables of the tests' data do not go into the user's cache; workers share the first one's."""
     if not hasattr(config, "workerinput"):

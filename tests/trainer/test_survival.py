@@ -67,7 +67,7 @@ def test_usr1_to_one_rank_saves_on_all(data, out):
 
 def test_a_second_signal_ends_at_once(monkeypatch):
     """The first one's echo through torchrun does not count."""
-    ended = []
+    ended: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", ended.append)
     now = [100.0]
     monkeypatch.setattr("ijepa_fast.signals.time.monotonic", lambda: now[0])
@@ -98,7 +98,9 @@ def _beats(address, rank, left, world=2, limit=1.0):
 
 
 def _store(address):
-    return dist.TCPStore(*address, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        address[0], address[1], is_master=True, wait_for_workers=False
+    )
 
 
 def test_ranks_that_live_or_end_well_are_not_missed(address):
