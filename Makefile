@@ -4,7 +4,7 @@ IN_VENV := $(VENV)/bin/python
 PART ?= ops
 OUT ?= gpu-check
 
-.PHONY: venv demo test lint format bench bench-accept static-accept gpu-check clean
+.PHONY: venv demo test torture lint format bench bench-accept static-accept gpu-check clean
 
 venv: $(VENV)/.installed
 
@@ -18,6 +18,10 @@ demo: venv
 
 test: venv
 	$(IN_VENV) -m pytest -q -n 2 --benchmark-disable --durations=8
+
+# hours of a run's accidents in minutes: kills, lost ranks, a pulled cable, hostile files
+torture: venv
+	$(IN_VENV) -m pytest --torture -q -s tests/torture
 
 lint: venv
 	$(VENV)/bin/ruff check .

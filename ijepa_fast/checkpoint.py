@@ -408,7 +408,7 @@ def read(folder: Path) -> State:
             )
         step, adam_step = header.pop("step"), header.pop("adam_step")
         tensors = load_file(folder / "state.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error!r}") from None
     return State(tensors=tensors, step=step, adam_step=adam_step, meta=header)
 

@@ -83,7 +83,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text().splitlines():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 break
     return rows
 

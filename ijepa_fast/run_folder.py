@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from ijepa_fast.checkpoint import checkpoint_folders
 from ijepa_fast.cli import UsageError, as_dict, dump_yaml, flatten, load_yaml
@@ -53,6 +53,19 @@ def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
         for key in sorted(flat_old.keys() | flat_new.keys())
         if not key.startswith(NOT_RECIPE) and flat_old.get(key) != flat_new.get(key)
     ]
+
+
+class _Plain(logging.Formatter):
+    """Control characters, which a file name may hold, are shown escaped: they could rewrite what a
+    terminal shows.
+    """
+
+    _ESCAPES: ClassVar = {
+        code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+    }
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).translate(self._ESCAPES)
 
 
 class RunFolder:
@@ -147,15 +160,17 @@ class RunFolder:
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
         file = logging.FileHandler(self.path / "train.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
         self._handlers.append(file)
         if sys.stdout.isatty():
             from rich.logging import RichHandler
 
-            self._handlers.append(RichHandler(show_path=False, show_level=False, markup=False))
+            rich = RichHandler(show_path=False, show_level=False, markup=False)
+            rich.setFormatter(_Plain("%(message)s"))
+            self._handlers.append(rich)
         else:
             plain = logging.StreamHandler(sys.stdout)
-            plain.setFormatter(logging.Formatter("%(message)s"))
+            plain.setFormatter(_Plain("%(message)s"))
             self._handlers.append(plain)
         self._handlers[1].setLevel(logging.INFO)
         for handler in self._handlers:

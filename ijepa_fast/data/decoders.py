@@ -7,6 +7,7 @@ is one rule.
 """
 
 import importlib
+import io
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -354,10 +355,11 @@ class DaliDecoder:
         """After a failed run, which ends a pipeline for good and names no sample: asks Pillow."""
         self._pipeline = None
         images = self._pillow.decode_rows(encoded, windows, rows.tolist())
-        self.refused = self._refused(encoded, windows, rows)
-        if self.refused and len(self.refused) < len(rows):
-            return images
-        self.refused = []
+        if self._works():
+            self.refused = self._refused(encoded, windows, rows)
+            if self.refused:
+                self._unexplained = 0
+                return images
         self._unexplained += 1
         if self._unexplained >= _MAX_UNEXPLAINED:
             raise RuntimeError(
@@ -366,6 +368,19 @@ class DaliDecoder:
             ) from error
         logger.warning("DALI failed, this batch was decoded by Pillow: %s", _last_line(error))
         return images
+
+    def _works(self) -> bool:
+        """Whether DALI decodes a file that nothing is wrong with."""
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.new("RGB", (16, 16), (90, 120, 150)).save(buffer, "JPEG")
+        window = np.array([[0, 0, 16, 16]], dtype=np.int32)
+        try:
+            self._outputs(self._build(1), [buffer.getvalue()], window, np.array([0]))
+        except RuntimeError:
+            return False
+        return True
 
     def _refused(
         self, encoded: Sequence[bytes], windows: NDArray[np.int32], rows: NDArray[np.intp]

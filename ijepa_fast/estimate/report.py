@@ -74,6 +74,14 @@ def report(
         f"{e.state(accumulation) / 2**30:.2f} weights and optimiser + {batch} images x "
         f"{e.image_bytes / 2**20:.1f} MiB ({e.activation_bytes / 2**20:.1f} for the backward pass)",
     ]
+    # weights of three networks, two moments of the trained ones, float32
+    state = 4 * (4 * e.encoder_parameters + 3 * e.predictor_parameters)
+    keep = config.checkpoint.keep
+    lines.append(
+        f"checkpoints       {state / 2**30:.2f} GiB each: in the memory of rank 0's machine for "
+        f"the copy that is written, and on the disk for {keep} + 1 of them "
+        f"{(keep + 1) * state / 2**30:.2f} GiB"
+    )
     if images is not None:
         steps = config.optim.epochs * (images // config.batch.global_)
         rate = measured_flops(device, config.optim.precision)

@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 def _settings(path):
     return {
         "path": path,
-        "optim__epochs": 16,
+        "optim__epochs": 80,
         "checkpoint__minutes": 1e-9,
         "log__samples": True,
         "batch__device": 4,
@@ -65,7 +65,7 @@ def test_killed_at_twenty_moments(data, tmp_path, path, world):
         for child in children:
             child.kill()
             child.join()
-        if max(_steps(out), default=0) >= 80:
+        if max(_steps(out), default=0) >= 400:
             break
     if world > 1:
         codes, text = tiny.run_ranks(data, out, **settings)

@@ -1,0 +1,320 @@
+"""Hostile pictures and files by the thousand: both decoders agree, nothing crashes or hangs.
+
+Pillow's own test images come from its source distribution (PILLOW_SDIST names a copy of it).
+"""
+
+import importlib.util
+import io
+import json
+import os
+import tarfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL import __version__ as pillow_version
+
+from benchmarks.photographs import write_photographs
+from ijepa_fast import checkpoint
+from ijepa_fast.config import DataConfig
+from ijepa_fast.data import (
+    DaliDecoder,
+    DecodeError,
+    Loader,
+    PillowDecoder,
+    Quarantine,
+    build_index,
+    crop_windows,
+)
+from ijepa_fast.data.cache import load_table, save_table
+from ijepa_fast.data.index import COLUMNS, Index, Texts
+from ijepa_fast.data.pixels import EXTENSIONS
+from ijepa_fast.data.table_file import TableError
+from tests.trainer.damage import mutate
+from tests.trainer.test_saving import _state
+
+MUTATIONS = 10_000
+# what Pillow warns of is no failure
+pytestmark = pytest.mark.filterwarnings("ignore")
+has_dali = importlib.util.find_spec("nvidia.dali") is not None
+
+
+def _sdist(folder):
+    given = os.environ.get("PILLOW_SDIST")
+    if given:
+        return Path(given)
+    page = "https://pypi.org/simple/pillow/"
+    request = urllib.request.Request(
+        page, headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            files = json.load(answer)["files"]
+        wanted = f"pillow-{pillow_version}.tar.gz"
+        url = next(file["url"] for file in files if file["filename"] == wanted)
+        path, _ = urllib.request.urlretrieve(url, folder / wanted)
+    except OSError as error:
+        pytest.skip(f"Pillow's source distribution cannot be fetched: {error}")
+    return Path(path)
+
+
+def _compare(index, *, rounds=2):
+    """Every usable image through both decoders, one by one: counts of what came out."""
+    pillow, dali = PillowDecoder((64, 64), 2), DaliDecoder((64, 64), 2, max_batch=1)
+    counts: Counter[str] = Counter()
+    differ = []
+    for row in range(len(index)):
+        for epoch in range(rounds):
+            ids = np.array([row])
+            windows = crop_windows(
+                index.width[ids],
+                index.height[ids],
+                ids,
+                seed=0,
+                epoch=epoch,
+                scale=(0.1, 1.0),
+                ratio=(3 / 4, 4 / 3),
+            )
+            found = []
+            for decoder in (pillow, dali):
+                try:
+                    found.append(decoder.decode([index.read(row)], windows, index.plain[ids]))
+                except DecodeError:
+                    found.append(None)
+            one, two = found
+            if one is None or two is None:
+                kind = "refused by both" if one is two else "refused by one"
+            else:
+                kind = "equal" if torch.equal(one, two) else "different"
+            counts[kind] += 1
+            if kind in ("refused by one", "different"):
+                off = "" if one is None or two is None else int((one.int() - two.int()).abs().max())
+                differ.append((index.name(row), epoch, kind, off))
+    pillow.close()
+    dali.close()
+    return counts, differ
+
+
+@pytest.mark.skipif(not has_dali, reason="DALI is not installed")
+def test_pillows_own_pictures(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with tarfile.open(_sdist(tmp_path)) as archive:
+        for member in archive:
+            name = member.name.partition("/Tests/images/")[2]
+            if not name or not member.isfile() or not name.lower().endswith(EXTENSIONS):
+                continue
+            file = archive.extractfile(member)
+            assert file is not None
+            (folder / name.replace("/", "_")).write_bytes(file.read())
+    started = time.monotonic()
+    index = build_index(folder)
+    took = time.monotonic() - started
+    counts, differ = _compare(index)
+    verified = build_index(folder, verify=True)
+    print(
+        f"TORTURE Pillow's pictures: {len(index) + len(index.bad)} files, {len(index.bad)} refused "
+        f"by header or end marker in {took:.1f} s, {len(verified.bad)} when verified; "
+        f"decoded twice each: {dict(counts)}; {differ}"
+    )
+    assert not [entry for entry in differ if entry[2] == "refused by one"]
+    # a file that --verify accepts is decoded by both
+    good = set(verified.paths)
+    assert not [entry for entry in differ if entry[0] in good and entry[2] != "different"]
+
+
+def _photograph(tmp_path):
+    return (write_photographs(tmp_path / "photographs", 2) / "00000.jpg").read_bytes()
+
+
+def _png(data):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).resize((120, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.skipif(not has_dali, reason="DALI is not installed")
+@pytest.mark.parametrize("kind", ["jpg", "progressive.jpg", "png"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_at_every_percent(tmp_path, kind, damage):
+    whole = _photograph(tmp_path)
+    if kind == "progressive.jpg":
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(whole)).save(buffer, "JPEG", quality=90, progressive=True)
+        whole = buffer.getvalue()
+    elif kind == "png":
+        whole = _png(whole)
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for percent in range(100):
+        data = bytearray(whole)
+        place = len(whole) * percent // 100
+        if damage == "truncated":
+            del data[place:]
+        else:
+            data[min(place + int(rng.integers(50)), len(data) - 1)] ^= 1 << int(rng.integers(8))
+        (folder / f"{percent:02d}.{kind}").write_bytes(data)
+    (folder / f"whole.{kind}").write_bytes(whole)
+    index = build_index(folder)
+    counts, differ = _compare(index, rounds=3)
+    print(f"TORTURE {damage} {kind}: {len(index.bad)} of 100 refused; {dict(counts)}; {differ[:5]}")
+    if damage == "truncated":
+        assert len(index) == 1
+    assert not [entry for entry in differ if entry[2] == "refused by one"]
+    assert counts["refused by one"] == 0
+
+
+def test_mutated_checkpoints(tmp_path):
+    path = checkpoint.write(tmp_path, _state(7))
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    expected = checkpoint.read(path)
+    refused = 0
+    for seed in range(MUTATIONS):
+        name = sorted(whole)[seed % 3]
+        (path / name).write_bytes(mutate(whole[name], np.random.default_rng(seed)))
+        try:
+            state = checkpoint.read(path)
+        except checkpoint.CheckpointError:
+            refused += 1
+        else:
+            assert state.step == expected.step
+            for key, tensor in expected.tensors.items():
+                assert tensor.equal(state.tensors[key])
+        (path / name).write_bytes(whole[name])
+    print(f"TORTURE checkpoints: {MUTATIONS} mutations, {refused} refused, the others harmless")
+
+
+def test_mutated_tables(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    path = tmp_path / "t.safetensors"
+    save_table(path, build_index(tmp_path))
+    whole = path.read_bytes()
+    refused = 0
+    for seed in range(MUTATIONS):
+        path.write_bytes(mutate(whole, np.random.default_rng(seed)))
+        try:
+            index = load_table(path)
+            _ = [index.name(row) for row in range(len(index))]
+        except (TableError, IndexError, OSError):
+            refused += 1
+    print(f"TORTURE tables: {MUTATIONS} mutations, {refused} refused, no crash")
+
+
+def test_mutated_shards(tmp_path):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(3):
+            for name in (f"{number}.png", f"{number}.cls"):
+                buffer = io.BytesIO()
+                if name.endswith("png"):
+                    Image.new("RGB", (32, 32)).save(buffer, "PNG")
+                else:
+                    buffer.write(b"3")
+                info = tarfile.TarInfo(name)
+                info.size = buffer.tell()
+                buffer.seek(0)
+                archive.addfile(info, buffer)
+    whole = path.read_bytes()
+    refused, slowest = 0, 0.0
+    for seed in range(MUTATIONS):
+        path.write_bytes(mutate(whole, np.random.default_rng(seed)))
+        started = time.monotonic()
+        try:
+            index = build_index(path, threads=1)
+            _ = [index.read(row) for row in range(len(index))]
+            index.close()
+        except ValueError:
+            refused += 1
+        slowest = max(slowest, time.monotonic() - started)
+    print(
+        f"TORTURE shards: {MUTATIONS} mutations, {refused} of them without an image, "
+        f"slowest {slowest:.2f} s"
+    )
+    assert slowest < 5
+
+
+def test_fourteen_million_rows(tmp_path):
+    rows = 14_000_000
+    ids = np.arange(rows)
+    line = np.frombuffer(b"n00000000/n00000000_00000.JPEG\0", np.uint8)
+    blob = np.tile(line, (rows, 1))
+    for digit in range(8):
+        blob[:, 1 + digit] = blob[:, 11 + digit] = (ids // 650) // 10 ** (7 - digit) % 10 + 48
+    for digit in range(5):
+        blob[:, 20 + digit] = ids // 10 ** (4 - digit) % 10 + 48
+    columns = {name: np.zeros(rows, dtype) for name, dtype in COLUMNS.items()}
+    columns["file"] = ids.astype(np.int32)
+    index = Index(
+        **columns,
+        paths=Texts(blob.reshape(-1), np.arange(0, 31 * rows + 1, 31)),
+        members=None,
+        stamps=ids.astype(np.uint64),
+        roots=("/data",),
+        root_start=np.zeros(1, np.int32),
+        classes=tuple(f"n{n:08d}" for n in range(21841)),
+    )
+    path = tmp_path / "table.safetensors"
+    save_table(path, index)
+    digest = index.digest()
+    del index, columns, blob
+    started = time.monotonic()
+    opened = load_table(path)
+    took = time.monotonic() - started
+    size = path.stat().st_size / 2**30
+    assert opened.digest() == digest
+    assert opened.name(rows - 1) == "n00021538/n00021538_99999.JPEG"
+    print(f"TORTURE table: {rows} rows, {size:.3f} GiB, opened in {took:.3f} s")
+    assert size < 1
+    assert took < 2
+
+
+@pytest.mark.skipif(not has_dali, reason="DALI is not installed")
+@pytest.mark.parametrize("decoder", ["dali", "pillow"])
+def test_what_bad_files_cost(tmp_path, decoder):
+    """0.1 % and more of files that only decoding finds out: the first epoch and the later ones."""
+    root = write_photographs(tmp_path / "p", 1024)
+    clean = build_index(root)
+    png = _png((root / "00000.jpg").read_bytes())
+    broken = bytearray(png)
+    middle = broken.index(b"IDAT") + 200
+    broken[middle : middle + 64] = bytes(64)
+    victims = (100, 700)
+    kept = {row: (root / f"{row:05d}.jpg").read_bytes() for row in victims}
+    config = DataConfig(decoder=decoder, threads=2, max_bad_share=0.5)
+    sizes = {"global_batch": 64, "device_batch": 64}
+
+    def epoch(index, quarantine):
+        started = time.perf_counter()
+        with Loader(index, config, seed=0, steps=16, quarantine=quarantine, **sizes) as loader:
+            for _ in loader:
+                pass
+        return time.perf_counter() - started
+
+    def fresh():
+        return Quarantine(None, 0.5, 1024)
+
+    ratios, firsts = [], []
+    for _ in range(5):
+        base = epoch(clean, fresh())
+        for row in victims:
+            (root / f"{row:05d}.jpg").write_bytes(broken)
+        index = build_index(root)
+        quarantine = fresh()
+        firsts.append(epoch(index, quarantine) / base)
+        assert len(quarantine.files) == len(victims)
+        known = epoch(index, quarantine)
+        for row, data in kept.items():
+            (root / f"{row:05d}.jpg").write_bytes(data)
+        again = epoch(clean, fresh())
+        ratios.append(known / ((base + again) / 2))
+    print(
+        f"TORTURE bad files, {decoder}, 2 of 1024: first epoch x {np.median(firsts):.3f}, "
+        f"once quarantined x {np.median(ratios):.3f} (each {np.round(ratios, 3).tolist()})"
+    )
