@@ -73,8 +73,8 @@ def check_pixels(width: int, height: int) -> None:
 def is_plain(image: "Image.Image", header: bytes) -> bool:
     """Whether every decoder reads these pixels alike, so that DALI may.
 
-    Plain are 8-bit grey or YCbCr JPEG and 8-bit grey or RGB PNG without transparency. JPEG that
-    stores RGB is not: GPU decoders take its channels for YCbCr.
+    Plain are 8-bit grey or YCbCr JPEG and 8-bit grey or RGB PNG without transparency or animation.
+    JPEG that stores RGB is not: GPU decoders take its channels for YCbCr.
 
     Args:
         image: opened, not loaded.
@@ -87,7 +87,9 @@ def is_plain(image: "Image.Image", header: bytes) -> bool:
         return image.info.get("adobe_transform") != 0 and components != _RGB_COMPONENTS
     if image.format == "PNG":
         depth = header[_PNG_DEPTH_AT] if len(header) > _PNG_DEPTH_AT else 0
-        return depth == 8 and "transparency" not in image.info
+        # of an animation Pillow takes the first frame, DALI the picture behind it
+        still = not getattr(image, "is_animated", False)
+        return depth == 8 and still and "transparency" not in image.info
     return False
 
 

@@ -83,6 +83,13 @@ def _grey16():
     return buffer.getvalue()
 
 
+def _animation():
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "plain"),
     [
@@ -94,6 +101,7 @@ def _grey16():
         ("rgb.png", lambda: _encode(fmt="PNG"), True),
         ("grey.png", lambda: _encode(mode="L", fmt="PNG"), True),
         ("alpha.png", lambda: _encode(mode="RGBA", fmt="PNG"), False),
+        ("animated.png", _animation, False),
         ("grey_alpha.png", lambda: _encode(mode="LA", fmt="PNG"), False),
         ("colour_key.png", lambda: _encode(fmt="PNG", transparency=(1, 2, 3)), False),
         ("palette.png", lambda: _encode(mode="P", fmt="PNG"), False),
