@@ -7,14 +7,12 @@ float32 tensors named ``encoder.*``, ``predictor.*``, ``target_encoder.*``, ``ex
 ``exp_avg_sq.*``: nothing depends on the path or on the number of ranks.
 """
 
-import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ijepa_fast.durable import fsync, safetensors_pieces, sha256_of, write_file
 
 __all__ = [
     "FORMAT_VERSION",
@@ -38,7 +38,6 @@ __all__ = [
     "load_latest",
     "not_finite",
     "read",
-    "require_room",
     "restore",
     "rotate",
     "write",
@@ -47,8 +46,6 @@ __all__ = [
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIX = "step-"
-# bytes of one write: a thread that writes lets the others run in between
-_PIECE = 1 << 24
 # a copy that somebody made (step-00000100.bak) is not one of ours
 _NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 _logger = logging.getLogger(__name__)
@@ -122,9 +119,12 @@ class Snapshot:
         shapes = {key: tensor.shape for key, tensor in training.masters().items()}
         for key, parameter in _trained(training).items():
             shapes |= {f"{moment}.{key}": parameter.shape for moment in MOMENTS}
-        for key, shape in shapes.items():
-            # written to, so that the first save does not wait for the pages
-            self._copies[key] = torch.empty(shape, pin_memory=pinned).zero_()
+        # one block: pinned, each would be rounded up to a power of two; written to, so that the
+        # first save does not wait for its pages
+        sizes = [shape.numel() for shape in shapes.values()]
+        block = torch.empty(sum(sizes), pin_memory=pinned).zero_()
+        for (key, shape), piece in zip(shapes.items(), block.split(sizes), strict=True):
+            self._copies[key] = piece.view(shape)
 
     @property
     def nbytes(self) -> int:
@@ -245,19 +245,6 @@ def _trained(training: Training) -> dict[str, nn.Parameter]:
     }
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write(folder: Path, state: State) -> Path:
     """Writes one checkpoint atomically.
 
@@ -281,17 +268,17 @@ def write(folder: Path, state: State) -> Path:
             **state.meta,
         }
         manifest = {
-            "state.json": _write_file(temporary / "state.json", [_text(header)]),
-            "state.safetensors": _write_file(
-                temporary / "state.safetensors", _safetensors(state.tensors)
+            "state.json": write_file(temporary / "state.json", [_text(header)]),
+            "state.safetensors": write_file(
+                temporary / "state.safetensors", safetensors_pieces(state.tensors)
             ),
         }
-        _write_file(temporary / "manifest.json", [_text(manifest)])
-        _fsync(temporary)
+        write_file(temporary / "manifest.json", [_text(manifest)])
+        fsync(temporary)
         if final.exists():
             _remove(final)
         temporary.rename(final)
-        _fsync(folder)
+        fsync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -300,71 +287,6 @@ def write(folder: Path, state: State) -> Path:
 
 def _text(tree: Mapping[str, Any]) -> bytes:
     return json.dumps(tree, indent=1).encode()
-
-
-def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces, straight from the tensors' memory.
-
-    The library's writer copies every tensor and holds the interpreter's lock all the while, which
-    stalls the steps that are trained meanwhile.
-    """
-    header, end = {}, 0
-    for key, tensor in tensors.items():
-        assert tensor.dtype == torch.float32, key
-        begin, end = end, end + tensor.nbytes
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        if tensor.numel():
-            yield tensor.contiguous().view(-1).numpy().data.cast("B")
-
-
-def _write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Writes a file to the disk; its size and SHA-256, as a manifest says them."""
-    digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        for piece in pieces:
-            for begin in range(0, len(piece), _PIECE):
-                part = memoryview(piece)[begin : begin + _PIECE]
-                digest.update(part)
-                size += len(part)
-                while len(part):
-                    part = part[os.write(descriptor, part) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def require_room(folder: Path, nbytes: int) -> None:
-    """Tries whether a checkpoint can be written, before hours of work depend on it.
-
-    Args:
-        folder: where checkpoints go; made if missing.
-        nbytes: size of one.
-
-    Raises:
-        OSError: it cannot: a folder that may only be read, a full disk, a quota.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".tmp-probe-{os.getpid()}"
-    try:
-        probe.mkdir()
-        path = probe / "bytes"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            # reserves the blocks without writing them, where the file system can
-            os.posix_fallocate(descriptor, 0, max(nbytes, 1))
-            os.pwrite(descriptor, b"\0" * 4096, max(nbytes - 4096, 0))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(probe)
 
 
 def _sweep(folder: Path) -> None:
@@ -398,7 +320,7 @@ def read(folder: Path) -> State:
                 raise CheckpointError(
                     f"{path} must have {entry['bytes']} bytes, got {path.stat().st_size}"
                 )
-            if _sha256(path) != entry["sha256"]:
+            if sha256_of(path) != entry["sha256"]:
                 raise CheckpointError(f"{path} does not match the SHA-256 in its manifest")
         header = json.loads((folder / "state.json").read_text())
         if header["format_version"] != FORMAT_VERSION:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,32 +41,36 @@ def _shared_index(index: Index | None, path: Path | None, ranks: distributed.Ran
     arrays: dict[str, NDArray[np.generic]] | None = None
     if index is not None:
         name = os.fsencode(path) if path else b""
-        arrays = {"path": np.frombuffer(name, np.uint8), "digest": _bytes(index.digest())}
+        arrays = {"path": np.frombuffer(name, np.uint8), "table": _bytes(index.table)}
     told = distributed.broadcast_arrays(arrays)
-    digest, where = told["digest"].tobytes().hex(), Path(os.fsdecode(told["path"].tobytes()))
-    opened = index if path else _open_shared(where, digest)
+    table, where = told["table"].tobytes().decode(), Path(os.fsdecode(told["path"].tobytes()))
+    opened = index if path else _open_shared(where, table)
     if not distributed.anyone(opened is None):
         assert opened is not None
         return opened
     # another machine has no such file: it gets the table, and keeps it for all its ranks
     arrays = distributed.broadcast_arrays(index_to_arrays(index) if index is not None else None)
     received = index if index is not None else index_from_arrays(arrays)
+    if index is None:
+        # copies of the files elsewhere have times of their own
+        received = replace(received, stamps=np.zeros_like(received.stamps))
     if opened is None and ranks.local_rank == 0 and told["path"].size:
         try:
-            save_table(where, received)
+            # never taken for up to date by a start on this machine alone
+            save_table(where, received, [(root, 0) for root in received.roots], table=table)
         except OSError as error:
             _logger.warning("the table of the data is kept in memory: %s", error)
     distributed.barrier()
-    return opened or _open_shared(where, digest) or received
+    return opened or _open_shared(where, table) or received
 
 
-def _open_shared(path: Path, digest: str) -> Index | None:
+def _open_shared(path: Path, table: str) -> Index | None:
     try:
         index = load_table(path)
     except (OSError, ValueError):
         return None
-    return index if index.digest() == digest else None
+    return index if table and index.table == table else None
 
 
-def _bytes(digest: str) -> NDArray[np.uint8]:
-    return np.frombuffer(bytes.fromhex(digest), np.uint8)
+def _bytes(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8)

@@ -122,12 +122,13 @@ def _join(rank: int, world: int, timeout: timedelta) -> tuple[Any, str]:
     return dist.PrefixStore(f"ijepa-fast/{life}", store), life  # type: ignore[attr-defined]
 
 
-def heartbeat(ranks: Ranks, limit: float) -> Heartbeat:
+def heartbeat(ranks: Ranks, limit: float, known: tuple[type[BaseException], ...]) -> Heartbeat:
     """The watch that ranks keep over each other, see `Heartbeat`.
 
     Args:
         ranks: this rank.
         limit: seconds without a sign of life of another rank.
+        known: errors that all ranks meet together, besides `MainRankError`.
     """
     return Heartbeat(
         rank=ranks.rank,
@@ -135,6 +136,7 @@ def heartbeat(ranks: Ranks, limit: float) -> Heartbeat:
         address=(os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))),
         life=ranks.life,
         limit=limit,
+        known=(*known, MainRankError),
     )
 
 
@@ -144,10 +146,14 @@ def slow_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and None not in known and not any(has() for has in known if has)
 
 
-def stop() -> None:
-    """Leaves the process group, if any."""
+def stop(*, failed: bool = False) -> None:
+    """Leaves the process group, if any.
+
+    Args:
+        failed: the other ranks may not be there to take part; the group ends with the process.
+    """
     _waiting.clear()
-    if dist.is_initialized():
+    if dist.is_initialized() and not failed:
         dist.destroy_process_group()
 
 
@@ -156,9 +162,11 @@ def leave(code: int) -> NoReturn:
     want the interpreter's lock meanwhile abort it, once in some hundred runs, and a thread that
     hangs in a read would be waited for.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _active() -> bool:

@@ -23,6 +23,8 @@ LOST = 6
 
 _DONE = "done"
 _REPLY = timedelta(seconds=5)
+# A thread that comes back so late, in seconds, was asleep itself.
+_ASLEEP = 10.0
 
 
 class Heartbeat:
@@ -34,6 +36,7 @@ class Heartbeat:
         address: host and port of the store, as torchrun sets them.
         life: tells a restarted job's counts from those of the one before.
         limit: seconds without a sign of another rank after which this one leaves.
+        known: errors that all ranks meet together.
         leave: called with a message and then never returned from; by default the process ends with
             exit code `LOST`.
     """
@@ -46,6 +49,7 @@ class Heartbeat:
         address: tuple[str, int],
         life: str,
         limit: float,
+        known: tuple[type[BaseException], ...] = (),
         leave: Callable[[str], None] | None = None,
     ) -> None:
         self._rank, self._world, self._limit = rank, world, limit
@@ -53,11 +57,11 @@ class Heartbeat:
         self._leave = leave or (lambda message: _leave(f"on rank {rank}: {message}"))
         self._stop = threading.Event()
         self._store: Any = None
-        self._beats = 0
+        self._beats, self._last, self._known = 0, "", known
         # rank -> what it said last, and when that was new
         watched = range(1, world) if rank == 0 else range(1)
         self._heard: dict[int, tuple[bytes, float]] = {r: (b"", time.monotonic()) for r in watched}
-        self._reached, self._why = time.monotonic(), ""
+        self._reached, self._why, self._beaten = time.monotonic(), "", time.monotonic()
         self._threads = [
             threading.Thread(target=target, name="ijepa-heartbeat", daemon=True)
             for target in (self._run, self._watch_store)
@@ -69,8 +73,12 @@ class Heartbeat:
                 thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Says that this rank has come to its end and need not be watched."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Says that this rank has come to its end and need not be watched, or that it has failed
+        and the others need not wait for it.
+        """
+        if kind is not None and not issubclass(kind, self._known):
+            self._last = f"rank {self._rank} has failed ({kind.__name__})"
         self._stop.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -92,12 +100,20 @@ class Heartbeat:
             self._stop.wait(interval)
         if self._store is not None:
             with contextlib.suppress(Exception):
+                if self._last:
+                    self._store.set(self._key("lost"), self._last)
                 self._store.set(self._key(self._rank), _DONE)
 
     def _watch_store(self) -> None:
         """In a thread of its own: a question to a store that is cut off may never return."""
+        looked = time.monotonic()
         while not self._stop.wait(1.0):
-            if time.monotonic() - self._reached > self._limit:
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > _ASLEEP:
+                # this process itself was stopped, and goes on
+                self._reached = now
+            elif time.monotonic() - self._reached > self._limit:
                 text = f"the store of the ranks has not answered for {self._limit:g} s"
                 self._leave(f"{text}: {self._why}" if self._why else text)
                 return
@@ -115,6 +131,9 @@ class Heartbeat:
         if store.check([lost]):
             self._leave(store.get(lost).decode())
         now = time.monotonic()
+        if now - self._beaten > _ASLEEP:
+            self._heard = {rank: (said, now) for rank, (said, _) in self._heard.items()}
+        self._beaten = now
         for rank, (said, at) in list(self._heard.items()):
             key = self._key(rank)
             says = store.get(key) if store.check([key]) else b""
@@ -128,10 +147,12 @@ class Heartbeat:
 
 
 def _leave(message: str) -> None:
-    print(
-        f"error {message}; leaving, so that the job can be started again from the "
-        "last checkpoint (rank_timeout sets the time)",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(LOST)
+    try:
+        print(
+            f"error {message}; leaving, so that the job can be started again from the last "
+            "checkpoint (rank_timeout sets the time)",
+            file=sys.stderr,
+            flush=True,
+        )
+    finally:
+        os._exit(LOST)

@@ -28,7 +28,6 @@ __all__ = [
     "MetricsFile",
     "NonFiniteError",
     "Reporter",
-    "SampleLog",
     "Watch",
     "id_hash",
     "peak_flops",
@@ -386,12 +385,13 @@ class Watch:
         self._late = 2 if device.type == "cuda" else 0
         self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def look(self, step: int, skipped: Tensor) -> NonFiniteError | None:
+    def look(self, step: int, skipped: Tensor, *, last: bool = False) -> NonFiniteError | None:
         """The error that ends the run, once three steps in a row were skipped.
 
         Args:
             step: optimiser steps done.
             skipped: (4,), see `Journal.queue`, on the device.
+            last: whether the run ends here; then it waits for the device.
         """
         ready = None
         if skipped.is_cuda:
@@ -399,9 +399,9 @@ class Watch:
             ready = torch.cuda.Event()
             ready.record()
         self._queue.append((step, skipped, ready))
-        if len(self._queue) <= self._late:
+        if len(self._queue) <= self._late and not last:
             return None
-        step, skipped, ready = self._queue.popleft()
+        step, skipped, ready = self._queue.pop() if last else self._queue.popleft()
         if ready:
             ready.synchronize()
         _, longest, _, since = skipped.tolist()
@@ -409,35 +409,3 @@ class Watch:
             return None
         end = step - since
         return NonFiniteError(range(end - longest + 1, end + 1))
-
-
-class SampleLog:
-    """`samples-rank<r>.jsonl`: which samples each micro-step took, one JSON object a line.
-
-    Steps that a resume does again are written again; the later line is the one that counts.
-
-    Args:
-        path: the file.
-        step: optimiser steps done before.
-    """
-
-    def __init__(self, path: Path, step: int) -> None:
-        self._file = path.open("a")
-        self._file.write(json.dumps({"from_step": step}) + "\n")
-
-    def add(self, step: int, micro_step: int, positions: np.ndarray, ids: Tensor) -> None:
-        """Writes one micro-step.
-
-        Args:
-            step: the optimiser step, from 1.
-            micro_step: of that step, from 0.
-            positions: (b,) in the global batch.
-            ids: int64 (b,) rows of the index.
-        """
-        row = {"step": step, "micro_step": micro_step, "positions": positions.tolist()}
-        self._file.write(json.dumps({**row, "ids": ids.tolist()}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()

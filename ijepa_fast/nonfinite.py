@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ijepa_fast import checkpoint
+from ijepa_fast import checkpoint, distributed
 from ijepa_fast.cli import as_dict
 from ijepa_fast.data import Index, Loader, Quarantine
 from ijepa_fast.data.order import epoch_order, replacement_id
@@ -41,8 +41,15 @@ def name_samples(run: Run, error: NonFiniteError) -> NonFiniteError:
         An error that names the first samples and the files.
     """
     weights = checkpoint.gather(run.training.masters(), keep=run.ranks.is_main)
-    if not run.folder:
-        return error
+    try:
+        return _report(run, error, weights) if run.folder else error
+    finally:
+        # rank 0 needs a while, and torchrun ends all ranks when the first has left
+        distributed.barrier()
+
+
+def _report(run: Run, error: NonFiniteError, weights: dict[str, torch.Tensor]) -> NonFiniteError:
+    assert run.folder is not None
     path = run.folder.path
     # read anew: other ranks append to it
     quarantine = Quarantine(path / "quarantine.jsonl", 1.0, len(run.index))

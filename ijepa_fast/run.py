@@ -15,6 +15,7 @@ from ijepa_fast.cli import UsageError, as_dict
 from ijepa_fast.config import Config
 from ijepa_fast.data import Batch, Quarantine, steps_per_epoch
 from ijepa_fast.dataset import load_index
+from ijepa_fast.durable import require_room
 from ijepa_fast.fast import FastStep, wants_compile
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks
@@ -22,12 +23,12 @@ from ijepa_fast.metrics import (
     Journal,
     MetricsFile,
     Reporter,
-    SampleLog,
     Watch,
 )
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.run_folder import RunFolder
+from ijepa_fast.sample_log import SampleLog
 from ijepa_fast.saving import Saver
 from ijepa_fast.schedules import Schedules
 from ijepa_fast.sharding import make_mesh
@@ -97,7 +98,7 @@ class Run:
         # a smaller max_steps than is done already asks for nothing more
         self.end = max(self.end, self.step)
         self.saved_step, self.saved_at = self.step, time.monotonic()
-        self.saver = Saver()
+        self.saver = Saver(self.step or None)
         self._broken: str | None = None
         # a run that is complete saves nothing more
         if self.step < self.end:
@@ -122,7 +123,7 @@ class Run:
         assert self.folder is not None
         size = self.snapshot.nbytes
         try:
-            checkpoint.require_room(self.folder.checkpoints, size)
+            require_room(self.folder.checkpoints, size)
         except OSError as error:
             raise UsageError(
                 f"out must have room for a checkpoint of {size / 2**30:.2f} GiB and let it be "
@@ -230,7 +231,7 @@ class Run:
         every = options.keep_every
         kept = every * self.schedules.steps_per_epoch if every else None
 
-        def write() -> None:
+        def write() -> bool:
             # a checkpoint counts once the rows before it are on the disk
             if file:
                 file.sync()
@@ -240,9 +241,10 @@ class Run:
                     "the checkpoint at step %d is not written: %s is not finite",
                     *(state.step, self._broken),
                 )
-                return
+                return False
             checkpoint.write(folder, state)
             checkpoint.rotate(folder, newest=state.step, keep=options.keep, keep_every_steps=kept)
+            return True
 
         self.saver.start(self.step, write)
 

@@ -21,11 +21,14 @@ class Saver:
     """Runs one job at a time, again and again until the disk takes it.
 
     Attributes:
-        saved: step of the last checkpoint written here, None before the first.
+        saved: step of the last good checkpoint, None before the first.
+
+    Args:
+        saved: step of the checkpoint that the run goes on from, if any.
     """
 
-    def __init__(self) -> None:
-        self.saved: int | None = None
+    def __init__(self, saved: int | None = None) -> None:
+        self.saved = saved
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self._fault: BaseException | None = None
@@ -45,7 +48,8 @@ class Saver:
 
         Args:
             step: optimiser steps done, for the log.
-            job: writes the checkpoint; may raise OSError, and is then tried again.
+            job: writes the checkpoint; may raise OSError, and is then tried again. Returns False
+                if there was nothing worth writing.
         """
         self.wait()
         # not a daemon: the interpreter waits for a checkpoint that is being written
@@ -77,7 +81,7 @@ class Saver:
         started = time.perf_counter()
         for wait in (*BACKOFF, None):
             try:
-                job()
+                written = job()
             except OSError as error:
                 self._error = error
                 if wait is None:
@@ -88,7 +92,10 @@ class Saver:
                 )
                 time.sleep(wait)
             else:
-                self._error, self.saved = None, step
+                self._error = None
+                if written is False:
+                    return
+                self.saved = step
                 _logger.debug(
                     "checkpoint at step %d written in %.2f s", step, time.perf_counter() - started
                 )

@@ -1,5 +1,6 @@
 """SIGTERM, SIGINT and SIGUSR1: finish the step, save, then stop."""
 
+import contextlib
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ __all__ = ["Signals"]
 
 class Signals:
     """Remembers SIGTERM, SIGINT or SIGUSR1 until the step is over; a second one ends the process at
-    once.
+    once, and so does the first while there is nothing to save (`patient` is False).
 
     Ctrl-C reaches a worker from the terminal and again from torchrun, so whatever comes within a
     second of the first counts as the same.
@@ -18,6 +19,7 @@ class Signals:
 
     SAME_SECONDS = 1.0
     HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    patient = False
     received = 0
     at = 0.0
 
@@ -30,9 +32,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        if not self.received:
+        if not self.patient and not self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.received:
             self.received, self.at = number, time.monotonic()
-            os.write(2, b"stopping: this step is finished and saved first\n")
+            # the terminal may be gone already
+            with contextlib.suppress(OSError):
+                os.write(2, b"stopping: this step is finished and saved first\n")
         elif time.monotonic() - self.at > self.SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -68,7 +68,7 @@ def train(run: Run, signals: Signals) -> int:
     faults = Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank)
     received = 0
     # the ranks of one machine share its cores
-    threads = config.data.threads or max(1, default_threads() // ranks.local_world)
+    threads = config.data.threads or default_threads(ranks.local_world)
     with Loader(
         run.index,
         replace(config.data, threads=threads),
@@ -83,6 +83,7 @@ def train(run: Run, signals: Signals) -> int:
         quarantine=run.quarantine,
     ) as loader:
         meter.restart(run.step, 0.0)
+        signals.patient = True
         while run.step < run.end:
             values = run.schedules.at(run.step + 1)
             faults.strike(run.step + 1, run.training)
@@ -91,27 +92,29 @@ def train(run: Run, signals: Signals) -> int:
             faults.gradients(run.step + 1, run.training)
             run.training.update(values)
             run.step += 1
-            broken = run.watch.look(run.step, run.training.skipped)
-            if run.step % config.log.interval == 0 or run.step == run.end or broken:
+            ends = run.step == run.end
+            broken = run.watch.look(run.step, run.training.skipped, last=ends)
+            if run.step % config.log.interval == 0 or ends or broken:
                 _report(run, values, sums, meter.read(run.step, loader.wait_seconds, run.end))
             if broken:
                 run.journal.flush()
                 raise broken
             # one at a time: a save that outlasts the interval delays the next
             late = time.monotonic() - run.saved_at >= 60 * config.checkpoint.minutes
-            due = late and not run.saver.busy
+            due = ranks.is_main and late and not run.saver.busy
             run.saver.check()
             received, save = agreement.exchange([signals.received, int(due)])
             epoch_ends = run.step % run.schedules.steps_per_epoch == 0
             # an agreement is a step old: what was saved meanwhile is not due any more
             due_here = save and run.step - run.saved_step > 1
-            if received or due_here or epoch_ends or run.step == run.end:
+            if received or due_here or epoch_ends or ends:
                 run.save()
             if received or epoch_ends:
                 run.draw_curves()
             if received:
                 break
         agreement.finish()
+        signals.patient = False
     run.finish_saving()
     # what the ranks agreed on: the signal may have reached another rank only
     return received if run.step < run.end else 0
@@ -241,10 +244,15 @@ def main(argv: list[str] | None = None) -> int:
         ranks = distributed.start(invocation.config.device)
         if invocation.dry_run:
             _dry_run(invocation, ranks)
+            distributed.stop()
             return 0
         Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank)  # refused before work begins
-        with distributed.heartbeat(ranks, invocation.config.rank_timeout):
-            return _run(invocation.config, ranks)
+        # a run that is not finite ends on all ranks
+        together = (NonFiniteError, UsageError)
+        with distributed.heartbeat(ranks, invocation.config.rank_timeout, together):
+            code = _run(invocation.config, ranks)
+        distributed.stop()
+        return code
     except (UsageError, ValueError, ImportError) as error:
         return _fail(error, 2)
     except CheckpointError as error:
@@ -257,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     finally:
         if ranks is not None:
-            distributed.stop()
+            distributed.stop(failed=True)
 
 
 def _first_life(variable: str) -> str:

@@ -99,7 +99,7 @@ def build_listed(
         warnings.simplefilter("ignore")
         for source in listed:
             parts.begin(source)
-            known = _Known(older, source.root, verify=verify) if older else None
+            known = _Known(older, source, verify=verify) if older else None
             for probed in _probed(pool, source, verify, known):
                 parts.add(probed)
                 done += 1
@@ -150,19 +150,33 @@ def _probed(
             found.append(again or probe(source.root, path, label, verify=verify))
         return found
 
-    entries = source.entries
-    # a shard is work enough for a task
-    sharded = any(entry.path.lower().endswith(SHARDS) for entry in entries)
-    size = 1 if sharded else _CHUNK
-    chunks = (entries[start : start + size] for start in range(0, len(entries), size))
-    return chain.from_iterable(pool.map(look, chunks))
+    return chain.from_iterable(pool.map(look, _tasks(source.entries)))
+
+
+def _tasks(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Pieces of a listing for the pool; a shard is work enough for one."""
+    piece: list[Entry] = []
+    for entry in entries:
+        shard = entry.path.lower().endswith(SHARDS)
+        if piece and (shard or len(piece) == _CHUNK):
+            yield piece
+            piece = []
+        if shard:
+            yield [entry]
+        else:
+            piece.append(entry)
+    if piece:
+        yield piece
 
 
 class _Known:
     """What an older table says of files that have not changed since."""
 
-    def __init__(self, older: Index, root: str, *, verify: bool) -> None:
+    def __init__(self, older: Index, source: Source, *, verify: bool) -> None:
+        root = source.root
         self._older, self._root, self._verify = older, root, verify
+        # whose line may give its shards another class today
+        self._listed = source.listed
         self._file_of: dict[bytes, int] = {}
         for place, known in enumerate(older.roots):
             if known == root:
@@ -180,8 +194,11 @@ class _Known:
     def find(self, path: str, label: str | None) -> Probed | None:
         """What was found in a file, if it is as it was."""
         older, where = self._older, os.path.join(self._root, path)
+        if self._listed and path.lower().endswith(SHARDS):
+            return None
         file = self._file_of.get(os.fsencode(path))
-        bad = self._bad.get(where, [])
+        # once, also where two sources overlap
+        bad = list({older.bad[place]: place for place in self._bad.get(where, [])}.values())
         stamps = {int(older.bad_stamps[place]) for place in bad}
         if file is not None:
             stamps.add(int(older.stamps[file]))
@@ -204,7 +221,7 @@ class _Known:
     def _name(self, name: str, _reason: str) -> str:
         """Names of a table of several sources have the root before them."""
         several = len(self._older.roots) > 1
-        return os.path.relpath(name, self._root) if several else name
+        return name.removeprefix(self._root + os.sep) if several else name
 
     def _image(self, row: int, label: str | None) -> Image:
         older = self._older

@@ -10,10 +10,14 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ijepa_fast.data.build import (
     Sources,
@@ -22,10 +26,16 @@ from ijepa_fast.data.build import (
     require_size,
     source_names,
 )
-from ijepa_fast.data.index import Index, Texts, index_from_arrays, index_to_arrays, stamp
+from ijepa_fast.data.index import (
+    Index,
+    Texts,
+    index_from_arrays,
+    index_to_arrays,
+    open_regular,
+    stamp,
+)
 from ijepa_fast.data.probe import YOUNG_NS
 from ijepa_fast.data.shapes import cache_folder
-from ijepa_fast.data.sources import SHARDS
 from ijepa_fast.data.table_file import TableError, read_table, write_table
 
 __all__ = ["load_table", "open_index", "save_table"]
@@ -34,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _COMPARED = 2_000_000
+_CHUNK = 1024
+_THREADS = 16
 
 
 def open_index(
@@ -94,13 +106,17 @@ def _sized(index: Index, min_side: int) -> Index:
     return index
 
 
-def save_table(path: Path, index: Index, watched: Sequence[tuple[str, int]] = ()) -> None:
+def save_table(
+    path: Path, index: Index, watched: Sequence[tuple[str, int]] = (), *, table: str = ""
+) -> None:
     """Writes a table.
 
     Args:
         path: the file.
         index: the table.
-        watched: (path, mtime in ns) of folders and list files that it depends on.
+        watched: (path, mtime in ns) of folders and list files that it depends on; 0 where that is
+            not known.
+        table: its name, a new one by default.
 
     Raises:
         OSError: it cannot be written.
@@ -111,7 +127,7 @@ def save_table(path: Path, index: Index, watched: Sequence[tuple[str, int]] = ()
     young = time.time_ns() - YOUNG_NS
     times = [changed if changed < young else 0 for _, changed in watched]
     arrays["watched_times"] = np.array(times, dtype=np.int64)
-    write_table(path, arrays, {"format": str(_FORMAT)})
+    write_table(path, arrays, {"format": str(_FORMAT), "table": table or uuid.uuid4().hex})
 
 
 def load_table(path: Path) -> Index:
@@ -130,7 +146,7 @@ def _load(path: Path) -> tuple[Index, dict[str, int]]:
     if meta.get("format") != str(_FORMAT):
         raise TableError(f"{path} must have format {_FORMAT}, got {meta.get('format')!r}")
     try:
-        index = index_from_arrays(arrays)
+        index = replace(index_from_arrays(arrays), table=meta.get("table", ""))
         times = arrays["watched_times"].tolist()
         names = Texts(arrays["watched"], arrays["watched_start"])  # type: ignore[arg-type]
         watched = dict(zip(names, times, strict=True))
@@ -152,21 +168,42 @@ def _up_to_date(index: Index, watched: Mapping[str, int], compare_all: bool) -> 
                 "compares all",
                 len(index.paths),
             )
-        ends = [*index.root_start[1:].tolist(), len(index.paths)]
-        names = iter(index.paths)
-        stamps = index.stamps.tolist()
-        begins = index.root_start.tolist()
-        for root, begin, end in zip(index.roots, begins, ends, strict=True):
-            for file in range(begin, end):
-                path = next(names)
-                if not (compared or path.lower().endswith(SHARDS)):
-                    continue
-                if stamp(os.stat(os.path.join(root, path))) != stamps[file]:
+        files = np.arange(len(index.paths)) if compared else _shard_files(index)
+        parts = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
+        # stat waits for a server, not for a core
+        with ThreadPoolExecutor(_THREADS, "ijepa-compare") as pool:
+            for same in pool.map(lambda part: _same(index, part.tolist()), parts):
+                if not same:
+                    pool.shutdown(wait=False, cancel_futures=True)
                     return False
-        for path, known in zip(index.bad_paths, index.bad_stamps.tolist(), strict=True):
-            # an entry without a stamp is a folder or file that could not be opened
-            if not known or stamp(os.stat(path)) != known:
-                return False
+        pairs = zip(index.bad_paths, index.bad_stamps.tolist(), strict=True)
+        return all(_still_bad(path, known) for path, known in pairs)
     except OSError:
         return False
-    return True
+
+
+def _shard_files(index: Index) -> NDArray[np.int64]:
+    """Entries of `paths` that are tar shards."""
+    if index.members is None:
+        return np.zeros(0, dtype=np.int64)
+    return np.unique(index.file[np.diff(index.members.start) > 1]).astype(np.int64)
+
+
+def _same(index: Index, files: Sequence[int]) -> bool:
+    return all(stamp(os.stat(index.file_path(f))) == int(index.stamps[f]) for f in files)
+
+
+def _still_bad(path: str, known: int) -> bool:
+    """Whether an unusable file is as it was. One without a stamp could not be opened, or was too
+    young for its time to tell.
+    """
+    if known:
+        return stamp(os.stat(path)) == known
+    if os.path.isdir(path):
+        return not os.access(path, os.R_OK | os.X_OK)
+    try:
+        descriptor, _ = open_regular(path)
+    except OSError:
+        return True
+    os.close(descriptor)
+    return False

@@ -8,6 +8,7 @@ a memory-mapped file that all ranks of a machine share (see `table_file`). `buil
 import hashlib
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -155,6 +156,7 @@ class Index:
         bad: (name, reason) of what looks like an image and is not usable.
         bad_paths: absolute files that the entries of `bad` are or lie in.
         bad_stamps: uint64 (len(bad),), their stamps, 0 where there is none.
+        table: name of the kept table that this was opened from; another one once it is renewed.
         ignored: number of files (and members of shards) that do not look like images.
         ignored_in: int64 (k, 2), entry of `paths` and number, for shards that hold such members.
     """
@@ -178,6 +180,7 @@ class Index:
     bad: tuple[tuple[str, str], ...] = ()
     bad_paths: tuple[str, ...] = ()
     bad_stamps: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
+    table: str = ""
     ignored: int = 0
     ignored_in: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     _shards: dict[int, int] = field(default_factory=dict, repr=False)
@@ -211,6 +214,21 @@ class Index:
     def path(self, row: int) -> str:
         """Where the row's file lies."""
         return self.file_path(int(self.file[row]))
+
+    def root(self, row: int) -> str:
+        """The folder of the row's source."""
+        return self.roots[self._root(int(self.file[row]))]
+
+    def rows_named(self, name: str) -> NDArray[np.int64]:
+        """Rows of this name; none where there is no such one. Searches bytes, not row by row."""
+        if self.members is None and len(self.roots) == 1:
+            wanted = name.encode("utf-8", "surrogateescape")
+            block = self.paths.blob.data
+            found = [m.start() for m in re.finditer(re.escape(wanted) + b"\0", block)]
+            files = np.searchsorted(self.paths.start, found)
+            exact = self.paths.start[files] == found
+            return np.flatnonzero(np.isin(self.file, files[exact]))
+        return np.array([row for row in range(len(self)) if self.name(row) == name], np.int64)
 
     def read(self, row: int) -> bytes:
         """The encoded image.
@@ -249,19 +267,23 @@ class Index:
 
     def _shard(self, file: int) -> int:
         """The descriptor of a tar shard, opened at its first use."""
+        descriptor = self._shards.get(file)
+        if descriptor is not None:
+            return descriptor
+        # not under the lock: a server may take its time
+        descriptor, status = open_regular(self.file_path(file))
+        known = int(self.stamps[file])
+        if known and stamp(status) != known:
+            os.close(descriptor)
+            raise OSError("the shard has changed since the table of the data was made")
         with self._lock:
-            descriptor = self._shards.pop(file, None)
-            if descriptor is None:
-                descriptor, status = open_regular(self.file_path(file))
-                known = int(self.stamps[file])
-                if known and stamp(status) != known:
-                    os.close(descriptor)
-                    raise OSError("the shard has changed since the table of the data was made")
-                while len(self._shards) >= _OPEN_SHARDS:
-                    # Others may be reading from it: it is closed when the table is.
-                    self._retire(self._shards.pop(next(iter(self._shards))))
-            self._shards[file] = descriptor
-        return descriptor
+            opened = self._shards.setdefault(file, descriptor)
+            if opened != descriptor:
+                os.close(descriptor)
+            while len(self._shards) > _OPEN_SHARDS:
+                # Others may be reading from it: it is closed later.
+                self._retire(self._shards.pop(next(iter(self._shards))))
+        return opened
 
     @cached_property
     def _retired(self) -> list[int]:
@@ -355,7 +377,10 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
     wrong = {name: length for name, length in lengths.items() if length != rows}
     if wrong or len(arrays["stamps"]) != len(texts["paths"]):
         raise ValueError(f"columns of an index must be of one length ({rows}), got {wrong}")
+    _check_places(columns["file"], texts, arrays["root_start"])
     bad = tuple(texts["bad"])
+    if len(bad) != 2 * len(arrays["bad_stamps"]) or len(texts["bad_paths"]) * 2 != len(bad):
+        raise ValueError("bad, bad_paths and bad_stamps of an index must be of one length")
     index = Index(
         **{name: columns[name].astype(dtype, copy=False) for name, dtype in COLUMNS.items()},  # type: ignore[arg-type]
         paths=texts["paths"],
@@ -373,6 +398,21 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
     # known already: computing it again would read the whole table
     index.__dict__["_digest"] = arrays["digest"].tobytes().hex()
     return index
+
+
+def _check_places(
+    file: NDArray[np.generic], texts: dict[str, Texts], root_start: NDArray[np.generic]
+) -> None:
+    """Raises ValueError where a number leads out of the table."""
+    count = len(texts["paths"])
+    for name, places in (("file", file), ("root_start", root_start)):
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < max(count, 1):
+            raise ValueError(f"{name} of an index must name one of {count} paths")
+    for name, packed in texts.items():
+        if len(packed) and int(np.diff(packed.start).min()) < 1:
+            raise ValueError(f"{name}_start of an index must ascend")
+    if len(root_start) != len(texts["roots"]):
+        raise ValueError("an index must have one root_start a root")
 
 
 def _starts(arrays: dict[str, NDArray[np.generic]], name: str) -> NDArray[np.int64]:

@@ -11,8 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, pairwise
+from itertools import chain
 from types import TracebackType
 from typing import NamedTuple
 
@@ -26,8 +25,8 @@ from ijepa_fast.data.crops import crop_windows
 from ijepa_fast.data.decoders import DecodeError, Decoder, make_decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.order import epoch_order, positions, replacement_id, steps_per_epoch
-from ijepa_fast.data.pixels import describe
 from ijepa_fast.data.quarantine import Quarantine, TooManyBadFiles
+from ijepa_fast.data.reading import Parts, Reader
 
 __all__ = ["DataStalled", "Loader"]
 
@@ -35,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 # How often a blocked loader thread looks whether it is still wanted, seconds.
 _POLL = 0.1
-# Threads that read: they wait for a disk or a network, not for a core.
-_READERS = 16
 # How often a waiting step says so, seconds.
 _SAID_EVERY = 10.0
 # Decoding may take so many times as long as `data.timeout` before it counts as stuck.
@@ -64,7 +61,7 @@ class _Reading(NamedTuple):
     """A batch whose files are being read."""
 
     plan: _Plan
-    parts: list[Future[list[bytes | str]]]
+    parts: Parts
 
 
 class _Ready(NamedTuple):
@@ -157,13 +154,10 @@ class Loader(Iterator[Batch]):
             decoder, reason = make_decoder(config, self._device, max_batch=device_batch)
             logger.info("%s", reason)
         self._decoder = decoder
-        self._readers = ThreadPoolExecutor(_READERS, "ijepa-read")
-        # what each reader is at, and when one of them last came to an end
-        self._at: list[int] = [-1] * _READERS
-        self._progress = time.monotonic()
+        self._stop = threading.Event()
+        self._reader = Reader(index, self._stop)
         self._decoding = False
         self._queue: queue.Queue[_Ready | _End] = queue.Queue(maxsize=config.prefetch)
-        self._stop = threading.Event()
         self._stalled = False
         self._end: _End | None = None
         # Not a daemon: the interpreter must not be torn down under a running decoder. It ends by
@@ -206,8 +200,8 @@ class Loader(Iterator[Batch]):
             with contextlib.suppress(queue.Empty):
                 return self._queue.get(timeout=min(_SAID_EVERY, limit / 2))
             now = time.monotonic()
-            idle = now - max(self._progress, started)
-            where = "decoding" if self._decoding else f"reading {self._being_read()}"
+            idle = now - max(self._reader.progress, started)
+            where = "decoding" if self._decoding else f"reading {self._reader.being_read()}"
             if idle >= (_PATIENCE * limit if self._decoding else limit):
                 self._stalled = True
                 raise DataStalled(
@@ -215,11 +209,6 @@ class Loader(Iterator[Batch]):
                     f"got {idle:.0f} s, {where}; is the storage there and fast enough?"
                 )
             logger.warning("the step waits for data for %.0f s: %s", now - started, where)
-
-    def _being_read(self) -> str:
-        rows = [row for row in self._at if row >= 0]
-        names = ", ".join(repr(self._index.name(row)) for row in rows[:2])
-        return f"{names} and {len(rows) - 2} more" if len(rows) > 2 else names or "nothing"
 
     def __enter__(self) -> "Loader":
         """The loader itself."""
@@ -243,11 +232,13 @@ class Loader(Iterator[Batch]):
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
-        if self._stalled:
-            self._readers.shutdown(wait=False, cancel_futures=True)
+        if not self._stalled:
+            # a read that hangs behind batches that were ready is not waited for either
+            self._thread.join(self._config.timeout + _SAID_EVERY)
+        if self._thread.is_alive():
+            self._reader.close(wait=False)
             return
-        self._thread.join()
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._reader.close(wait=True)
         if self._own_decoder:
             self._decoder.close()
 
@@ -261,10 +252,10 @@ class Loader(Iterator[Batch]):
             with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
                 tasks = ((s, m) for s in self._steps for m in range(self.accumulation))
                 following = next(tasks, None)
-                ahead = self._read(self._plan(*following)) if following else None
+                ahead = self._read(*following) if following else None
                 while ahead is not None:
                     current, following = ahead, next(tasks, None)
-                    ahead = self._read(self._plan(*following)) if following else None
+                    ahead = self._read(*following) if following else None
                     batch = self._load(current)
                     event = stream.record_event() if stream else None
                     if not self._put(_Ready(batch, event)):
@@ -316,31 +307,10 @@ class Loader(Iterator[Batch]):
             )
         return ids
 
-    def _read(self, plan: _Plan) -> _Reading:
+    def _read(self, step: int, micro_step: int) -> _Reading:
         """Begins to read a batch's files."""
-        bounds = [plan.ids.size * part // _READERS for part in range(_READERS + 1)]
-        rows = plan.ids.tolist()
-        parts = [
-            self._readers.submit(self._read_part, part, rows[begin:end])
-            for part, (begin, end) in enumerate(pairwise(bounds))
-            if end > begin
-        ]
-        return _Reading(plan, parts)
-
-    def _read_part(self, part: int, rows: list[int]) -> list[bytes | str]:
-        """The files' bytes, or what is wrong with them."""
-        found: list[bytes | str] = []
-        for row in rows:
-            if self._stop.is_set():
-                break
-            self._at[part] = row
-            try:
-                found.append(self._index.read(row))
-            except OSError as error:
-                found.append(describe(error))
-            self._progress = time.monotonic()
-        self._at[part] = -1
-        return found
+        plan = self._plan(step, micro_step)
+        return _Reading(plan, self._reader.begin(plan.ids.tolist()))
 
     def _load(self, reading: _Reading) -> Batch:
         """Waits for the files and decodes them."""
@@ -350,7 +320,7 @@ class Loader(Iterator[Batch]):
                 # The batch before has found out. Once more from the start: the pixels are then
                 # those of a run that knew before.
                 plan = plan._replace(ids=self._replace_bad(plan.drawn, plan.epoch, plan.places))
-                parts = self._read(plan).parts
+                parts = self._reader.begin(plan.ids.tolist())
             try:
                 return Batch(images=self._decode(plan, parts), ids=torch.from_numpy(plan.ids))
             except DecodeError as error:
@@ -371,7 +341,7 @@ class Loader(Iterator[Batch]):
                 f"at least one image must be usable, got {len(self._bad)} bad ones"
             )
 
-    def _decode(self, plan: _Plan, parts: list[Future[list[bytes | str]]]) -> torch.Tensor:
+    def _decode(self, plan: _Plan, parts: Parts) -> torch.Tensor:
         """Decodes a batch that is being read.
 
         Raises:
@@ -393,9 +363,11 @@ class Loader(Iterator[Batch]):
             raise _NotWanted
         if len(encoded) != len(ids):
             raise DecodeError({row: item for row, item in enumerate(read) if isinstance(item, str)})
-        self._decoding, self._progress = True, time.monotonic()
-        images = self._decoder.decode(encoded, windows, self._plain[ids])
-        self._decoding, self._progress = False, time.monotonic()
+        self._decoding, self._reader.progress = True, time.monotonic()
+        try:
+            images = self._decoder.decode(encoded, windows, self._plain[ids])
+        finally:
+            self._decoding, self._reader.progress = False, time.monotonic()
         refused = getattr(self._decoder, "refused", ())
         if refused:
             self._leave_to_pillow(ids[refused])
@@ -419,8 +391,7 @@ def _known_bad(index: Index, quarantine: Quarantine) -> NDArray[np.bool_]:
         if 0 <= row < len(index) and index.name(row) == name:
             bad[row] = True
             unknown.discard(name)
-    if unknown:
-        # an earlier table numbered them otherwise, or they were mended since
-        rows = [row for row in range(len(index)) if index.name(row) in unknown]
-        bad[rows] = True
+    # an earlier table numbered them otherwise, or they are gone
+    for name in unknown:
+        bad[index.rows_named(name)] = True
     return bad

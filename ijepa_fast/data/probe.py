@@ -3,6 +3,7 @@
 Nothing is extracted, unpickled or followed: a member is a byte range, whatever it is called.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -68,7 +69,8 @@ class _Range(io.RawIOBase):
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
         super().__init__()
-        self._descriptor, self._offset, self._length, self._at = descriptor, offset, length, 0
+        self._descriptor, self._offset, self._at = descriptor, offset, 0
+        self.length = length
 
     def readable(self) -> bool:
         return True
@@ -77,17 +79,30 @@ class _Range(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.length}[whence]
         if start + offset < 0:
             raise OSError("a position must be at least 0")
         self._at = start + offset
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), max(self._length - self._at, 0))
+        size = min(len(buffer), max(self.length - self._at, 0))
         count = os.preadv(self._descriptor, [memoryview(buffer)[:size]], self._offset + self._at)
         self._at += count
         return count
+
+
+class _Cut:
+    """A file whose reads allocate no more than there is."""
+
+    def __init__(self, file: Any, length: int) -> None:
+        self._file, self._length = file, length
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._file.tell(), 0)
+        data: bytes = self._file.read(left if size < 0 else min(size, left))
+        return data
 
 
 def probe_file(root: str, path: str, label: str | None, *, verify: bool) -> Probed:
@@ -186,14 +201,12 @@ def probe_shard(root: str, path: str, label: str | None, *, verify: bool) -> Pro
         descriptor, status = open_regular(os.path.join(root, path))
     except OSError as error:
         return Probed(path, [], [Bad(path, _reason(root, path, error))], 0)
-    with os.fdopen(descriptor, "rb") as file:
+    with contextlib.closing(io.FileIO(descriptor, "rb")):
         known = _stamp(status)
-        members = _members(file)
+        members = _members(_Range(descriptor, 0, status.st_size))
         while True:
             try:
                 member = next(members, None)
-            except MemoryError:
-                raise
             # tarfile raises several kinds of errors, and a few by mistake, on a damaged archive.
             except Exception as error:  # noqa: BLE001
                 bad.append(Bad(path, f"the shard is damaged: {describe(error)}"))
@@ -241,14 +254,17 @@ def probe_shard(root: str, path: str, label: str | None, *, verify: bool) -> Pro
     return Probed(path, labelled, bad, known, ignored)
 
 
-def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
+def _members(file: "_Range") -> Iterator[tarfile.TarInfo]:
     """Members one after the other, none kept.
 
     Raises:
         Exception: whatever tarfile raises on a damaged archive.
     """
+    # reads are cut at the file's end: a header may claim any length
+    whole: Any = io.BufferedReader(file)
+    cut: Any = _Cut(whole, file.length)
     with tarfile.open(
-        fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+        fileobj=cut, mode="r:", encoding="utf-8", errors="surrogateescape"
     ) as archive:
         before = -1
         while (member := archive.next()) is not None:
@@ -259,7 +275,8 @@ def _members(file: io.BufferedReader) -> Iterator[tarfile.TarInfo]:
             archive.members.clear()  # type: ignore[attr-defined]
             yield member
         # tarfile takes a damaged header for the end; the end is a block of zeros
-        if os.pread(file.fileno(), tarfile.BLOCKSIZE, archive.offset) != bytes(tarfile.BLOCKSIZE):
+        whole.seek(archive.offset)
+        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no header and no end marker at byte {archive.offset}")
 
 

@@ -89,7 +89,6 @@ class Quarantine:
 
         Raises:
             TooManyBadFiles: the limit is passed (the file is recorded all the same).
-            OSError: the record cannot be written.
         """
         self._read()
         if file not in self._reasons:
@@ -97,7 +96,7 @@ class Quarantine:
             if sample_id is not None:
                 self._ids[file] = sample_id
             place = {"id": sample_id, "epoch": epoch, "position": position}
-            self._append([{"file": file, "reason": reason, **place}])
+            self._keep([{"file": file, "reason": reason, **place}])
             logger.warning("unusable file %r: %s", file, reason)
         self._check()
 
@@ -110,13 +109,12 @@ class Quarantine:
 
         Raises:
             TooManyBadFiles: the limit is passed.
-            OSError: the records cannot be written.
         """
         new = {file: reason for file, reason in bad if file not in self._reasons}
         self._reasons.update(new)
         if new and write:
             empty = {"id": None, "epoch": None, "position": None}
-            self._append([{"file": file, "reason": why, **empty} for file, why in new.items()])
+            self._keep([{"file": file, "reason": why, **empty} for file, why in new.items()])
             logger.warning(
                 "%d unusable files are left out, the first: %r", len(new), next(iter(new))
             )
@@ -131,6 +129,13 @@ class Quarantine:
                 f"(data.max_bad_share), got {len(self._reasons)}; "
                 f"the last: {file!r}: {reason}{where}"
             )
+
+    def _keep(self, entries: Sequence[Mapping[str, object]]) -> None:
+        """Records that the disk refuses are known in this process alone: the file is met again."""
+        try:
+            self._append(entries)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error)
 
     def _append(self, entries: Sequence[Mapping[str, object]]) -> None:
         if self.path is None:

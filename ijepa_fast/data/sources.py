@@ -49,6 +49,7 @@ class Source:
         ignored: number of files that do not look like images.
         watched: (absolute path, mtime in ns) of folders and list files: as long as these stand,
             the listing does.
+        listed: whether a list file names the entries.
     """
 
     root: str
@@ -56,6 +57,7 @@ class Source:
     bad: list[Bad] = field(default_factory=list)
     ignored: int = 0
     watched: list[tuple[str, int]] = field(default_factory=list)
+    listed: bool = False
 
 
 def list_source(source: str | os.PathLike[str]) -> Source:
@@ -99,7 +101,7 @@ def _shard_range(text: str, match: re.Match[str]) -> Source:
 
 def _list_file(path: str) -> Source:
     root = os.path.dirname(path)
-    source = Source(root, watched=[(path, os.stat(path).st_mtime_ns)])
+    source = Source(root, watched=[(path, os.stat(path).st_mtime_ns)], listed=True)
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             text = line.rstrip("\r\n")

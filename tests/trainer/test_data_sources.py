@@ -293,6 +293,23 @@ def test_shards_train_as_a_folder_does(tmp_path, decoder):
     assert all((a == b).all() for (_, a), (_, b) in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("kind", [b"x", b"L", b"K", b"g"])
+@pytest.mark.parametrize("size", [2**60, 2**33, 2**31])
+def test_a_header_that_claims_exabytes(tmp_path, kind, size):
+    """Extended headers are read as a whole: no more than the file has."""
+    path = shard(tmp_path / "s.tar", samples(2))
+    info = tarfile.TarInfo("h")
+    info.type, info.size = kind, size
+    header = info.tobuf(tarfile.GNU_FORMAT)
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        place = archive.getmembers()[2].offset
+    path.write_bytes(whole[:place] + header + whole[place:])
+    index = build_index(path)
+    assert len(index) == 1
+    assert "damaged" in index.bad[0][1]
+
+
 # --- lists, several sources ----------------------------------------------------------------------
 
 
@@ -334,6 +351,31 @@ def test_several_sources_are_one_data_set(tmp_path):
     assert index.digest() != build_index([two, one]).digest()
     with pytest.raises(ValueError, match=r"once, got .*one' twice"):
         build_index([one, one])
+
+
+def test_overlapping_sources_stay_as_they_are(tmp_path, probes):
+    """However often the table is renewed."""
+    root, cache = folder(made(tmp_path / "d") / "sub", 3).parent, tmp_path / "cache"
+    (root / "sub" / "bad.jpg").write_bytes(b"<html>")
+    aged(root)
+    first = build_index([root, root / "sub"])
+    assert len(first.bad) == 2
+    for number in range(3):
+        (root / f"new{number}.jpg").write_bytes(jpeg(number))
+        index, _ = open_index([root, root / "sub"], cache=cache)
+        assert len(index.bad) == 2
+        assert len(index) == 7 + number
+        assert index.bad == first.bad
+
+
+def test_a_list_gives_its_shards_another_class(tmp_path):
+    cache, listing = tmp_path / "cache", tmp_path / "list.tsv"
+    members = [(f"{n}.jpg", jpeg(n)) for n in range(2)]
+    shard(tmp_path / "x.tar", members)
+    for label in ("cat", "dog"):
+        listing.write_text(f"x.tar\t{label}\n")
+        index, _ = open_index(listing, cache=cache)
+        assert index.classes == (label,)
 
 
 @pytest.mark.parametrize(
@@ -388,6 +430,34 @@ def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, probes):
     mended, _ = open_index(root, cache=cache)
     assert probes.taken() == ["bad.jpg"]
     assert (len(mended), mended.bad) == (16, ())
+
+
+def test_what_cannot_be_opened_does_not_disable_the_cache(tmp_path, probes):
+    root, cache = folder(tmp_path / "set", 3), tmp_path / "cache"
+    (root / "broken.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(root / "fifo.jpg")
+    aged(root)
+    open_index(root, cache=cache)
+    probes.taken()
+    index, _ = open_index(root, cache=cache)
+    assert probes.taken() == []
+    assert len(index.bad) == 2
+    (tmp_path / "set" / "nowhere.jpg").write_bytes(jpeg(9))
+    os.utime(root, (OLD, OLD))
+    index, _ = open_index(root, cache=cache)
+    assert "broken.jpg" in probes.taken()
+    assert [name for name, _ in index.bad] == ["fifo.jpg"]
+
+
+def test_rows_by_name(tmp_path):
+    root = folder(made(tmp_path / "set") / "a", 4).parent
+    folder(root / "aa", 4)
+    shard(tmp_path / "s.tar", samples(3))
+    for index in (build_index(root), build_index([root, tmp_path / "s.tar"])):
+        for row in range(len(index)):
+            assert index.rows_named(index.name(row)).tolist() == [row]
+        for name in ("000.jpg", "a/00", "a/000.jp", "nothing", "a/000.jpga/001.jpg"):
+            assert index.rows_named(name).size == 0
 
 
 def test_verifying_finds_damage_and_remembers_it(tmp_path, probes):

@@ -1,5 +1,6 @@
 """What ends ordinary runs: signals, lost ranks, slow disks, NaN; and which samples are consumed."""
 
+import errno
 import json
 import os
 import signal
@@ -72,6 +73,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("ijepa_fast.signals.time.monotonic", lambda: now[0])
     with Signals() as signals:
+        signals.patient = True
         os.kill(os.getpid(), signal.SIGTERM)
         now[0] += 0.5
         os.kill(os.getpid(), signal.SIGTERM)
@@ -79,6 +81,14 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         now[0] += 1.0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert ended == [signal.SIGUSR1]
+
+
+def test_before_there_is_anything_to_save_the_first_one_ends(monkeypatch):
+    ended: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (signals.received, ended) == (0, [signal.SIGTERM])
 
 
 # --- ranks that watch each other -----------------------------------------------------------------
@@ -91,9 +101,15 @@ def address():
         return probe.getsockname()
 
 
-def _beats(address, rank, left, world=2, limit=1.0):
+def _beats(address, rank, left, world=2, limit=1.0, **options):
     return Heartbeat(
-        rank=rank, world=world, address=address, life="0", limit=limit, leave=left.append
+        rank=rank,
+        world=world,
+        address=address,
+        life="0",
+        limit=limit,
+        leave=left.append,
+        **options,
     )
 
 
@@ -133,6 +149,26 @@ def test_a_rank_without_a_sign_of_life_is_missed(address, lost, monkeypatch):
     there._stop.set()
     assert left
     assert left[0] == f"rank {lost} has given no sign of life for 1 s"
+    del store
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(KeyError, []), (RuntimeError, ["rank 1 has failed (RuntimeError)"])],
+)
+def test_a_rank_that_fails_says_so(address, error, expected):
+    """The others need not wait for the limit; what all ranks meet together is not said."""
+    left: list[str] = []
+    store = _store(address)
+    with _beats(address, 0, left, limit=20.0):
+        failing = _beats(address, 1, [], limit=20.0, known=(KeyError,))
+        failing.__enter__()
+        time.sleep(0.5)
+        failing.__exit__(error, error(), None)
+        deadline = time.monotonic() + (8 if expected else 3)
+        while not left and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert left[:1] == expected
     del store
 
 
@@ -401,6 +437,76 @@ def test_a_dead_disk_ends_the_run(data, out):
     assert process.exitcode == 5, text
     assert "error: data.timeout must be longer than any time without data (2 s)" in text
     assert "class" in text.splitlines()[-1]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr("ijepa_fast.data.reading._BACKOFF", (0.0, 0.0))
+
+
+def _fails(times):
+    """Reads that fail so often, whatever they read."""
+    read, lock, left = Index.read, threading.Lock(), [times]
+
+    def failing(self, row):
+        with lock:
+            left[0] -= 1
+            fails = left[0] >= 0
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, row)
+
+    return failing
+
+
+def test_storage_that_fails_for_a_moment_costs_nothing(data, out, whole, at_once, monkeypatch):
+    monkeypatch.setattr(Index, "read", _fails(2))
+    assert tiny.run(data, out) == 0
+    assert not (out / "quarantine.jsonl").exists()
+    tiny.assert_same_state(out, whole)
+
+
+def test_storage_that_is_gone_condemns_no_file(data, out, whole, at_once, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "read", _fails(10**9))
+        assert tiny.run(data, out) == 5
+    assert "error: the storage of the data fails" in capsys.readouterr().err
+    assert not (out / "quarantine.jsonl").exists()
+    assert tiny.run(data, out) == 0
+    tiny.assert_same_state(out, whole)
+
+
+def test_one_file_that_cannot_be_read_is_the_files_fault(data, out, at_once, monkeypatch):
+    read = Index.read
+
+    def failing(self, row):
+        if row == 7:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, row)
+
+    monkeypatch.setattr(Index, "read", failing)
+    assert tiny.run(data, out, data__max_bad_share=0.1) == 0
+    (line,) = (out / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == 7
+    assert "Input/output error" in json.loads(line)["reason"]
+
+
+def test_an_unmounted_folder_condemns_no_file(tmp_path, out, at_once, capsys):
+    data, done = tiny.write_images(tmp_path / "data"), threading.Event()
+    read = Index.read
+
+    def meddle(self, row):
+        if not done.is_set():
+            done.set()
+            data.rename(tmp_path / "elsewhere")
+            data.mkdir()
+        return read(self, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Index, "read", meddle)
+        assert tiny.run(data, out) == 5
+    assert "the storage of the data fails" in capsys.readouterr().err
+    assert not (out / "quarantine.jsonl").exists()
 
 
 def test_files_that_change_under_the_run(tmp_path, out):

@@ -1,0 +1,191 @@
+"""What decoders have in common, and the one that decodes with Pillow."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ijepa_fast.data.pixels import decode_window, describe
+
+__all__ = [
+    "DecodeError",
+    "Decoder",
+    "PillowDecoder",
+    "default_threads",
+    "empty_batch",
+    "resize_all",
+]
+
+
+class DecodeError(Exception):
+    """Files of a batch cannot be decoded.
+
+    Attributes:
+        failures: row of the batch -> reason.
+    """
+
+    def __init__(self, failures: Mapping[int, str]) -> None:
+        """Takes row of the batch -> reason."""
+        self.failures = dict(sorted(failures.items()))
+        listed = "; ".join(f"row {row}: {reason}" for row, reason in self.failures.items())
+        super().__init__(f"{len(self.failures)} files of the batch cannot be decoded: {listed}")
+
+
+class Decoder(Protocol):
+    """Decodes, crops and resizes a batch."""
+
+    def decode(
+        self,
+        encoded: Sequence[bytes],
+        windows: NDArray[np.int32],
+        plain: NDArray[np.bool_] | None = None,
+    ) -> torch.Tensor:
+        """Decodes a batch.
+
+        Args:
+            encoded: B files.
+            windows: int32 (B, 4): top, left, height, width, pixels.
+            plain: bool (B,), the index's column; None = all False, so Pillow for every row.
+
+        Returns:
+            uint8 (B, H, W, 3) on the decoder's device, ordered on the current stream.
+
+        Raises:
+            DecodeError: files cannot be decoded; the decoder stays usable.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends the threads."""
+        ...
+
+
+def default_threads(processes: int = 1) -> int:
+    """Half of the cores that this process may use, shared with others, at least 1 and at most 8.
+
+    Args:
+        processes: how many share them.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return min(max(cores // 2 // processes, 1), 8)
+
+
+def empty_batch(count: int, crop_size: tuple[int, int], device: torch.device) -> Tensor:
+    """Host memory for a batch: uint8 (count, H, W, 3), pinned for a CUDA device."""
+    pinned = device.type == "cuda"
+    return torch.empty((count, *crop_size, 3), dtype=torch.uint8, pin_memory=pinned)
+
+
+def resize_all(
+    pool: ThreadPoolExecutor, threads: int, window: Callable[[int], Tensor], images: Tensor
+) -> dict[int, str]:
+    """Fills a batch on the CPU, a share of it in each thread.
+
+    Args:
+        pool: at least `threads` threads.
+        threads: how many to use.
+        window: uint8 (h, w, 3) pixels of a place in the batch.
+        images: uint8 (B, H, W, 3), overwritten.
+
+    Returns:
+        Place -> reason, where `window` has failed.
+    """
+
+    def fill(places: range) -> dict[int, str]:
+        reasons = {}
+        for place in places:
+            try:
+                pixels = window(place)
+            except MemoryError:
+                raise
+            # Pillow raises nearly anything on a hostile file; all of it is the file's fault.
+            except Exception as error:  # noqa: BLE001
+                reasons[place] = describe(error)
+                continue
+            target = images[place]
+            if pixels.shape != target.shape:
+                # channels last throughout: nothing is copied on the way in
+                nchw = pixels.permute(2, 0, 1)[None]
+                size = (target.shape[0], target.shape[1])
+                resized = F.interpolate(nchw, size=size, mode="bilinear", antialias=True)
+                pixels = resized[0].permute(1, 2, 0)
+            target.copy_(pixels)
+        return reasons
+
+    count = len(images)
+    # two shares a thread, so that one with large images does not keep the others waiting
+    shares = min(2 * threads, count)
+    bounds = [count * share // shares for share in range(shares + 1)] if shares else [0]
+    found: dict[int, str] = {}
+    for reasons in pool.map(fill, map(range, bounds[:-1], bounds[1:])):
+        found |= reasons
+    return found
+
+
+class PillowDecoder:
+    """Decodes with Pillow in a pool of threads (its codecs release the interpreter lock)."""
+
+    def __init__(
+        self,
+        crop_size: tuple[int, int],
+        threads: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Starts the pool.
+
+        Args:
+            crop_size: height and width of the output, pixels.
+            threads: decoder threads; None = `default_threads()`.
+            device: where the images go.
+        """
+        self.crop_size = crop_size
+        self.device = torch.device(device)
+        self.threads = threads or default_threads()
+        self._pool = ThreadPoolExecutor(self.threads, "ijepa-pillow")
+
+    @property
+    def pool(self) -> ThreadPoolExecutor:
+        """Its threads."""
+        return self._pool
+
+    def decode(
+        self,
+        encoded: Sequence[bytes],
+        windows: NDArray[np.int32],
+        plain: NDArray[np.bool_] | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
+        """See `Decoder.decode`; `plain` makes no difference."""
+        return self.decode_rows(encoded, windows, range(len(encoded)))
+
+    def decode_rows(
+        self, encoded: Sequence[bytes], windows: NDArray[np.int32], rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Decodes only some rows of a batch: uint8 (len(rows), H, W, 3).
+
+        Raises:
+            DecodeError: with the rows' numbers in the batch.
+        """
+
+        def decode_one(place: int) -> Tensor:
+            # a copy: Pillow's pixels are read-only, which torch does not know
+            row = rows[place]
+            return torch.from_numpy(np.array(decode_window(encoded[row], windows[row])))
+
+        images = empty_batch(len(rows), self.crop_size, self.device)
+        reasons = resize_all(self._pool, self.threads, decode_one, images)
+        failures = {rows[place]: reason for place, reason in reasons.items()}
+        if failures:
+            raise DecodeError(failures)
+        return images.to(self.device, non_blocking=True)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
