@@ -3,10 +3,12 @@
 Pillow's own test images come from its source distribution (PILLOW_SDIST names a copy of it).
 """
 
+import hashlib
 import importlib.util
 import io
 import json
 import os
+import resource
 import tarfile
 import time
 import urllib.request
@@ -185,6 +187,35 @@ def test_mutated_checkpoints(tmp_path):
                 assert tensor.equal(state.tensors[key])
         (path / name).write_bytes(whole[name])
     print(f"TORTURE checkpoints: {MUTATIONS} mutations, {refused} refused, the others harmless")
+
+
+def test_forged_checkpoints(tmp_path):
+    """Hostile safetensors and headers with a manifest that fits them: no crash, no unbounded
+    memory.
+    """
+    path = checkpoint.write(tmp_path, _state(7))
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(MUTATIONS):
+        name = ("state.safetensors", "state.json")[seed % 2]
+        data = mutate(whole[name], np.random.default_rng(seed))
+        (path / name).write_bytes(data)
+        manifest = json.loads(whole["manifest.json"])
+        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            state = checkpoint.read(path)
+        except checkpoint.CheckpointError:
+            refused += 1
+        else:
+            assert sum(tensor.nbytes for tensor in state.tensors.values()) <= len(data) + 1000
+        (path / name).write_bytes(whole[name])
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(
+        f"TORTURE forged checkpoints: {MUTATIONS} with a fitting manifest, {refused} refused, "
+        f"memory grew by {grown:.0f} MiB"
+    )
+    assert grown < 300
 
 
 def test_mutated_tables(tmp_path):

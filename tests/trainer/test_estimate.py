@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_fast import attention, distributed, model, packed_block
+from ijepa_fast.checkpoint import Snapshot
 from ijepa_fast.config import BatchConfig, Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
 from ijepa_fast.distributed import BUCKET_ELEMENTS
 from ijepa_fast.estimate import Costs, Rows, device_batch, estimate, report
@@ -527,8 +528,22 @@ def test_the_report():
     assert f"{need.fixed_bytes / 2**30:.2f} weights and optimiser" in text
     assert f"256 images x {need.image_bytes / 2**20:.1f} MiB" in text
     assert f"({need.activation_bytes / 2**20:.1f} for the backward pass)" in text
-    assert len(lines) == 6
+    state = 4 * (4 * need.encoder_parameters + 3 * need.predictor_parameters)
+    assert lines[6].startswith(f"checkpoints       {state / 2**30:.2f} GiB each")
+    assert f"3 + 1 of them {4 * state / 2**30:.2f} GiB" in lines[6]
+    assert len(lines) == 7
     plain = replace(config, memory="none", path="reference")
     text = report(plain, 8, torch.device("cpu"), 80 * 2**30, None)
     assert text.splitlines()[0].split(maxsplit=1)[1] == "reference, bfloat16, shard none"
     assert "leaves out" not in text
+
+
+def test_the_size_of_a_checkpoint():
+    """What --dry-run says is what the copy takes, position tables aside."""
+    config = preset("demo")
+    networks = build_models(config.model, config.data.crop_size)
+    training = FastStep(*networks, config.optim, mean=(0.5,) * 3, std=(0.2,) * 3)
+    need = estimate(config)
+    said = 4 * (4 * need.encoder_parameters + 3 * need.predictor_parameters)
+    assert Snapshot(training, keep=True).nbytes == pytest.approx(said, rel=0.02)
+    assert Snapshot(training, keep=False).nbytes == 0
