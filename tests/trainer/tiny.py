@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -168,9 +169,11 @@ def start(argv: list[str], output: Path, environment: dict[str, str] | None = No
 
 def rank_environments(world: int, local_world: int = 1) -> list[dict[str, str]]:
     """What torchrun would set, for each rank, on machines of so many ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # not one of those that the system gives to connections: it might, before rank 0 listens
+    for port in random.sample(range(15_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            break
     common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common["LOCAL_WORLD_SIZE"] = local_world
     return [
