@@ -165,7 +165,7 @@ class Run:
         return state
 
     def announce(self) -> None:
-        """One look at what is about to self."""
+        """One look at what is about to run."""
         config, ranks = self.config, self.ranks
         accumulation = config.batch.global_ // (self.device_batch * ranks.world)
         _logger.info(

@@ -114,8 +114,8 @@ def train(run: Run, signals: Signals) -> int:
             if received:
                 break
         agreement.finish()
-        signals.patient = False
     run.finish_saving()
+    signals.patient = False
     # what the ranks agreed on: the signal may have reached another rank only
     return received if run.step < run.end else 0
 

@@ -104,8 +104,7 @@ class Texts(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         """All texts."""
-        pieces = self.blob.tobytes().split(b"\0")
-        return (piece.decode("utf-8", "surrogateescape") for piece in pieces[:-1])
+        return (self[place] for place in range(len(self)))
 
 
 def stamp(status: os.stat_result) -> int:
@@ -411,7 +410,10 @@ def _check_places(
     for name, packed in texts.items():
         if len(packed) and int(np.diff(packed.start).min()) < 1:
             raise ValueError(f"{name}_start of an index must ascend")
-    if len(root_start) != len(texts["roots"]):
+    starts = root_start.tolist()
+    if not starts or starts[0] != 0 or starts != sorted(starts):
+        raise ValueError(f"root_start of an index must ascend from 0, got {starts[:5]}")
+    if len(starts) != len(texts["roots"]):
         raise ValueError("an index must have one root_start a root")
 
 
