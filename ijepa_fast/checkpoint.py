@@ -36,6 +36,7 @@ __all__ = [
     "checkpoint_folders",
     "gather",
     "load_latest",
+    "load_weights",
     "not_finite",
     "read",
     "restore",
@@ -226,6 +227,20 @@ def restore(training: Training, state: State) -> None:
     training.round()
     total = state.step - state.adam_step
     training.skipped = torch.tensor([0, 0, total, 0], device=training.device)
+
+
+@torch.no_grad()
+def load_weights(training: Training, tensors: Mapping[str, Tensor]) -> None:
+    """Sets some of the weights, each rank its part.
+
+    Args:
+        training: networks and optimiser.
+        tensors: named as in a checkpoint, of the right shapes.
+    """
+    masters = training.masters()
+    for key, tensor in tensors.items():
+        masters[key].copy_(_part(tensor, masters[key]))
+    training.round()
 
 
 def _part(whole: Tensor, like: Tensor) -> Tensor:

@@ -385,6 +385,10 @@ class Config:
     """With several ranks: seconds without a sign of life of one after which all leave (exit code
     6), so that the job can be started again.
     """
+    init: str | None = None
+    """Weights to start from: a run, a checkpoint, or a file of `ijepa_fast.weights`; moments and
+    schedules start anew. An encoder alone becomes both encoders.
+    """
     allow_changed_recipe: bool = False
     """Resume although the recipe differs from the one the run was started with."""
     model: ModelConfig = field(default_factory=ModelConfig)

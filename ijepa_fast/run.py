@@ -32,6 +32,7 @@ from ijepa_fast.sample_log import SampleLog
 from ijepa_fast.saving import Saver
 from ijepa_fast.schedules import Schedules
 from ijepa_fast.sharding import make_mesh
+from ijepa_fast.weights import start_weights
 
 __all__ = ["Run"]
 
@@ -142,6 +143,7 @@ class Run:
             if self.folder:
                 self.folder.set_aside_records()
             distributed.barrier()
+            self._initialise()
             return 0
         tensors = {k: torch.from_numpy(v) for k, v in distributed.broadcast_arrays(arrays).items()}
         checkpoint.restore(
@@ -150,6 +152,22 @@ class Run:
         )
         _logger.info("resumed from the checkpoint at step %d", step)
         return step
+
+    def _initialise(self) -> None:
+        """Sets the weights that `init` names; rank 0 reads them for all."""
+        name = self.config.init
+        if name is None:
+            return
+        shapes = {key: value.shape for key, value in self.training.masters().items()}
+        read = distributed.on_main(self.ranks, lambda: start_weights(name, self.config, shapes))
+        arrays = {k: v.numpy() for k, v in read.items()} if read else None
+        arrays = distributed.broadcast_arrays(arrays)
+        checkpoint.load_weights(
+            self.training, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
+        )
+        found = sorted({key.partition(".")[0] for key in arrays})
+        fresh = "" if "predictor" in found else "; the predictor starts afresh"
+        _logger.info("weights of %s from %s%s", ", ".join(found), name, fresh)
 
     def _load_latest(self) -> checkpoint.State | None:
         assert self.folder is not None

@@ -170,6 +170,8 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
         if not config.data.sources:
             raise UsageError("data.root must be given: --data DIR")
         check_masks(config.masks, config.grid)
+        if config.init is not None and not Path(config.init).exists():
+            raise UsageError(f"init must name weights, got {config.init}, which is missing")
         memory = estimate.device_memory(ranks.device, ranks.local_world)
         batch = estimate.device_batch(
             config, world=ranks.world, memory=memory, local_world=ranks.local_world

@@ -1,0 +1,159 @@
+"""A pretrained encoder to use: ``ijepa_fast.load_encoder(path)``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_fast.model import VisionTransformer
+from ijepa_fast.reference import normalise
+from ijepa_fast.weights import Pretrained, Shape, Which, fit_to, read_weights, resample_positions
+
+__all__ = ["Encoder", "load_encoder", "network_of"]
+
+
+def network_of(shape: Shape) -> VisionTransformer:
+    """A network of these dimensions, its weights not yet set."""
+    return VisionTransformer(**vars(shape))
+
+
+class Encoder(nn.Module):
+    """A ViT with what goes with it: the normalisation of images, and images of any size.
+
+    Args:
+        network: the ViT.
+        patch_size: side of a patch, pixels.
+        mean, std: of the image channels, in 0-1 units.
+
+    Attributes:
+        width: D.
+        grid: rows and columns of patches at the size it was trained at.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: VisionTransformer,
+        *,
+        patch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.patch_size = patch_size
+        self.width = network.width
+        self.grid = network.grid
+        self.register_buffer("mean", torch.tensor(tuple(mean)), persistent=False)
+        self.register_buffer("std", torch.tensor(tuple(std)), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images uint8 (B, height, width, 3) to what the other methods take: float32
+        (B, 3, height, width).
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        channels = len(self.mean)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != channels:
+            raise ValueError(
+                f"images must be uint8 (B, height, width, {channels}), "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
+        return normalise(images.to(self.mean.device), self.mean, self.std)
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images must have sides that are multiples of {self.patch_size} pixels, "
+                f"got {height} x {width}"
+            )
+        grid = (height // self.patch_size, width // self.patch_size)
+        table = resample_positions(self.network.pos_embed, self.grid, grid)
+        return self.network.patch_embed(images) + table, grid
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Features of all patches, after the final norm.
+
+        Args:
+            images: normalised (B, 3, height, width), sides multiples of the patch size; at another
+                size than the trained one the position table is interpolated.
+
+        Returns:
+            (B, N, D), row by row.
+        """
+        return self.network.encode(self._embed(images)[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One feature vector an image: the mean over patches (paper, section 4)."""
+        return self.forward_features(images).mean(dim=1)
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        *,
+        reshape: bool = False,
+        norm: bool = True,
+    ) -> list[Tensor]:
+        """Outputs of several blocks.
+
+        Args:
+            images: as in `forward_features`.
+            n: the last so many blocks, or their numbers from 0.
+            reshape: give maps instead of rows.
+            norm: apply the final norm to each.
+
+        Returns:
+            In the order of the blocks, (B, N, D) each, or (B, D, rows, columns).
+
+        Raises:
+            ValueError: there are no such blocks.
+        """
+        depth = len(self.network.blocks)
+        wanted = range(depth - n, depth) if isinstance(n, int) else sorted(set(n))
+        if not wanted or min(wanted) < 0 or max(wanted) >= depth:
+            raise ValueError(f"n must name blocks in 0..{depth - 1}, or count 1..{depth}, got {n}")
+        x, grid = self._embed(images)
+        outputs = []
+        for number, block in enumerate(self.network.blocks):
+            x = block(x)
+            if number in wanted:
+                out = self.network.norm(x) if norm else x
+                outputs.append(out.transpose(1, 2).unflatten(2, grid) if reshape else out)
+        return outputs
+
+
+def load_encoder(
+    path: str | Path | Pretrained,
+    *,
+    encoder: Which = "target",
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+) -> Encoder:
+    """A frozen encoder in evaluation mode on the CPU.
+
+    Args:
+        path: a run's folder, a checkpoint, a Hugging Face folder, or a file of weights; see
+            `ijepa_fast.weights`.
+        encoder: which of a run's two.
+        image_size, heads: for files that do not tell, see `read_weights`.
+
+    Raises:
+        UsageError: no such file, not an I-JEPA encoder, or incomplete.
+        CheckpointError: a checkpoint is damaged.
+    """
+    if not isinstance(path, Pretrained):
+        path = read_weights(path, image_size=image_size, heads=heads)
+    network = network_of(path.shape)
+    grid = path.shape.grid
+    state = fit_to(
+        path.encoder(encoder), network.state_dict(), old=grid, new=grid, source=path.source
+    )
+    network.load_state_dict(state)
+    loaded = Encoder(network, patch_size=path.shape.patch_size, mean=path.mean, std=path.std)
+    return loaded.eval().requires_grad_(False)

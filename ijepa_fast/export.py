@@ -1,0 +1,264 @@
+"""Weights out: ``python -m ijepa_fast.export RUN OUT --format hf|timm|torch``.
+
+- ``hf``: a folder for ``transformers.IJepaModel.from_pretrained``, without remote code. Names are
+  those of the hub's files, which versions 4 and 5 read; LayerNorm's eps is written out, as the
+  library's default is another.
+- ``timm``: a folder for ``timm.create_model("local-dir:OUT")``; its ``model.safetensors``
+  has timm's plain names.
+- ``torch``: ``model.safetensors`` with context encoder, target encoder and predictor under our
+  names, to start another run from (``--init``).
+
+Each comes with a model card. The folder is written beside its place and renamed.
+"""
+
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.cli import UsageError
+from ijepa_fast.metrics import read_rows
+from ijepa_fast.model import NORM_EPS
+from ijepa_fast.model_card import model_card
+from ijepa_fast.weights import (
+    METADATA,
+    Pretrained,
+    Shape,
+    Which,
+    hugging_face_names,
+    read_weights,
+)
+
+__all__ = ["ExportArgs", "export", "main"]
+
+Format = Literal["hf", "timm", "torch"]
+_BILINEAR = 2
+
+
+def _hugging_face(weights: Pretrained, state: Mapping[str, Tensor], folder: Path) -> None:
+    shape = weights.shape
+    height, width = shape.image_size
+    config = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.mlp_hidden,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": NORM_EPS,
+        "image_size": height if height == width else [height, width],
+        "patch_size": shape.patch_size,
+        "num_channels": shape.in_channels,
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+    }
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(weights.mean),
+        "image_std": list(weights.std),
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", processor)
+    _write_tensors(folder, hugging_face_names(state), weights)
+
+
+def timm_arguments(shape: Shape) -> dict[str, Any]:
+    """What timm's VisionTransformer is built from."""
+    ratio = shape.mlp_hidden / shape.width
+    while int(shape.width * ratio) < shape.mlp_hidden:
+        # timm cuts the product off
+        ratio += 1e-9
+    return {
+        "img_size": list(shape.image_size),
+        "patch_size": shape.patch_size,
+        "in_chans": shape.in_channels,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "mlp_ratio": ratio,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+    }
+
+
+def _timm(weights: Pretrained, state: Mapping[str, Tensor], folder: Path) -> None:
+    shape = weights.shape
+    config = {
+        # any of its vision transformers; all dimensions are arguments
+        "architecture": "vit_base_patch16_224",
+        "num_classes": 0,
+        "num_features": shape.width,
+        "global_pool": "avg",
+        "model_args": timm_arguments(shape),
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [shape.in_channels, *shape.image_size],
+            "fixed_input_size": True,
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "mean": list(weights.mean),
+            "std": list(weights.std),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    _write_json(folder / "config.json", config)
+    _write_tensors(folder, state, weights)
+
+
+def _torch(weights: Pretrained, folder: Path) -> None:
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, network in weights.networks.items()
+        for key, tensor in network.items()
+    }
+    _write_tensors(folder, tensors, weights)
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained) -> None:
+    shape = weights.shape
+    told = {
+        "image_size": list(shape.image_size),
+        "heads": shape.heads,
+        "mean": list(weights.mean),
+        "std": list(weights.std),
+    }
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    metadata = {"format": "pt", METADATA: json.dumps(told)}
+    save_file(contiguous, folder / "model.safetensors", metadata=metadata)
+
+
+def export(
+    weights: Pretrained,
+    out: Path,
+    *,
+    layout: Format,
+    which: Which = "target",
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Writes weights into a new folder, and reads them back to see that nothing changed.
+
+    Args:
+        weights: what to write.
+        out: the folder; it must not exist, or be empty.
+        layout: see above.
+        which: the encoder, for `hf` and `timm`.
+        metrics: for the model card: name -> accuracy in 0..1.
+
+    Raises:
+        UsageError: the folder is there and not empty, or there is no such encoder.
+        OSError: it cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"OUT must be a new or empty folder, got {out}")
+    state = weights.encoder(which)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    folder.mkdir()
+    try:
+        if layout == "hf":
+            _hugging_face(weights, state, folder)
+        elif layout == "timm":
+            _timm(weights, state, folder)
+        else:
+            _torch(weights, folder)
+        card = model_card(weights, layout=layout, which=which, metrics=metrics or {})
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _check(folder, weights, state, layout)
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layout: Format) -> None:
+    """What was written is read back: names, shapes and every number."""
+    back = read_weights(folder if layout == "hf" else folder / "model.safetensors")
+    told = (back.shape, back.mean, back.std)
+    assert told == (weights.shape, tuple(weights.mean), tuple(weights.std)), told
+    pairs = [(state, back.encoder("target"))] if layout != "torch" else []
+    if layout == "torch":
+        pairs = [(network, back.networks[name]) for name, network in weights.networks.items()]
+    for given, read in pairs:
+        assert given.keys() == read.keys()
+        assert all(torch.equal(given[key], read[key]) for key in given)
+
+
+def _run_metrics(run: Path) -> dict[str, float]:
+    """The last kNN accuracies that the run itself measured."""
+    scores: dict[str, float] = {}
+    for row in read_rows(run / "metrics.jsonl"):
+        knn = row.get("knn")
+        if isinstance(knn, dict):
+            scores |= {f"kNN, {name}": value for name, value in knn.items()}
+    return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """Writes a run's weights for other libraries."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, one of its checkpoints, or any weights that `evaluate` takes."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; it must not exist."""
+    format: Format = "hf"
+    """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
+    encoder: Which = "target"
+    """Which of the two encoders; the target encoder has the better features."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that foreign weights were trained at, where their file does not tell."""
+    heads: int | None = None
+    """Attention heads of foreign weights, where their file does not tell."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = tyro.cli(ExportArgs, args=argv, prog="python -m ijepa_fast.export")
+    try:
+        weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
+        metrics = _run_metrics(args.run) if args.run.is_dir() else {}
+        export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    what = "all networks" if args.format == "torch" else f"{args.encoder} encoder"
+    print(
+        f"{what} of {weights.source} written to {args.out} ({size / 2**20:.1f} MiB) and read back"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Encoders in other people's files: the released layout, timm's, Hugging Face's, and our own.
+
+| what | recognised by |
+|---|---|
+| a run's folder, or one of its checkpoints | ``checkpoints/``, ``state.safetensors`` |
+| Hugging Face I-JEPA | a folder with ``config.json`` |
+| timm names (our own names), one encoder or all three networks | a ``.safetensors`` file |
+| the released layout, or any PyTorch file of tensors | ``.pth.tar``, ``.pth``, ``.pt``, ``.bin`` |
+
+PyTorch files are read with ``weights_only=True``: nothing in them is run.
+"""
+
+from ijepa_fast.weights.fit import fit_to, resample_positions, start_weights
+from ijepa_fast.weights.names import hugging_face_names
+from ijepa_fast.weights.pretrained import METADATA, Pretrained, Shape, Which
+from ijepa_fast.weights.read import read_weights
+
+__all__ = [
+    "METADATA",
+    "Pretrained",
+    "Shape",
+    "Which",
+    "fit_to",
+    "hugging_face_names",
+    "read_weights",
+    "resample_positions",
+    "start_weights",
+]

@@ -1,0 +1,252 @@
+"""Reading weights of every kind; see the package. Shape letters: N patches, D encoder width."""
+
+import json
+import math
+import pickle  # for the name of an error only
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ijepa_fast import checkpoint
+from ijepa_fast.cli import UsageError, from_tree
+from ijepa_fast.config import ARCHITECTURES, DataConfig
+from ijepa_fast.weights.names import our_names
+from ijepa_fast.weights.pretrained import METADATA, NETWORKS, Pretrained, Shape
+
+__all__ = ["read_weights"]
+
+_TORCH_FILES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
+_HEADS = {a.width: a.heads for a in ARCHITECTURES.values()}
+
+
+def read_weights(
+    path: str | Path, *, image_size: tuple[int, int] | None = None, heads: int | None = None
+) -> Pretrained:
+    """Reads weights of any of the kinds above.
+
+    Args:
+        path: file or folder.
+        image_size: height and width in pixels that the weights were trained at, for files that do
+            not tell; by default a square.
+        heads: attention heads, for files that do not tell; by default those of the named size.
+
+    Raises:
+        UsageError: no such kind of file, not an I-JEPA encoder, or a dimension that cannot be told.
+        CheckpointError: a checkpoint is damaged.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir() or (path / "state.safetensors").is_file():
+        return _own(path)
+    if (path / "config.json").is_file():
+        return _hugging_face(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        tensors, metadata = _safetensors(path)
+        told = _told(metadata.get(METADATA), path)
+        return _described(_divided(tensors), path, image_size, heads, told)
+    if path.is_file() and path.suffix in _TORCH_FILES:
+        return _described(_torch_file(path), path, image_size, heads, {})
+    if (path / "config.yaml").is_file():
+        raise UsageError(f"RUN must have a checkpoint, got none in {path}")
+    raise UsageError(
+        "weights must be a run's folder, a checkpoint, a Hugging Face folder, or a .safetensors or "
+        f"{'/'.join(_TORCH_FILES)} file, got {path}{'' if path.exists() else ', which is missing'}"
+    )
+
+
+def _own(path: Path) -> Pretrained:
+    if (path / "state.safetensors").is_file():
+        state: checkpoint.State | None = checkpoint.read(path)
+    else:
+        state = checkpoint.load_latest(path / "checkpoints")
+    if state is None:
+        raise UsageError(f"RUN must have a checkpoint, got none in {path}")
+    if "config" not in state.meta:
+        raise UsageError(f"checkpoint must hold its run's configuration, got none in {path}")
+    config = from_tree(state.meta["config"])
+    networks: dict[str, dict[str, Tensor]] = {name: {} for name in NETWORKS}
+    for key, tensor in state.tensors.items():
+        name, _, rest = key.partition(".")
+        if name in networks:
+            networks[name][rest] = tensor
+    a = config.model.architecture
+    shape = Shape(
+        image_size=config.data.crop_size,
+        patch_size=config.model.patch_size,
+        width=a.width,
+        depth=a.depth,
+        heads=a.heads,
+        mlp_hidden=a.mlp_hidden,
+    )
+    return Pretrained(
+        networks=networks,
+        shape=shape,
+        mean=config.data.mean,
+        std=config.data.std,
+        source=f"step {state.step} of {path}",
+        config=config,
+        step=state.step,
+        images=state.meta.get("images"),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} must be a JSON file, got {error}") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold a mapping, got {type(tree).__name__}")
+    return tree
+
+
+def _hugging_face(path: Path) -> Pretrained:
+    config = _json(path / "config.json")
+    if config.get("model_type") != "ijepa":
+        kind = config.get("model_type")
+        raise UsageError(f"model_type must be ijepa, got {kind!r} in {path / 'config.json'}")
+    tensors = _hugging_face_tensors(path)
+    size, patch = config.get("image_size", 224), config.get("patch_size", 16)
+    for key, rule in (("qkv_bias", True), ("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
+        # the library's own default of eps is another
+        got = config.get(key, 1e-12 if key == "layer_norm_eps" else rule)
+        if got != rule:
+            raise UsageError(f"{key} must be {rule}, got {got!r} in {path / 'config.json'}")
+    told = {
+        "image_size": [size, size] if isinstance(size, int) else size,
+        "patch_size": patch if isinstance(patch, int) else patch[0],
+        "heads": config.get("num_attention_heads", 12),
+    }
+    processor = path / "preprocessor_config.json"
+    if processor.is_file():
+        settings = _json(processor)
+        told |= {k: settings[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in settings}
+    return _described({"target_encoder": tensors}, path, None, None, told)
+
+
+def _hugging_face_tensors(path: Path) -> dict[str, Tensor]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        # a name from a file must not lead out of the folder
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise UsageError(f"weight_map must name files beside it, got {names} in {index}")
+        return {k: v for name in names for k, v in _safetensors(path / name)[0].items()}
+    if (path / "model.safetensors").is_file():
+        return _safetensors(path / "model.safetensors")[0]
+    if (path / "pytorch_model.bin").is_file():
+        return _torch_file(path / "pytorch_model.bin")["target_encoder"]
+    raise UsageError(f"a Hugging Face folder must have model.safetensors, got none in {path}")
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"weights must be a safetensors file, got {path}: {error}") from None
+
+
+def _divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The networks of a file that may hold one or all three."""
+    if not any(key.startswith("target_encoder.") for key in tensors):
+        return {"target_encoder": dict(tensors)}
+    networks: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, rest = key.partition(".")
+        networks.setdefault(name, {})[rest] = tensor
+    return {name: networks[name] for name in NETWORKS if name in networks}
+
+
+def _told(text: str | None, path: Path) -> dict[str, Any]:
+    """What our own export wrote beside the tensors."""
+    try:
+        tree = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UsageError(f"the metadata entry {METADATA} must be a JSON object, got {path}")
+    return tree
+
+
+def _torch_file(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Networks of a PyTorch file; only plain data is read, never code."""
+    try:
+        try:
+            # mapped: optimiser state of ten gigabytes is not read
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError):
+            # files of the format before PyTorch 1.6 cannot be mapped
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(
+            f"weights must be a PyTorch file of tensors and plain values, got {path}: {why}"
+        ) from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"weights must hold a mapping, got {type(tree).__name__} in {path}")
+    if isinstance(tree.get("target_encoder"), dict) or isinstance(tree.get("encoder"), dict):
+        networks = {n: _tensors(tree[n]) for n in NETWORKS if isinstance(tree.get(n), dict)}
+        if "target_encoder" not in networks:
+            networks["target_encoder"] = networks.pop("encoder")
+        return networks
+    inner = next((tree[k] for k in ("state_dict", "model") if isinstance(tree.get(k), dict)), tree)
+    return {"target_encoder": _tensors(inner)}
+
+
+def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
+
+
+def _described(
+    networks: Mapping[str, Mapping[str, Tensor]],
+    path: Path,
+    image_size: tuple[int, int] | None,
+    heads: int | None,
+    told: Mapping[str, Any],
+) -> Pretrained:
+    """Tells the dimensions from names and shapes, and from what stands beside them."""
+    ours = {name: our_names(tensors, path) for name, tensors in networks.items()}
+    state = ours["target_encoder"]
+    for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight"):
+        if key not in state:
+            first = next(iter(networks["target_encoder"]), "nothing")
+            raise UsageError(
+                f"weights must be of an I-JEPA encoder with {key}, got {first} ... in {path}"
+            )
+    kernel, table = state["patch_embed.proj.weight"], state["pos_embed"]
+    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3] or table.ndim != 3:
+        raise UsageError(
+            "weights must have square patches and a position table (1, N, D), got "
+            f"{tuple(kernel.shape)} and {tuple(table.shape)} in {path}"
+        )
+    width, patch, patches = kernel.shape[0], kernel.shape[2], table.shape[1]
+    size = tuple(told.get("image_size") or image_size or ())
+    if not size:
+        side = math.isqrt(patches) * patch
+        size = (side, side)
+    if len(size) != 2 or (size[0] // patch) * (size[1] // patch) != patches:
+        raise UsageError(
+            f"image_size must give {patches} patches of {patch} x {patch} pixels, got {size} for "
+            f"{path}"
+        )
+    number = told.get("heads") or heads or _HEADS.get(width)
+    if not isinstance(number, int) or number < 1 or width % number:
+        raise UsageError(f"heads must divide the width ({width}), got {number} for {path}")
+    shape = Shape(
+        image_size=(int(size[0]), int(size[1])),
+        patch_size=patch,
+        width=width,
+        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        heads=number,
+        mlp_hidden=state["blocks.0.mlp.fc1.weight"].shape[0],
+        in_channels=kernel.shape[1],
+    )
+    defaults = DataConfig()
+    mean, std = (tuple(told.get(k, getattr(defaults, k))) for k in ("mean", "std"))
+    return Pretrained(networks=ours, shape=shape, mean=mean, std=std, source=str(path))

@@ -1,0 +1,626 @@
+"""Weights of other libraries in and out, held against those libraries' own code."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ijepa_fast
+from ijepa_fast import export, model_card
+from ijepa_fast.checkpoint import load_latest
+from ijepa_fast.cli import UsageError, parse
+from ijepa_fast.config import ARCHITECTURES
+from ijepa_fast.encoder import load_encoder, network_of
+from ijepa_fast.model import Predictor, initialise
+from ijepa_fast.weights import (
+    Pretrained,
+    Shape,
+    fit_to,
+    hugging_face_names,
+    read_weights,
+    resample_positions,
+)
+from tests.trainer import tiny
+
+SMALL = Shape(image_size=(24, 24), patch_size=8, width=32, depth=2, heads=2, mlp_hidden=48)
+WIDE = Shape(image_size=(16, 40), patch_size=8, width=32, depth=2, heads=2, mlp_hidden=48)
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+
+
+def _network(shape, seed=0):
+    """Random weights everywhere, norms and biases too."""
+    network = network_of(shape)
+    generator = torch.Generator().manual_seed(seed)
+    initialise(network, generator)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return network.eval()
+
+
+def _pretrained(shape, seed=0):
+    state = _network(shape, seed).state_dict()
+    return Pretrained(
+        networks={"target_encoder": state}, shape=shape, mean=MEAN, std=STD, source="here"
+    )
+
+
+def _images(shape, count=2):
+    return torch.randn(count, 3, *shape.image_size, generator=torch.Generator().manual_seed(5))
+
+
+def _near(a, b, limit=1e-5):
+    assert a.shape == b.shape
+    difference = float((a - b).norm() / b.norm())
+    assert difference <= limit, difference
+
+
+def _released(path, shape, *, prefix="module.", seed=0, predictor=True):
+    """A file laid out as the published ones."""
+    context, target = _network(shape, seed), _network(shape, seed + 1)
+    tree = {
+        "encoder": {prefix + k: v for k, v in context.state_dict().items()},
+        "target_encoder": {prefix + k: v for k, v in target.state_dict().items()},
+        "opt": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(4)}}},
+        "scaler": {"scale": 65536.0},
+        "epoch": 7,
+        "loss": 0.1,
+        "batch_size": 128,
+        "world_size": 16,
+        "lr": 1e-3,
+    }
+    guesser = None
+    if predictor:
+        guesser = Predictor(
+            grid=shape.grid,
+            encoder_width=shape.width,
+            width=16,
+            depth=1,
+            heads=shape.heads,
+            mlp_hidden=64,
+        )
+        initialise(guesser, torch.Generator().manual_seed(seed + 2))
+        tree["predictor"] = {prefix + k: v for k, v in guesser.state_dict().items()}
+    torch.save(tree, path)
+    return context, target, guesser
+
+
+# --- the released layout -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_the_released_layout(tmp_path, prefix):
+    path = tmp_path / "in1k_vith14_ep300.pth.tar"
+    context, target, guesser = _released(path, SMALL, prefix=prefix)
+    read = read_weights(path, heads=2)
+    assert read.shape == SMALL
+    assert set(read.networks) == {"encoder", "target_encoder", "predictor"}
+    for key, value in guesser.state_dict().items():
+        assert torch.equal(read.networks["predictor"][key], value), key
+    for which, network in (("target", target), ("context", context)):
+        encoder = ijepa_fast.load_encoder(path, encoder=which, heads=2)
+        assert torch.equal(encoder.forward_features(_images(SMALL)), network(_images(SMALL)))
+
+
+def test_a_file_before_pytorch_1_6(tmp_path):
+    """It cannot be mapped into memory."""
+    path = tmp_path / "old.pth"
+    network = _network(SMALL)
+    torch.save(network.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert torch.equal(load_encoder(path, heads=2)(_images(SMALL)), network(_images(SMALL)).mean(1))
+
+
+class _Evil:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EVIL_MARK"],))
+
+
+def test_a_file_that_runs_code_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("EVIL_MARK", str(tmp_path / "ran"))
+    path = tmp_path / "evil.pth.tar"
+    torch.save({"encoder": _Evil()}, path)
+    with pytest.raises(UsageError, match=r"tensors and plain values, got .*evil.pth.tar"):
+        read_weights(path)
+    path.write_bytes(pickle.dumps(_Evil(), protocol=2))
+    with pytest.raises(UsageError, match="tensors and plain values"):
+        read_weights(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("size", [0, 100, 4000])
+def test_a_torn_file_is_an_error(tmp_path, size):
+    path = tmp_path / "torn.pth"
+    torch.save(_network(SMALL).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UsageError, match=r"torn\.pth"):
+        read_weights(path)
+
+
+# --- Hugging Face --------------------------------------------------------------------------------
+
+
+def _hf_config(shape):
+    size = list(shape.image_size)
+    return transformers.IJepaConfig(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.depth,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.mlp_hidden,
+        layer_norm_eps=1e-6,
+        image_size=size[0] if size[0] == size[1] else size,
+        patch_size=shape.patch_size,
+    )
+
+
+@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["square", "rectangle"])
+def test_their_model_to_ours(tmp_path, shape):
+    torch.manual_seed(0)
+    theirs = transformers.IJepaModel(_hf_config(shape)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = load_encoder(tmp_path / "hf")
+    images = _images(shape)
+    with torch.no_grad():
+        _near(ours.forward_features(images), theirs(images).last_hidden_state)
+
+
+def test_names_of_version_5_are_read_too(tmp_path):
+    """As `state_dict()` has them, rather than files."""
+    torch.manual_seed(0)
+    theirs = transformers.IJepaModel(_hf_config(SMALL)).eval()
+    state = {f"module.{k}": v.contiguous() for k, v in theirs.state_dict().items()}
+    assert any("q_proj" in key for key in state)
+    save_file(state, tmp_path / "model.safetensors")
+    ours = load_encoder(tmp_path / "model.safetensors", heads=2)
+    with torch.no_grad():
+        _near(ours.forward_features(_images(SMALL)), theirs(_images(SMALL)).last_hidden_state)
+
+
+def test_shards(tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.IJepaModel(_hf_config(SMALL)).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    with torch.no_grad():
+        expected = theirs(_images(SMALL)).last_hidden_state
+    _near(load_encoder(tmp_path).forward_features(_images(SMALL)), expected)
+    index = tmp_path / "model.safetensors.index.json"
+    tree = json.loads(index.read_text())
+    tree["weight_map"]["x"] = "../../elsewhere.safetensors"
+    index.write_text(json.dumps(tree))
+    with pytest.raises(UsageError, match="weight_map must name files beside it"):
+        load_encoder(tmp_path)
+
+
+def test_their_default_eps_is_refused(tmp_path):
+    config = _hf_config(SMALL)
+    config.layer_norm_eps = 1e-12
+    transformers.IJepaModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="layer_norm_eps must be 1e-06, got 1e-12"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["square", "rectangle"])
+def test_our_folder_to_their_model(tmp_path, shape):
+    export.export(_pretrained(shape), tmp_path / "hf", layout="hf")
+    theirs, told = transformers.IJepaModel.from_pretrained(
+        tmp_path / "hf", output_loading_info=True, trust_remote_code=False
+    )
+    assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    network = _network(shape)
+    with torch.no_grad():
+        _near(theirs.eval()(_images(shape)).last_hidden_state, network(_images(shape)))
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_size_computes_the_same_there(tmp_path, name):
+    """Full width, heads and MLP of every named size (giant: 6144); one block says it all."""
+    a = ARCHITECTURES[name]
+    patch = 14 if name == "vit_huge" else 16
+    shape = Shape(
+        image_size=(2 * patch, 3 * patch),
+        patch_size=patch,
+        width=a.width,
+        depth=1,
+        heads=a.heads,
+        mlp_hidden=a.mlp_hidden,
+    )
+    export.export(_pretrained(shape), tmp_path / "hf", layout="hf")
+    theirs = transformers.IJepaModel.from_pretrained(tmp_path / "hf").eval()
+    back = load_encoder(tmp_path / "hf")
+    with torch.no_grad():
+        expected = _network(shape)(_images(shape))
+        _near(theirs(_images(shape)).last_hidden_state, expected)
+        assert torch.equal(back.forward_features(_images(shape)), expected)
+
+
+def test_their_processor_prepares_images_as_we_do(tmp_path):
+    export.export(_pretrained(SMALL), tmp_path / "hf", layout="hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    image = np.random.default_rng(0).integers(0, 256, (*SMALL.image_size, 3), dtype=np.uint8)
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    ours = load_encoder(tmp_path / "hf").normalise(torch.from_numpy(image)[None])
+    _near(theirs, ours, 1e-6)
+    assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["image_mean"] == [
+        *MEAN
+    ]
+
+
+def test_exported_names_are_those_of_the_hub(tmp_path):
+    """As transformers itself writes them."""
+    theirs = transformers.IJepaModel(_hf_config(SMALL))
+    theirs.save_pretrained(tmp_path)
+    expected = {k: v.shape for k, v in load_file(tmp_path / "model.safetensors").items()}
+    named = hugging_face_names(_network(SMALL).state_dict())
+    assert {k: v.shape for k, v in named.items()} == expected
+
+
+# --- timm ----------------------------------------------------------------------------------------
+
+
+class _TimmAttention(nn.Module):
+    """timm's layers, as its documentation describes them, in torch's own modules."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        inner = nn.MultiheadAttention(x.shape[-1], self.heads, batch_first=True)
+        inner.in_proj_weight, inner.in_proj_bias = self.qkv.weight, self.qkv.bias
+        inner.out_proj.load_state_dict(self.proj.state_dict())
+        return inner(x, x, x, need_weights=False)[0]
+
+
+def test_a_timm_file_has_plain_names_and_their_meaning(tmp_path):
+    """Patches by a convolution, qkv rows in the order of torch's own attention, norms before."""
+    export.export(_pretrained(SMALL), tmp_path / "timm", layout="timm")
+    state = load_file(tmp_path / "timm" / "model.safetensors")
+    assert set(state) == set(_network(SMALL).state_dict())
+    x = nn.functional.conv2d(
+        _images(SMALL), state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8
+    )
+    x = x.flatten(2).transpose(1, 2) + state["pos_embed"]
+
+    def norm(x, key):
+        return nn.functional.layer_norm(
+            x, x.shape[-1:], state[f"{key}.weight"], state[f"{key}.bias"], 1e-6
+        )
+
+    for number in range(SMALL.depth):
+        key = f"blocks.{number}."
+        attention = _TimmAttention(SMALL.width, SMALL.heads)
+        part = {k.removeprefix(f"{key}attn."): v for k, v in state.items() if f"{key}attn." in k}
+        attention.load_state_dict(part)
+        x = x + attention(norm(x, f"{key}norm1"))
+        y = norm(x, f"{key}norm2") @ state[f"{key}mlp.fc1.weight"].T + state[f"{key}mlp.fc1.bias"]
+        y = 0.5 * y * (1 + torch.erf(y / 2**0.5))
+        x = x + y @ state[f"{key}mlp.fc2.weight"].T + state[f"{key}mlp.fc2.bias"]
+    encoder = load_encoder(tmp_path / "timm" / "model.safetensors")
+    _near(encoder.forward_features(_images(SMALL)), norm(x, "norm").detach())
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_timm_gets_our_mlp_width(name):
+    """It computes int(width * ratio)."""
+    a = ARCHITECTURES[name]
+    for hidden in (a.mlp_hidden, a.mlp_hidden + 1, 2 * a.width - 1):
+        shape = Shape(
+            image_size=(32, 32),
+            patch_size=16,
+            width=a.width,
+            depth=1,
+            heads=a.heads,
+            mlp_hidden=hidden,
+        )
+        arguments = export.timm_arguments(shape)
+        assert int(arguments["embed_dim"] * arguments["mlp_ratio"]) == hidden
+
+
+def test_a_timm_classifier_loses_its_head(tmp_path):
+    state = dict(_network(SMALL).state_dict())
+    state |= {"head.weight": torch.randn(10, 32), "head.bias": torch.randn(10)}
+    save_file(state, tmp_path / "a.safetensors")
+    encoder = load_encoder(tmp_path / "a.safetensors", heads=2)
+    assert torch.equal(encoder.forward_features(_images(SMALL)), _network(SMALL)(_images(SMALL)))
+
+
+# --- our own -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images") / "data", classes=4)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert tiny.run(data, out, max_steps=6) == 0
+    return out
+
+
+def _config(run):
+    return parse(["--config", str(run / "config.yaml")]).config
+
+
+def _export(run, out, capsys, *flags):
+    code = export.main([str(run), str(out), *flags])
+    return code, capsys.readouterr()
+
+
+def test_a_run_a_checkpoint_and_all_exports_agree(run, tmp_path, capsys):
+    state = load_latest(run / "checkpoints")
+    images = torch.randint(0, 256, (2, *_config(run).data.crop_size, 3), dtype=torch.uint8)
+    for which, name in (("target", "target_encoder"), ("context", "encoder")):
+        ours = load_encoder(run, encoder=which)
+        prefix = f"{name}."
+        for key, value in ours.network.state_dict().items():
+            assert torch.equal(value, state.tensors[prefix + key])
+        expected = ours(ours.normalise(images))
+        again = load_encoder(run / "checkpoints" / "step-00000006", encoder=which)
+        assert torch.equal(again(again.normalise(images)), expected)
+        for layout in ("hf", "timm"):
+            out = tmp_path / f"{which}-{layout}"
+            code, printed = _export(run, out, capsys, "--format", layout, "--encoder", which)
+            assert code == 0, printed.err
+            assert f"{which} encoder of step 6 of {run} written to {out}" in printed.out
+            there = load_encoder(out if layout == "hf" else out / "model.safetensors")
+            assert torch.equal(there(there.normalise(images)), expected)
+    code, printed = _export(run, tmp_path / "all", capsys, "--format", "torch")
+    assert code == 0
+    everything = read_weights(tmp_path / "all" / "model.safetensors")
+    for name, network in everything.networks.items():
+        for key, value in network.items():
+            assert torch.equal(value, state.tensors[f"{name}.{key}"])
+    assert {"encoder", "target_encoder", "predictor"} == set(everything.networks)
+
+
+def test_the_card_tells_recipe_data_metrics_and_licence(run, data, tmp_path, capsys):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "data": "x", "knn": {"target encoder": 0.4321}}) + "\n")
+    assert _export(run, tmp_path / "out", capsys)[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for text in (
+        "mean of last_hidden_state",
+        "CC BY-NC 4.0",
+        "| kNN, target encoder | 43.2 % |",
+        "6 steps of",
+        "truncation_group:",
+        "seed: 3",
+        data.name,
+    ):
+        assert text in card, text
+    # a card goes to the public: no paths of this machine
+    assert str(data.parent) not in card
+    assert str(run.parent) not in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    image = tmp_path / "out" / "image.jpg"
+    from PIL import Image
+
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(image)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    program = code + "\nprint(tuple(features.shape))"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        cwd=tmp_path / "out",
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    width = _config(run).model.architecture.width
+    assert ran.stdout.strip().endswith(f"(1, {width})")
+
+
+def test_nothing_is_overwritten(run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    code, printed = _export(run, tmp_path / "out", capsys)
+    assert (code, printed.out) == (2, "")
+    assert printed.err.startswith("error: OUT must be a new or empty folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_card_without_a_run():
+    card = model_card.model_card(_pretrained(SMALL), layout="timm", which="target", metrics={})
+    assert "Converted from here" in card
+    assert "timm.create_model" in card
+
+
+# --- another resolution --------------------------------------------------------------------------
+
+
+def _bicubic(table, old, new):
+    """Keys' kernel (a = -0.5, as antialiasing libraries have it) at patch centres; enlargements."""
+
+    def matrix(n, m):
+        result = np.zeros((m, n))
+        for i in range(m):
+            x = (i + 0.5) * n / m - 0.5
+            for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+                d, a = abs(x - j), -0.5
+                if d <= 1:
+                    w = (a + 2) * d**3 - (a + 3) * d**2 + 1
+                elif d < 2:
+                    w = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+                else:
+                    w = 0.0
+                if 0 <= j < n:
+                    result[i, j] += w
+        return result / result.sum(axis=1, keepdims=True)
+
+    image = table[0].double().numpy().reshape(*old, -1)
+    image = np.einsum("ya,xb,abd->yxd", matrix(old[0], new[0]), matrix(old[1], new[1]), image)
+    return torch.from_numpy(image.reshape(1, new[0] * new[1], -1)).float()
+
+
+@pytest.mark.parametrize("new", [(6, 6), (3, 9), (5, 4)])
+def test_positions_are_interpolated_bicubically(new):
+    table = torch.randn(1, 12, 5, generator=torch.Generator().manual_seed(1))
+    _near(resample_positions(table, (3, 4), new), _bicubic(table, (3, 4), new))
+
+
+def test_a_smaller_grid_averages():
+    """Antialiased: a table that alternates becomes its mean, not one of its rows."""
+    table = torch.tensor([1.0, -1.0]).repeat(8).view(1, 16, 1).repeat(1, 16, 1)
+    assert resample_positions(table, (16, 16), (4, 4)).abs().max() < 0.2
+    assert resample_positions(table, (16, 16), (16, 16)) is table
+
+
+def test_the_encoder_takes_other_sizes():
+    """At the doubled size, with each patch's own features: only positions differ."""
+    network = _network(SMALL)
+    encoder = load_encoder(_pretrained(SMALL))
+    large = torch.randn(1, 3, 48, 40, generator=torch.Generator().manual_seed(2))
+    table = _bicubic(network.pos_embed, (3, 3), (6, 5))
+    expected = network.encode(network.patch_embed(large) + table)
+    _near(encoder.forward_features(large), expected)
+    with pytest.raises(ValueError, match="multiples of 8 pixels, got 47 x 40"):
+        encoder(large[:, :, :47])
+
+
+def test_intermediate_layers():
+    network, encoder = _network(SMALL), load_encoder(_pretrained(SMALL))
+    images = _images(SMALL)
+    first = network.blocks[0](network.embed(images))
+    second = network.blocks[1](first)
+    layers = encoder.get_intermediate_layers(images, 2)
+    assert torch.equal(layers[0], network.norm(first))
+    assert torch.equal(layers[1], encoder.forward_features(images))
+    (raw,) = encoder.get_intermediate_layers(images, [0], norm=False)
+    assert torch.equal(raw, first)
+    (shaped,) = encoder.get_intermediate_layers(images, reshape=True)
+    assert shaped.shape == (2, SMALL.width, 3, 3)
+    assert torch.equal(shaped[0, :, 1, 2], network.norm(second)[0, 5])
+    for wrong in (0, 3, [2], [-1], []):
+        with pytest.raises(ValueError, match=r"n must name blocks in 0..1"):
+            encoder.get_intermediate_layers(images, wrong)
+
+
+def test_images_are_checked():
+    encoder = load_encoder(_pretrained(SMALL))
+    with pytest.raises(ValueError, match=r"uint8 \(B, height, width, 3\), got torch.float32"):
+        encoder.normalise(torch.zeros(1, 24, 24, 3))
+
+
+# --- what does not fit ---------------------------------------------------------------------------
+
+
+def test_both_shapes_are_named():
+    given, wanted = _network(SMALL).state_dict(), dict(_network(WIDE).state_dict())
+    wanted["norm.weight"] = torch.zeros(7)
+    with pytest.raises(UsageError, match=r"norm.weight must be \(7,\), got \(32,\) in there"):
+        fit_to(given, wanted, old=(3, 3), new=(2, 5), source="there")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cls_token": torch.zeros(1, 1, 32)}, "I-JEPA encoder, got cls_token"),
+        ({"pos_embed": None}, "with pos_embed"),
+        ({"pos_embed": torch.zeros(1, 10, 32)}, "image_size must give 10 patches of 8 x 8"),
+        ({"blocks.1.norm1.bias": None}, r"blocks.1.norm1.bias must be \(32,\), got none"),
+        ({"blocks.1.ls1.gamma": torch.ones(32)}, "got blocks.1.ls1.gamma"),
+        ({"norm.bias": torch.full((32,), float("nan"))}, "must be finite, got norm.bias"),
+        ({"patch_embed.proj.weight": torch.zeros(32, 3, 8, 4)}, "square patches"),
+    ],
+)
+def test_other_networks_are_refused(tmp_path, change, message):
+    state = dict(_network(SMALL).state_dict()) | change
+    save_file({k: v for k, v in state.items() if v is not None}, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=message):
+        load_encoder(tmp_path / "a.safetensors", heads=2)
+
+
+def test_dimensions_that_a_file_does_not_tell(tmp_path):
+    save_file(dict(_network(WIDE).state_dict()), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="heads must divide the width"):
+        read_weights(tmp_path / "a.safetensors", image_size=(16, 40))
+    with pytest.raises(UsageError, match="image_size must give 10 patches"):
+        read_weights(tmp_path / "a.safetensors", heads=2)
+    read = read_weights(tmp_path / "a.safetensors", image_size=(16, 40), heads=2)
+    assert read.shape == WIDE
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "a.txt", "b.safetensors"])
+def test_what_is_no_weights(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.safetensors").write_text("x")
+    with pytest.raises(UsageError, match=name):
+        read_weights(tmp_path / name)
+
+
+def test_an_encoder_that_is_not_there():
+    with pytest.raises(UsageError, match="got context: here: target_encoder"):
+        load_encoder(_pretrained(SMALL), encoder="context")
+
+
+# --- starting from weights -----------------------------------------------------------------------
+
+
+def _start(data, out, name, **settings):
+    """A checkpoint after one step that changes nothing: rate 0, momentum 1."""
+    rates = {f"optim__{name}": 0.0 for name in ("lr", "start_lr", "final_lr")}
+    rates |= {"optim__momentum": 1.0, "optim__final_momentum": 1.0}
+    assert tiny.run(data, out, init=name, max_steps=1, **rates, **settings) == 0
+    return load_latest(out / "checkpoints").tensors, (out / "train.log").read_text()
+
+
+def test_init_from_a_run(run, data, tmp_path):
+    """All three networks, bit for bit."""
+    before = load_latest(run / "checkpoints").tensors
+    after, log = _start(data, tmp_path / "new", run)
+    assert f"weights of encoder, predictor, target_encoder from {run}" in log
+    compared = [key for key in before if not key.startswith("exp_avg")]
+    assert all(torch.equal(before[key], after[key]) for key in compared)
+    assert not torch.equal(before["encoder.norm.bias"], before["target_encoder.norm.bias"])
+
+
+def test_init_from_an_encoder_at_another_resolution(run, data, tmp_path):
+    export.export(read_weights(run), tmp_path / "hf", layout="hf")
+    patch = _config(run).model.patch_size
+    after, log = _start(data, tmp_path / "new", tmp_path / "hf", data__crop=5 * patch)
+    assert "; the predictor starts afresh" in log
+    given = read_weights(run)
+    state = given.encoder()
+    table = resample_positions(state["pos_embed"], given.shape.grid, (5, 5))
+    for key, value in state.items():
+        expected = table if key == "pos_embed" else value
+        assert torch.equal(after[f"encoder.{key}"], expected), key
+        assert torch.equal(after[f"target_encoder.{key}"], expected), key
+
+
+def test_init_that_does_not_fit(run, data, tmp_path, capsys):
+    argv = {"model__width": 64, "model__heads": 2, "init": run, "max_steps": 1}
+    assert tiny.run(data, tmp_path / "new", **argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "must be (64," in error
+    assert f"got ({_config(run).model.architecture.width}," in error
+    assert tiny.run(data, tmp_path / "new", init=tmp_path / "nowhere") == 2
+    assert "init must name weights, got" in capsys.readouterr().err
+
+
+def test_a_resumed_run_does_not_start_again(run, data, tmp_path):
+    settings = {"init": run}
+    assert tiny.run(data, tmp_path / "whole", max_steps=3, **settings) == 0
+    assert tiny.run(data, tmp_path / "parts", max_steps=2, **settings) == 0
+    assert tiny.run(data, tmp_path / "parts", max_steps=3, **settings) == 0
+    whole, parts = (load_latest(tmp_path / n / "checkpoints").tensors for n in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
