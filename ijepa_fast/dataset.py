@@ -12,7 +12,7 @@ from ijepa_fast import distributed
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index, index_from_arrays, index_to_arrays, open_index
 from ijepa_fast.data.cache import load_table, save_table
-from ijepa_fast.data.shapes import write_shapes
+from ijepa_fast.data.named import named_data
 
 __all__ = ["load_index"]
 
@@ -22,12 +22,14 @@ _logger = logging.getLogger(__name__)
 def load_index(config: Config, ranks: distributed.Ranks) -> Index:
     """Rank 0 makes the table or opens it; the others open the same file, or receive it."""
     sources = config.data.sources
-    if sources == ("shapes",):
-        # once on every machine, as its ranks read the files
-        if ranks.local_rank == 0:
-            write_shapes()
+    if len(sources) == 1:
+        # written once on every machine, as its ranks read the files
+        distributed.on_main(ranks, lambda: named_data(sources[0]))
+        if ranks.local_rank == 0 and not ranks.is_main:
+            named_data(sources[0])
         distributed.barrier()
-        sources = (str(write_shapes() / "train"),)
+        folder = named_data(sources[0])
+        sources = (str(folder / "train"),) if folder else sources
     made = distributed.on_main(ranks, lambda: open_index(sources, min_side=config.model.patch_size))
     index, path = made or (None, None)
     if ranks.world == 1:

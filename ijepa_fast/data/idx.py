@@ -1,0 +1,177 @@
+"""MNIST's IDX files (Fashion-MNIST: Xiao et al., 2017) as lossless PNG files in a cache folder.
+
+The images then go through the same path as any folder of images. An IDX file is a big-endian
+header (two zero bytes, 8 for uint8, the number of dimensions, the dimensions as uint32) and the
+values; it may be gzipped.
+"""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import uuid
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ijepa_fast.data.shapes import cache_folder
+
+__all__ = ["FASHION_MNIST", "find_idx", "write_idx"]
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts the files."""
+
+_PARTS = {"train": "train", "test": "t10k"}
+_MANIFEST = "manifest.json"
+_VERSION = 1
+_UINT8 = 8
+_MOST_BYTES = 1 << 30
+_FASHION = (
+    "t-shirt_top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle_boot",
+)
+# SHA-256 of Fashion-MNIST's 60,000 training labels
+_FASHION_LABELS = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"
+_LOG = logging.getLogger(__name__)
+
+
+def find_idx(folder: Path) -> dict[str, Path] | None:
+    """The four files of a folder, or None where it has no training images in this format.
+
+    Returns:
+        `train images`, `train labels`, `test images`, `test labels`.
+
+    Raises:
+        ValueError: some of them are there and some are missing.
+    """
+    found = {}
+    for part, prefix in _PARTS.items():
+        for kind, name in (("images", "images-idx3-ubyte"), ("labels", "labels-idx1-ubyte")):
+            for ending in ("", ".gz"):
+                path = folder / f"{prefix}-{name}{ending}"
+                if path.is_file():
+                    found[f"{part} {kind}"] = path
+                    break
+    if not found:
+        return None
+    missing = {f"{p} {k}" for p in _PARTS for k in ("images", "labels")} - found.keys()
+    if missing:
+        raise ValueError(
+            f"IDX files must be four (train-images-idx3-ubyte, ...), got none of "
+            f"{', '.join(sorted(missing))} in {folder}"
+        )
+    return found
+
+
+def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """The values of an IDX file of bytes."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} must be a readable IDX file: {error}") from None
+    start = 4 + 4 * dimensions
+    magic = bytes((0, 0, _UINT8, dimensions))
+    if len(data) < start or data[:4] != magic:
+        raise ValueError(
+            f"{path} must be an IDX file of bytes with {dimensions} dimensions (begin with "
+            f"{magic.hex()}), got {data[:4].hex() or 'nothing'}"
+        )
+    shape = struct.unpack(f">{dimensions}I", data[4:start])
+    if len(data) - start != int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"{path} must hold {shape} bytes, got {len(data) - start}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def write_idx(folder: Path, cache: Path | None = None) -> Path:
+    """Writes the images of four IDX files once, as `{train,test}/<class>/<number>.png`.
+
+    Args:
+        folder: with the four files, see `find_idx`.
+        cache: parent folder; by default $XDG_CACHE_HOME, or ~/.cache.
+
+    Returns:
+        `<cache>/ijepa-fast/idx-<digest>`, the same for the same files. Several processes may call
+        this at once: each writes to a folder of its own, and the first one's is used.
+
+    Raises:
+        ValueError: the files are missing or damaged, or images and labels are not as many.
+        OSError: the cache folder cannot be written.
+    """
+    files = find_idx(folder)
+    if files is None:
+        raise ValueError(f"data must be a folder with IDX files, got {folder}")
+    digest = hashlib.sha256(f"version {_VERSION}".encode())
+    for name in sorted(files):
+        digest.update(hashlib.sha256(files[name].read_bytes()).digest())
+    final = (cache or cache_folder()) / "ijepa-fast" / f"idx-{digest.hexdigest()[:16]}"
+    if (final / _MANIFEST).is_file():
+        _require_whole(final)
+        return final
+    own = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    try:
+        own.mkdir(parents=True)
+        counts = _write(files, own)
+        (own / _MANIFEST).write_text(json.dumps({"source": str(folder), "images": counts}) + "\n")
+        try:
+            own.rename(final)
+        except OSError:
+            # another process was faster, or something else lies there
+            if not (final / _MANIFEST).is_file():
+                raise
+    except OSError as error:
+        raise OSError(
+            f"cannot write the images of {folder} to {final} ({error}); set XDG_CACHE_HOME to "
+            "choose another cache folder"
+        ) from error
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return final
+
+
+def _write(files: dict[str, Path], own: Path) -> dict[str, int]:
+    # imported here: naming a data set must not ask for Pillow
+    from PIL import Image
+
+    read = {name: _read(path, 3 if "images" in name else 1) for name, path in files.items()}
+    known = hashlib.sha256(read["train labels"].tobytes()).hexdigest() == _FASHION_LABELS
+    counts = {}
+    for part in _PARTS:
+        images, labels = read[f"{part} images"], read[f"{part} labels"]
+        if len(images) != len(labels) or not len(images):
+            raise ValueError(
+                f"{part} images and labels must be as many and more than none, got {len(images)} "
+                f"and {len(labels)} in {files[f'{part} images'].parent}"
+            )
+        _LOG.info("writing %d images to %s", len(images), own.parent)
+        names = [_FASHION[n] if known else str(n) for n in range(int(labels.max()) + 1)]
+        for number in np.unique(labels):
+            (own / part / names[number]).mkdir(parents=True)
+        for number, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+            path = own / part / names[label] / f"{number:05d}.png"
+            Image.fromarray(pixels).save(path, compress_level=1)
+        counts[part] = len(images)
+    return counts
+
+
+def _require_whole(folder: Path) -> None:
+    """Counts the files: they are written before the manifest, so only a hand can have removed one."""
+    counts = json.loads((folder / _MANIFEST).read_text())["images"]
+    for part, count in counts.items():
+        found = sum(len(files) for _, _, files in os.walk(folder / part))
+        if found != count:
+            raise ValueError(f"{folder / part} must hold {count} images, got {found}: delete {folder}")
