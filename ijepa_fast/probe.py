@@ -1,7 +1,7 @@
 """Linear probes: how well a linear classifier on frozen features tells classes apart.
 
 `linear_probe` is the usual protocol: softmax regression by SGD, with and without a BatchNorm in
-front, over a grid of learning rates and over several feature sets (the paper, appendix A.2, reports
+front, over a grid of learning rates and over several feature sets (the paper, appendix A, reports
 the better of the last layer and the last four). All heads learn from the same minibatches in one
 pass over the cached features: those on the same input are one matrix product. The
 hyper-parameters are chosen on training images held out for that, never on test images.

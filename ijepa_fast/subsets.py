@@ -53,7 +53,7 @@ def class_ranks(labels: ArrayLike, *, seed: int, step: int) -> NDArray[np.int64]
 def low_shot_rows(
     labels: ArrayLike, *, share: float | None = None, per_class: int | None = None, seed: int = 0
 ) -> NDArray[np.int64]:
-    """The training rows of a low-shot evaluation (paper, section 5.2: 1 % of ImageNet).
+    """The training rows of a low-shot evaluation (paper, section 5: 1 % of ImageNet).
 
     Stratified: a share is taken of every class, rounded to whole images (half goes to the even
     number), and never fewer than one. A class with fewer than `per_class` rows gives all it has.
