@@ -32,6 +32,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "psutil>=6.0",
         "scikit-image>=0.25",
+        "scikit-learn>=1.6",
         "mypy>=1.14",
         "ruff>=0.9",
         "types-PyYAML",

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["knn_accuracy"]
+__all__ = ["check_features", "class_index", "knn_accuracy"]
 
 # Similarities held at once: 2**24 float32 are 64 MiB.
 _CHUNK_ELEMENTS = 2**24
@@ -41,16 +41,7 @@ def knn_accuracy(
     Raises:
         ValueError: wrong shapes or dtypes, no rows, k out of range, or a value that is not finite.
     """
-    for part, rows, labels in (
-        ("train", train_features, train_labels),
-        ("test", test_features, test_labels),
-    ):
-        _check(part, rows, labels)
-    if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            "train_features and test_features must have the same width, got "
-            f"{train_features.shape[1]} and {test_features.shape[1]}"
-        )
+    check_features(train_features, train_labels, test_features, test_labels)
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k must be in 1..{len(train_features)} (training rows), got {k}")
 
@@ -73,6 +64,45 @@ def knn_accuracy(
         winner = support.masked_fill(~leads, -torch.inf).argmax(dim=1)
         correct += int((classes[winner] == labels.to(device)).sum())
     return correct / len(test_features)
+
+
+def check_features(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
+) -> None:
+    """Features and labels of a training and a test part fit together.
+
+    Args:
+        train_features, test_features: (n, d) and (m, d), any float dtype.
+        train_labels, test_labels: (n,) and (m,) integers.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, no rows, or a value that is not finite.
+    """
+    for part, rows, labels in (
+        ("train", train_features, train_labels),
+        ("test", test_features, test_labels),
+    ):
+        _check(part, rows, labels)
+    if train_features.shape[1] != test_features.shape[1]:
+        raise ValueError(
+            "train_features and test_features must have the same width, got "
+            f"{train_features.shape[1]} and {test_features.shape[1]}"
+        )
+
+
+def class_index(classes: Tensor, labels: Tensor) -> Tensor:
+    """Position of each label among the sorted classes; -1 where it is none of them.
+
+    Args:
+        classes: (C,) integers on the CPU, ascending.
+        labels: (n,) integers.
+
+    Returns:
+        int64 (n,) on the CPU.
+    """
+    labels = labels.cpu().to(classes.dtype)
+    index = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
+    return torch.where(classes[index] == labels, index, -1)
 
 
 def _check(part: str, features: Tensor, labels: Tensor) -> None:

@@ -1,0 +1,128 @@
+"""Ridge regression as a linear probe: closed form, no schedule, no learning rate."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa_fast.knn import check_features, class_index
+from ijepa_fast.subsets import held_out_folds, selection_text
+
+__all__ = ["PENALTIES", "RidgeResult", "ridge_accuracy"]
+
+# rows times width of float64 at once: 128 MiB
+_CHUNK_ELEMENTS = 2**24
+
+PENALTIES = tuple(10.0**power for power in range(-3, 8))
+"""For standardised features and the sum of squared errors over all rows, as in scikit-learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgeResult:
+    """Ridge regression on one-hot labels.
+
+    Attributes:
+        accuracy: share of the test rows, trained on all training rows.
+        validation: share of the held-out training rows; None where nothing could be held out.
+        penalty: the chosen one.
+        selection: how it was chosen, in words.
+    """
+
+    accuracy: float
+    validation: float | None
+    penalty: float
+    selection: str
+
+
+def ridge_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    seed: int = 0,
+    penalties: Sequence[float] = PENALTIES,
+) -> RidgeResult:
+    """Ridge regression of one-hot labels on standardised features; the largest output wins.
+
+    Minimises ||Y - X W - 1 b||^2 + penalty ||W||^2, intercept b unpenalised, in float64 on the
+    device of `train_features`. A feature that does not vary is left out. The penalty is chosen
+    like a head of `probe.linear_probe`, on held-out training rows (of equals, the larger).
+
+    Args:
+        train_features: (n, d), finite.
+        train_labels: (n,) integers.
+        test_features: (m, d), finite.
+        test_labels: (m,) integers; a class that no training row has counts as wrong.
+        seed: of the held-out rows.
+        penalties: to choose from, each above 0.
+
+    Raises:
+        ValueError: features and labels do not fit, or a penalty is out of range.
+    """
+    check_features(train_features, train_labels, test_features, test_labels)
+    if not penalties or not all(0 < p < math.inf for p in penalties):
+        raise ValueError(f"penalties must be positive and finite, got {list(penalties)}")
+    grid = sorted(penalties)
+    classes, labels = torch.unique(train_labels.cpu(), return_inverse=True)
+    folds = held_out_folds(labels.numpy(), seed=seed)
+    correct = np.zeros(len(grid))
+    for mask in folds:
+        keep, held = (torch.from_numpy(np.flatnonzero(m)) for m in (~mask, mask))
+        solution = _Ridge(
+            train_features[keep.to(train_features.device)], labels[keep], len(classes)
+        )
+        rows = train_features[held.to(train_features.device)]
+        correct += [len(held) * solution.accuracy(rows, labels[held], p) for p in grid]
+    # of equals the last
+    best = len(grid) - 1 - int(correct[::-1].argmax()) if folds else (len(grid) - 1) // 2
+    solution = _Ridge(train_features, labels, len(classes))
+    held_out = sum(int(mask.sum()) for mask in folds)
+    return RidgeResult(
+        accuracy=solution.accuracy(test_features, class_index(classes, test_labels), grid[best]),
+        validation=float(correct[best]) / held_out if folds else None,
+        penalty=grid[best],
+        selection=selection_text(folds),
+    )
+
+
+class _Ridge:
+    """Solutions for every penalty from one eigendecomposition of X^T X (D, D)."""
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
+        self.mean = features.mean(dim=0, dtype=torch.float64)
+        width, device = features.shape[1], features.device
+        gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        moment = torch.zeros(width, classes, dtype=torch.float64, device=device)
+        rows = max(1, _CHUNK_ELEMENTS // width)
+        for part, label in zip(features.split(rows), labels.split(rows), strict=True):
+            x = part.double() - self.mean
+            gram += x.T @ x
+            moment += x.T @ F.one_hot(label.to(device), classes).double()
+        variance = gram.diagonal() / len(features)
+        # what float32 makes of a constant is not exactly its mean
+        varies = variance > (1e-7 * self.mean).square()
+        self.scale = torch.where(varies, variance, 1).rsqrt() * varies
+        self.values, self.vectors = torch.linalg.eigh(self.scale[:, None] * gram * self.scale)
+        self.rotated = self.vectors.T @ (self.scale[:, None] * moment)
+        self.intercept = torch.bincount(labels, minlength=classes).double().to(device)
+        self.intercept /= len(features)
+
+    def weights(self, penalty: float) -> Tensor:
+        """(D, C), for standardised features. X is centred, so that Y need not be."""
+        shrunk = self.rotated / (self.values.clamp_min(0) + penalty)[:, None]
+        return self.vectors @ shrunk
+
+    def accuracy(self, features: Tensor, labels: Tensor, penalty: float) -> float:
+        """Share of rows whose largest output is that of their label."""
+        weights, correct = self.weights(penalty), 0
+        rows = max(1, _CHUNK_ELEMENTS // len(weights))
+        for part, label in zip(features.split(rows), labels.split(rows), strict=True):
+            x = (part.to(self.mean.device).double() - self.mean) * self.scale
+            outputs = x @ weights + self.intercept
+            correct += int((outputs.argmax(dim=1) == label.to(outputs.device)).sum())
+        return correct / len(features)
