@@ -314,7 +314,7 @@ class Run:
         mine = [row["knn"] for row in rows if "knn" in row and row.get("data") == root]
         scores = {name: value for knn in mine for name, value in knn.items()}
         if scores:
-            _logger.info("%s", evaluate.table(scores))
+            _logger.info("%s", evaluate.knn_table(scores))
         self.draw_curves()
 
     def draw_curves(self) -> None:

@@ -169,9 +169,11 @@ def _write(files: dict[str, Path], own: Path) -> dict[str, int]:
 
 
 def _require_whole(folder: Path) -> None:
-    """Counts the files: they are written before the manifest, so only a hand can have removed one."""
+    """Counts the files: the manifest comes last, so only a hand can have removed one."""
     counts = json.loads((folder / _MANIFEST).read_text())["images"]
     for part, count in counts.items():
         found = sum(len(files) for _, _, files in os.walk(folder / part))
         if found != count:
-            raise ValueError(f"{folder / part} must hold {count} images, got {found}: delete {folder}")
+            raise ValueError(
+                f"{folder / part} must hold {count} images, got {found}: delete {folder}"
+            )

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast.config import DataConfig
-from ijepa_fast.data import Decoder, Index, crop_windows, make_decoder, open_index
+from ijepa_fast.data import (
+    Decoder,
+    Index,
+    crop_windows,
+    epoch_order,
+    make_decoder,
+    open_index,
+)
 from ijepa_fast.data.decoders import DecodeError
 from ijepa_fast.data.named import named_data
 from ijepa_fast.keyed_random import Stream, uniform
@@ -72,8 +79,7 @@ class Split:
         """The rows of one training epoch: in keyed order, with the random crops of `data`, in whole
         batches (the rest sits out; where there are fewer, all of them).
         """
-        draws = uniform(seed, Stream.SPLIT, 1 + epoch, self.rows, 1)[:, 0]
-        rows = self.rows[np.argsort(draws, kind="stable")]
+        rows = self.rows[epoch_order(len(self.rows), seed=seed, epoch=epoch)]
         whole = max(batch, len(rows) // batch * batch)
         return self._decoded(rows[:whole], batch, (seed, epoch))
 
@@ -147,8 +153,8 @@ def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Sp
     """Training and test part of a labelled folder.
 
     Args:
-        root: a named data set, or a folder with one sub-folder a class. With sub-folders `train` and
-            `test` (or `val`) those are the split, else a keyed 80 % / 20 % split of the images.
+        root: a named data set, or a folder with one sub-folder a class. With sub-folders `train`
+            and `test` (or `val`) those are the split, else a keyed 80 % / 20 % split of the images.
         data: crop and decoder.
         device: the training device.
 

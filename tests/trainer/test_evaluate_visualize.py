@@ -13,8 +13,10 @@ from ijepa_fast import evaluate, visualize
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import build_index
 from ijepa_fast.evaluate import central_windows, encoder_features, labelled_data, pixels
+from ijepa_fast.encoder import load_encoder
 from ijepa_fast.masks import Masks
 from ijepa_fast.reference import normalise
+from ijepa_fast.weights import read_weights
 from tests.trainer import tiny
 
 DATA = DataConfig(crop=32, decoder="pillow", threads=1)
@@ -56,36 +58,44 @@ def test_json(run, split_data, capsys):
     argv = [str(run), "--data", str(split_data), "--k", "5", "--json"]
     assert evaluate.main(argv) == 0
     result = json.loads(capsys.readouterr().out)
-    scores = result.pop("knn")
+    accuracy = result.pop("accuracy")
+    versions = result.pop("versions")
+    assert versions["torch"] == torch.__version__
     assert result == {
-        "run": str(run),
-        "data": str(split_data),
+        "weights": f"step 6 of {run}",
+        "encoder": "target",
         "step": 6,
-        "k": 5,
+        "data": str(split_data),
+        "classes": 4,
         "images": [32, 12],
+        "k": 5,
+        "precision": "float32",
+        "device": "cpu",
     }
-    assert list(scores) == ["raw pixels", "untrained network", "target encoder, step 6"]
+    assert list(accuracy) == ["raw pixels", "untrained network", "target encoder, step 6"]
     # four colours
-    assert scores["raw pixels"] == 1.0
-    assert all(0.25 < score <= 1.0 for score in scores.values())
+    assert accuracy["raw pixels"]["kNN"] == 1.0
+    assert all(0.25 < score <= 1.0 for scores in accuracy.values() for score in scores.values())
 
 
 def test_table_and_context_encoder(run, split_data, capsys):
     assert evaluate.main([str(run), "--data", str(split_data), "--encoder", "context"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("kNN accuracy")
-    assert lines[1].split() == ["raw", "pixels", "100.0", "%"]
-    assert "context encoder, step 6" in lines[3]
-    assert lines[-1] == f"k = 20, 32 training and 12 test images of {split_data}"
+    assert lines[1].split() == ["kNN", "not", "centred"]
+    assert lines[2].split() == ["raw", "pixels", "100.0", "%", "100.0", "%"]
+    assert lines[4].startswith("context encoder, step 6  ")
+    last = f"32 training and 12 test images in 4 classes of {split_data}; k = 20"
+    assert lines[-1] == last
 
 
 def test_the_encoders_are_those_of_the_checkpoint(run):
     state = tiny.final_state(run)
     for which, prefix in (("target", "target_encoder."), ("context", "encoder.")):
-        network, config, step = evaluate.load_run(run, which)
-        assert step == 6
+        read = read_weights(run)
+        config = read.config
+        assert read.step == 6
         assert config.model.width == 32
-        weights = network.state_dict()
+        weights = load_encoder(read, encoder=which).network.state_dict()
         assert weights.keys() == {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
         assert all(torch.equal(v, state[prefix + k]) for k, v in weights.items())
     untrained = evaluate.untrained(config).state_dict()
@@ -143,7 +153,8 @@ def test_an_undecodable_image_is_left_out(data, tmp_path):
 
 
 def test_features_are_the_mean_over_patches(run, data):
-    network, config, _ = evaluate.load_run(run)
+    read = read_weights(run)
+    network, config = load_encoder(read).network, read.config
     images = _loaded(str(data))[0].images
     features = encoder_features(network, images, config.data, precision="float32")
     assert features.shape == (len(images), 32)
@@ -156,7 +167,7 @@ def test_features_are_the_mean_over_patches(run, data):
 
 def test_not_a_run(tmp_path, data, capsys):
     assert evaluate.main([str(tmp_path), "--data", str(data)]) == 2
-    assert "RUN must be the folder of a run" in _error(capsys)
+    assert "weights must be a run's folder, a checkpoint" in _error(capsys)
 
 
 def test_a_run_without_checkpoint(run, tmp_path, data, capsys):

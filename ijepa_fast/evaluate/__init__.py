@@ -1,0 +1,34 @@
+"""What features are worth: kNN, linear probes and fine-tuning, beside raw pixels and the untrained
+network.
+
+``python -m ijepa_fast.evaluate RUN_OR_WEIGHTS --data DIR`` works on anything that
+`ijepa_fast.weights` reads, and any labelled folder. Features are the target encoder's (paper,
+section 4), averaged over patches; images are cropped centrally.
+"""
+
+from ijepa_fast.evaluate.command import main, untrained
+from ijepa_fast.evaluate.features import encoder_features, pixels
+from ijepa_fast.evaluate.labelled import (
+    BATCH,
+    TRAIN_SHARE,
+    Images,
+    Split,
+    central_windows,
+    labelled_data,
+)
+from ijepa_fast.evaluate.scores import knn_scores, knn_table
+
+__all__ = [
+    "BATCH",
+    "TRAIN_SHARE",
+    "Images",
+    "Split",
+    "central_windows",
+    "encoder_features",
+    "knn_scores",
+    "knn_table",
+    "labelled_data",
+    "main",
+    "pixels",
+    "untrained",
+]

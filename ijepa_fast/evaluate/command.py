@@ -1,0 +1,286 @@
+"""The command line of the evaluation."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from ijepa_fast import __version__
+from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.cli import UsageError
+from ijepa_fast.config import Config, DataConfig
+from ijepa_fast.encoder import Encoder, load_encoder, network_of
+from ijepa_fast.evaluate.features import Features, extract
+from ijepa_fast.evaluate.labelled import Split, labelled_data
+from ijepa_fast.evaluate.scores import (
+    FinetuneSettings,
+    Scores,
+    finetune_scores,
+    linear_scores,
+    score_knn,
+    score_ridge,
+)
+from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.model import VisionTransformer, build_models, initialise
+from ijepa_fast.weights import Pretrained, Which, read_weights
+
+__all__ = ["EvaluateArgs", "main", "untrained"]
+
+Method = Literal["knn", "ridge", "linear", "finetune"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneArgs:
+    """Fine-tuning: layer decay 0.75, label smoothing 0.1, AdamW."""
+
+    share: float = 0.01
+    """Share of the labelled training images, the same ones always; 1 is full fine-tuning."""
+    per_class: int | None = None
+    """Instead of a share: so many images of each class."""
+    epochs: int = 50
+    """Passes over them."""
+    batch: int = 64
+    """Images of one step."""
+    lr: float = 1e-3
+    """Learning rate of the last layer."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each layer to the one before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArgs:
+    """Accuracy of features on a labelled folder, beside raw pixels and the untrained network."""
+
+    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
+    """A run's folder, a checkpoint, a Hugging Face folder, or a file of weights."""
+    data: str | None = None
+    """Folder with one sub-folder a class, `shapes` or `fashion_mnist`; by default the run's own
+    eval.data."""
+    methods: tuple[Method, ...] = ("knn",)
+    """Any of knn, ridge (closed form), linear (SGD: last layer and last four, with and without
+    BatchNorm, sweep of learning rates) and finetune."""
+    encoder: Which = "target"
+    """Which of the two encoders."""
+    k: int = 20
+    """Neighbours."""
+    linear_epochs: int | None = None
+    """Passes of the linear probe; by default as many as its size asks for."""
+    finetune: FinetuneArgs = field(default_factory=FinetuneArgs)
+    seed: int = 0
+    """Of held-out rows, orders, crops and heads."""
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    """As data.decoder."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the encoder's products; `auto` is the run's, and float32 for weights without a run."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that the weights were trained at, where their file does not tell."""
+    heads: int | None = None
+    """Attention heads, where the file does not tell."""
+    json: bool = False
+    """Print JSON instead of the table."""
+    out: Path | None = None
+    """Also write the JSON into this file."""
+
+
+def untrained(config: Config) -> VisionTransformer:
+    """The encoder that a run started from."""
+    generator = torch_generator(config.seed, Stream.INIT)
+    return build_models(config.model, config.data.crop_size, generator)[0]
+
+
+def _untrained(weights: Pretrained, seed: int) -> Encoder:
+    """The run's first encoder, or one of the same dimensions."""
+    if weights.config is not None:
+        network = untrained(weights.config)
+    else:
+        network = network_of(weights.shape)
+        initialise(network, torch_generator(seed, Stream.INIT))
+    shape = weights.shape
+    return Encoder(network, patch_size=shape.patch_size, mean=weights.mean, std=weights.std)
+
+
+def _check(args: EvaluateArgs) -> None:
+    if args.k < 1:
+        raise UsageError(f"k must be at least 1, got {args.k}")
+    if not args.methods:
+        raise UsageError("methods must name at least one of knn, ridge, linear, finetune, got none")
+    if args.out is not None and args.out.exists():
+        raise UsageError(f"out must be a new file, got {args.out}, which is there")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise UsageError(f"out must lie in a folder that exists, got {args.out}")
+    tune = args.finetune
+    for name, value, low in (("epochs", tune.epochs, 1), ("batch", tune.batch, 1)):
+        if value < low:
+            raise UsageError(f"finetune.{name} must be at least {low}, got {value}")
+    if not 0 < tune.share <= 1:
+        raise UsageError(f"finetune.share must be above 0 and at most 1, got {tune.share}")
+    if tune.per_class is not None and tune.per_class < 1:
+        raise UsageError(f"finetune.per_class must be at least 1, got {tune.per_class}")
+
+
+def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
+    _check(args)
+    weights = read_weights(args.weights, image_size=args.image_size, heads=args.heads)
+    config = weights.config
+    root = args.data or (config.eval.data if config else None)
+    if root is None:
+        raise UsageError("data must be given (--data DIR): the run has no eval.data")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = config.data if config else DataConfig(mean=_three(weights.mean), std=_three(weights.std))
+    data = replace(data, crop=weights.shape.image_size, decoder=args.decoder)
+    splits = labelled_data(root, data, device)
+    if "knn" in args.methods and args.k > len(splits[0].rows):
+        raise UsageError(
+            f"k must be at most the number of training images ({len(splits[0].rows)}), got {args.k}"
+        )
+    step = "" if weights.step is None else f", step {weights.step}"
+    trained = load_encoder(weights, encoder=args.encoder)
+    encoders = {
+        "untrained network": _untrained(weights, args.seed).to(device),
+        f"{args.encoder} encoder{step}": trained.to(device),
+    }
+    precision = args.precision
+    if precision == "auto":
+        precision = config.optim.precision if config else "float32"
+    scores, details = _scores(args, encoders, splits, precision, device)
+    return {
+        "weights": weights.source,
+        "encoder": args.encoder,
+        "step": weights.step,
+        "data": root,
+        "classes": len(splits[0].index.classes),
+        "images": [len(split.rows) for split in splits],
+        "k": args.k,
+        "precision": precision,
+        "device": str(device),
+        "versions": {"ijepa_fast": __version__, "torch": torch.__version__},
+        "accuracy": scores,
+        **details,
+    }
+
+
+def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise UsageError(f"weights must be for images of 3 channels, got {len(values)}")
+    return values[0], values[1], values[2]
+
+
+def _scores(
+    args: EvaluateArgs,
+    encoders: Mapping[str, Encoder],
+    splits: tuple[Split, Split],
+    precision: str,
+    device: torch.device,
+) -> tuple[Scores, dict[str, Any]]:
+    parts: list[Scores] = []
+    details: dict[str, Any] = {}
+    if {"knn", "ridge", "linear"} & set(args.methods):
+        train, test = (
+            extract(
+                encoders,
+                split,
+                training_images=len(splits[0].rows),
+                precision=precision,
+                four=bool({"ridge", "linear"} & set(args.methods)),
+            )
+            for split in splits
+        )
+        parts += _frozen(args, train, test, device, details)
+    if "finetune" in args.methods:
+        tune = args.finetune
+        settings = FinetuneSettings(
+            share=None if tune.per_class else tune.share,
+            per_class=tune.per_class,
+            epochs=tune.epochs,
+            batch=tune.batch,
+            lr=tune.lr,
+            layer_decay=tune.layer_decay,
+            seed=args.seed,
+        )
+        tuned, details["finetune"] = finetune_scores(
+            encoders, splits, settings, precision=precision, say=_say
+        )
+        parts.append(tuned)
+    merged: Scores = {}
+    for part in parts:
+        for subject, scores in part.items():
+            merged.setdefault(subject, {}).update(scores)
+    return merged, details
+
+
+def _frozen(
+    args: EvaluateArgs,
+    train: Features,
+    test: Features,
+    device: torch.device,
+    details: dict[str, Any],
+) -> list[Scores]:
+    parts = []
+    if "knn" in args.methods:
+        parts.append(score_knn(train, test, k=args.k))
+    if "ridge" in args.methods:
+        parts.append(score_ridge(train, test, seed=args.seed))
+    if "linear" in args.methods:
+        _say("linear probes")
+        scores, details["linear"] = linear_scores(
+            train, test, seed=args.seed, device=device, epochs=args.linear_epochs
+        )
+        parts.append(scores)
+    return parts
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    """The accuracies for a person: a row a subject; two lines of titles where they are long."""
+    accuracy: Scores = result["accuracy"]
+    titles = list(dict.fromkeys(title for scores in accuracy.values() for title in scores))
+    heads = [title.split(", ") for title in titles]
+    lines = max(len(head) for head in heads)
+    columns = [[*([""] * (lines - len(head))), *head] for head in heads]
+    widths = [max(8, *(len(word) for word in column)) for column in columns]
+    first = max(len(name) for name in accuracy)
+    rows = []
+    for line in range(lines):
+        words = [column[line].rjust(w) for column, w in zip(columns, widths, strict=True)]
+        rows.append("  ".join([" " * first, *words]))
+    for name, scores in accuracy.items():
+        cells = [
+            (f"{100 * scores[t]:.1f} %" if t in scores else "-").rjust(w)
+            for t, w in zip(titles, widths, strict=True)
+        ]
+        rows.append("  ".join([name.ljust(first), *cells]))
+    train, test = result["images"]
+    rows.append(
+        f"{train} training and {test} test images in {result['classes']} classes of "
+        f"{result['data']}; k = {result['k']}"
+    )
+    return "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = tyro.cli(EvaluateArgs, args=argv, prog="python -m ijepa_fast.evaluate")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        result = _evaluate(args)
+        text = json.dumps(result, indent=1)
+        if args.out is not None:
+            with args.out.open("x", encoding="utf-8") as file:
+                file.write(text + "\n")
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text if args.json else _table(result))
+    return 0

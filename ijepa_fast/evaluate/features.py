@@ -1,0 +1,133 @@
+"""Features of labelled images, computed once for all that is made of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa_fast.config import DataConfig
+from ijepa_fast.encoder import Encoder
+from ijepa_fast.evaluate.labelled import Split
+from ijepa_fast.model import VisionTransformer
+from ijepa_fast.reference import normalise
+
+__all__ = ["LAST", "LAST_FOUR", "PIXELS", "Features", "encoder_features", "extract", "pixels"]
+
+PIXELS = "raw pixels"
+LAST, LAST_FOUR = "last", "last 4"
+_PIXEL_SIDE = 64
+# of the pixels of all training images
+_MOST_BYTES = 2**32
+
+
+def pixels(images: Tensor, side: int = _PIXEL_SIDE) -> Tensor:
+    """Raw pixels as features, averaged down to at most side x side: float32 (n, h * w * 3)."""
+    x = images.permute(0, 3, 1, 2)
+    size = (min(x.shape[2], side), min(x.shape[3], side))
+    parts = [F.adaptive_avg_pool2d(part.float(), size).flatten(1) for part in x.split(256)]
+    return torch.cat(parts)
+
+
+def _pixel_side(images: int) -> int:
+    """64, or less where so many images would take more than 4 GiB."""
+    return min(_PIXEL_SIDE, max(8, int((_MOST_BYTES / (12 * images)) ** 0.5)))
+
+
+@torch.no_grad()
+def encoder_features(
+    encoder: VisionTransformer, images: Tensor, data: DataConfig, *, precision: str
+) -> Tensor:
+    """Average-pooled features of the last layer.
+
+    Args:
+        encoder: on the device to compute on.
+        images: uint8 (n, height, width, 3).
+        data: mean and std.
+        precision: `bfloat16` autocasts matrix products.
+
+    Returns:
+        float32 (n, D) on the CPU.
+    """
+    device = next(encoder.parameters()).device
+    mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
+    pooled = []
+    for part in images.split(128):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+            features = encoder(normalise(part.to(device), mean, std))
+        pooled.append(features.float().mean(dim=1).cpu())
+    return torch.cat(pooled)
+
+
+@torch.no_grad()
+def _layers(encoder: Encoder, images: Tensor, *, four: bool, half: bool) -> dict[str, Tensor]:
+    """Average-pooled features of the last layer, and of the last four one after the other, each
+    after the final norm.
+    """
+    parts: dict[str, list[Tensor]] = {LAST: [], LAST_FOUR: []}
+    count = min(4, len(encoder.network.blocks)) if four else 1
+    for part in images.split(128):
+        x = encoder.normalise(part)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
+            layers = encoder.get_intermediate_layers(x, count)
+        pooled = [layer.float().mean(dim=1).cpu() for layer in layers]
+        parts[LAST].append(pooled[-1])
+        if four:
+            parts[LAST_FOUR].append(torch.cat(pooled, dim=1))
+    return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Of one part of a labelled data set.
+
+    Attributes:
+        sets: subject -> feature set -> float32 (n, width) on the CPU.
+        labels: int64 (n,).
+    """
+
+    sets: Mapping[str, Mapping[str, Tensor]]
+    labels: Tensor
+
+
+def extract(
+    encoders: Mapping[str, Encoder],
+    split: Split,
+    *,
+    training_images: int,
+    precision: str,
+    four: bool = False,
+    with_pixels: bool = True,
+) -> Features:
+    """Decodes a part once and computes the features of every subject.
+
+    Args:
+        encoders: name -> encoder, on the device to compute on.
+        split: the part.
+        training_images: of the training part: how large pixels may be.
+        precision: `bfloat16` autocasts matrix products.
+        four: also the last four layers.
+        with_pixels: also raw pixels, as the first subject.
+
+    Raises:
+        ValueError: not one image can be decoded.
+    """
+    names = [*([PIXELS] if with_pixels else []), *encoders]
+    parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
+    labels = []
+    side = _pixel_side(training_images)
+    for images, label in split.batches():
+        labels.append(label)
+        for name in names:
+            if name in encoders:
+                half = precision == "bfloat16"
+                computed = _layers(encoders[name], images, four=four, half=half)
+            else:
+                computed = {LAST: pixels(images.cpu(), side)}
+            for key, value in computed.items():
+                parts[name].setdefault(key, []).append(value)
+    sets = {
+        name: {key: torch.cat(values) for key, values in of.items()} for name, of in parts.items()
+    }
+    return Features(sets=sets, labels=torch.cat(labels))

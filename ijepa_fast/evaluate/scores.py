@@ -1,0 +1,244 @@
+"""What frozen features are worth, beside raw pixels and the untrained network."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ijepa_fast.config import Config
+from ijepa_fast.encoder import Encoder
+from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, Features, extract
+from ijepa_fast.evaluate.labelled import Images, Split
+from ijepa_fast.finetune import finetune
+from ijepa_fast.knn import knn_accuracy
+from ijepa_fast.model import VisionTransformer
+from ijepa_fast.probe import ProbeHead, linear_probe
+from ijepa_fast.ridge import ridge_accuracy
+from ijepa_fast.subsets import low_shot_rows
+
+__all__ = [
+    "FinetuneSettings",
+    "finetune_scores",
+    "knn_scores",
+    "knn_table",
+    "linear_scores",
+    "score_knn",
+    "score_ridge",
+]
+
+_logger = logging.getLogger(__name__)
+Scores = dict[str, dict[str, float]]
+
+
+def score_knn(train: Features, test: Features, *, k: int) -> Scores:
+    """Subject -> `kNN` and `kNN, not centred` -> accuracy in 0..1."""
+    scores: Scores = {}
+    for name in train.sets:
+        rows = train.sets[name][LAST], train.labels, test.sets[name][LAST], test.labels
+        scores[name] = {
+            "kNN": knn_accuracy(*rows, k=k),
+            "kNN, not centred": knn_accuracy(*rows, k=k, center=False),
+        }
+    return scores
+
+
+def score_ridge(train: Features, test: Features, *, seed: int) -> Scores:
+    """Subject -> `ridge` (and `ridge, last 4`) -> accuracy in 0..1."""
+    return {
+        name: {
+            "ridge" if key == LAST else f"ridge, {key}": ridge_accuracy(
+                values, train.labels, test.sets[name][key], test.labels, seed=seed
+            ).accuracy
+            for key, values in sets.items()
+        }
+        for name, sets in train.sets.items()
+    }
+
+
+def linear_scores(
+    train: Features, test: Features, *, seed: int, device: torch.device, epochs: int | None
+) -> tuple[Scores, dict[str, Any]]:
+    """Linear probes of every subject: one pass for all its heads.
+
+    Returns:
+        Subject -> `linear`, `linear+BN`, and both for the last four layers -> accuracy; and every
+        head of the sweep, with how the reported one was chosen.
+    """
+    scores: Scores = {}
+    details: dict[str, Any] = {}
+    for name, sets in train.sets.items():
+        result = linear_probe(
+            sets,
+            train.labels,
+            test.sets[name],
+            test.labels,
+            seed=seed,
+            device=device,
+            epochs=epochs,
+        )
+        scores[name] = {}
+        for key in (LAST, LAST_FOUR):
+            for norm in (False, True) if key in sets else ():
+                title = f"linear{'+BN' if norm else ''}{'' if key == LAST else ', last 4'}"
+                scores[name][title] = result.best_of(key, norm).accuracy
+        details[name] = {
+            "chosen": result.selection,
+            "best": _plain(result.best),
+            "heads": [_plain(head) for head in result.heads],
+        }
+    return scores, details
+
+
+def _plain(head: ProbeHead) -> dict[str, Any]:
+    return dict(vars(head))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """How to fine-tune.
+
+    Attributes:
+        share: of the labelled training images, 0 < share <= 1; or
+        per_class: images of each class.
+        epochs: passes over them.
+        batch: images of one step.
+        lr: of the head and the last layer.
+        layer_decay: factor from each layer to the one before.
+        seed: of subset, order, crops and head.
+    """
+
+    share: float | None
+    per_class: int | None
+    epochs: int
+    batch: int
+    lr: float
+    layer_decay: float
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """Of a table's column."""
+        if self.per_class is not None:
+            return f"fine-tuned, {self.per_class} a class"
+        assert self.share is not None
+        return f"fine-tuned, {100 * self.share:g} %"
+
+
+def finetune_scores(
+    encoders: Mapping[str, Encoder],
+    splits: tuple[Split, Split],
+    settings: FinetuneSettings,
+    *,
+    precision: str,
+    say: Callable[[str], None],
+) -> tuple[Scores, dict[str, Any]]:
+    """Fine-tunes each encoder on the same labelled images; raw pixels get a ridge regression on
+    them.
+
+    Returns:
+        Subject -> the settings' title -> accuracy; and what was trained.
+    """
+    train, test = splits
+    rows = low_shot_rows(
+        train.labels, share=settings.share, per_class=settings.per_class, seed=settings.seed
+    )
+    subset = replace(train, rows=train.rows[rows])
+    known, first = np.unique(subset.labels, return_index=True)
+    del first
+    number = {int(label): place for place, label in enumerate(known)}
+    batch = min(settings.batch, len(rows))
+    steps = len(rows) // batch
+    title = settings.title
+    say(f"{title}: {len(rows)} images, {settings.epochs} epochs of {steps} steps")
+
+    def renumbered(images: Images) -> Images:
+        places = [number.get(int(label), len(known)) for label in images.labels]
+        return Images(images.images, torch.tensor(places))
+
+    def batches(epoch: int) -> Any:
+        return map(renumbered, subset.random_batches(epoch, batch=batch, seed=settings.seed))
+
+    raw = [
+        extract({}, part, training_images=len(rows), precision=precision) for part in (subset, test)
+    ]
+    scores = {
+        PIXELS: {
+            title: ridge_accuracy(
+                raw[0].sets[PIXELS][LAST], raw[0].labels, raw[1].sets[PIXELS][LAST], raw[1].labels
+            ).accuracy
+        }
+    }
+    details: dict[str, Any] = {"images": len(rows), **vars(settings)}
+    for name, encoder in encoders.items():
+        result = finetune(
+            encoder.network,
+            len(known),
+            batches,
+            lambda _: map(renumbered, test.batches()),
+            epochs=settings.epochs,
+            steps_per_epoch=steps,
+            mean=encoder.mean.tolist(),
+            std=encoder.std.tolist(),
+            lr=settings.lr,
+            layer_decay=settings.layer_decay,
+            warmup_epochs=min(5.0, settings.epochs / 10),
+            seed=settings.seed,
+            precision="bfloat16" if precision == "bfloat16" else "float32",
+            progress=lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
+        )
+        scores[name] = {title: result.accuracy}
+        details[name] = {"losses": result.losses, "steps": result.steps}
+    return scores, details
+
+
+def knn_scores(
+    encoders: Mapping[str, VisionTransformer],
+    splits: tuple[Split, Split],
+    config: Config,
+    *,
+    k: int = 20,
+    with_pixels: bool = True,
+) -> dict[str, float]:
+    """kNN accuracy (cosine, centred) of raw pixels and of each encoder of a run.
+
+    Args:
+        encoders: name -> encoder.
+        splits: training and test images.
+        config: data settings and precision.
+        k: neighbours; all training images where there are fewer.
+        with_pixels: also score raw pixels.
+
+    Returns:
+        name -> accuracy in 0..1, `raw pixels` first.
+    """
+    wrapped = {
+        name: Encoder(
+            network,
+            patch_size=config.model.patch_size,
+            mean=config.data.mean,
+            std=config.data.std,
+        ).to(next(network.parameters()).device)
+        for name, network in encoders.items()
+    }
+    train, test = (
+        extract(
+            wrapped,
+            split,
+            training_images=len(splits[0].rows),
+            precision=config.optim.precision,
+            with_pixels=with_pixels,
+        )
+        for split in splits
+    )
+    k = min(k, len(train.labels))
+    return {name: scores["kNN"] for name, scores in score_knn(train, test, k=k).items()}
+
+
+def knn_table(scores: Mapping[str, float]) -> str:
+    """kNN scores for a person."""
+    width = max(len(name) for name in scores)
+    lines = [f"  {name:<{width}}  {100 * value:5.1f} %" for name, value in scores.items()]
+    return "\n".join(["kNN accuracy (cosine, centred)", *lines])
