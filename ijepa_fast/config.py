@@ -343,10 +343,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """k-nearest-neighbour accuracy at the start and the end of the run."""
+    """Looks at the features, at the start, the end and in between: kNN accuracy on labelled images,
+    and monitors that need no labels. None without either field.
+    """
 
     data: str | None = None
-    """A folder with one sub-folder a class, or `shapes`; nothing is evaluated without it."""
+    """A folder with one sub-folder a class, `shapes` or `fashion_mnist`, for the kNN accuracy."""
+    every: int | None = None
+    """Steps between two looks; by default as often as half a percent of the run pays for. Between
+    start and end the kNN accuracy is of a part of the labelled images.
+    """
+
+    def __post_init__(self) -> None:
+        _require(self.every is None or self.every >= 1, "eval.every", "at least 1", self.every)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, step: int, interval: int = 1) -> None:
         last = step - 1 if step % interval else step
-        rows = [r for r in read_rows(path) if r["step"] <= (step if "knn" in r else last)]
+        looks = ("knn", "monitors")
+        rows = [
+            row
+            for row in read_rows(path)
+            if row["step"] <= (step if any(key in row for key in looks) else last)
+        ]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(path)
@@ -224,6 +229,23 @@ def line(row: Mapping[str, Any], last_step: int) -> str:
     return "  ".join(parts)
 
 
+def look_line(row: Mapping[str, Any]) -> str:
+    """One look at the features for a person."""
+    numbers = row["monitors"]
+    parts = [
+        f"look at step {row['step']}",
+        f"feature std {numbers['feature_std']:.3f}",
+        f"RankMe {numbers['rankme']:.1f}",
+        *([f"LiDAR {numbers['lidar']:.1f}"] if "lidar" in numbers else []),
+        f"cosine {numbers['prediction_cosine']:.3f} "
+        f"(a constant: {numbers['mean_target_cosine']:.3f})",
+    ]
+    parts += [f"kNN {100 * value:.1f} % ({name})" for name, value in row.get("knn", {}).items()]
+    if "images" in row:
+        parts.append(f"of {row['images'][0]} and {row['images'][1]} images")
+    return "  ".join(parts)
+
+
 class Reporter:
     """Shows rows: a progress bar on a terminal, plain lines elsewhere, TensorBoard on request.
 
@@ -271,6 +293,15 @@ class Reporter:
             for key, value in flat.items():
                 if isinstance(value, int | float) and key not in ("step", "ids_hash"):
                     self.writer.add_scalar(f"train/{key}", value, row["step"])
+
+    def show_look(self, row: Mapping[str, Any]) -> None:
+        """One row of monitors and, where there are labels, kNN."""
+        _logger.info("%s", look_line(row))
+        if self.writer:
+            knn = {key.partition(",")[0]: value for key, value in row.get("knn", {}).items()}
+            for group, numbers in (("monitors", row["monitors"]), ("knn", knn)):
+                for key, value in numbers.items():
+                    self.writer.add_scalar(f"{group}/{key}", value, row["step"])
 
     def close(self) -> None:
         """Ends the bar and flushes TensorBoard."""

@@ -22,6 +22,8 @@ __all__ = [
 
 EPSILON = 1e-7
 WITHIN_DELTA = 1e-4
+# of the untrained network's, both; see `collapse_warning` for what was measured
+STD_SHARE = RANK_SHARE = 0.4
 
 
 def rankme(features: Tensor) -> float:
@@ -157,4 +159,35 @@ def prediction_cosine(prediction: Tensor, target: Tensor) -> PredictionCosine:
         cosine=F.cosine_similarity(p, t).mean().item(),
         mean_target=F.cosine_similarity(t.mean(dim=0, keepdim=True), t).mean().item(),
         shuffled=F.cosine_similarity(p, t.roll(len(t) // 2, dims=0)).mean().item(),
+    )
+
+
+def collapse_warning(monitors: Mapping[str, float], baseline: Mapping[str, float]) -> str | None:
+    """A warning in words where features have collapsed, else None.
+
+    Both mappings hold `feature_std` and `rankme` of the target encoder's patch features, one row a
+    patch, on the same images; `baseline` is of the untrained network. The warning is given when
+    both have fallen below 0.4 of it. MEASURED
+
+    Args:
+        monitors: of the network to judge; more keys do no harm.
+        baseline: of the network before training.
+
+    Raises:
+        ValueError: a number is missing, not finite or negative.
+    """
+    for name, values in (("monitors", monitors), ("baseline", baseline)):
+        for key in ("feature_std", "rankme"):
+            value = values.get(key, math.nan)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must hold a finite {key} of at least 0, got {value}")
+    std, first_std = monitors["feature_std"], baseline["feature_std"]
+    rank, first_rank = monitors["rankme"], baseline["rankme"]
+    if std >= STD_SHARE * first_std or rank >= RANK_SHARE * first_rank:
+        return None
+    return (
+        f"features collapse: since the untrained network, feature std fell from {first_std:.3f} to "
+        f"{std:.3f} and RankMe from {first_rank:.1f} to {rank:.1f}, so all patches of all images "
+        "are getting the same features. The loss is low because they are easy to predict. Lower "
+        "optim.lr, raise optim.momentum (0.996 is published), or warm up longer (optim.warmup)"
     )

@@ -17,6 +17,9 @@ from ijepa_fast.config import (
 
 __all__ = ["PRESETS", "preset"]
 
+# every four epochs of ImageNet-1k
+_MONITORS = EvalConfig(every=2500)
+
 
 def demo() -> Config:
     """A 6-block, 192-wide network on the embedded data set: minutes on two cores."""
@@ -41,6 +44,7 @@ def vits16() -> Config:
         data=DataConfig(root=""),
         model=ModelConfig(name="vit_small", patch_size=16),
         optim=OptimConfig(epochs=300, warmup=15),
+        eval=_MONITORS,
         out="runs/vits16",
     )
 
@@ -50,6 +54,7 @@ def vitb16_in1k() -> Config:
     return Config(
         data=DataConfig(root=""),
         model=ModelConfig(name="vit_base", patch_size=16),
+        eval=_MONITORS,
         out="runs/vitb16_in1k",
     )
 
@@ -59,6 +64,7 @@ def vitl16_in1k() -> Config:
     return Config(
         data=DataConfig(root=""),
         model=ModelConfig(name="vit_large", patch_size=16),
+        eval=_MONITORS,
         out="runs/vitl16_in1k",
     )
 
@@ -69,6 +75,7 @@ def vith14_in1k() -> Config:
         data=DataConfig(root=""),
         model=ModelConfig(name="vit_huge", patch_size=14),
         optim=OptimConfig(epochs=300),
+        eval=_MONITORS,
         out="runs/vith14_in1k",
     )
 
@@ -80,6 +87,7 @@ def vith16_448_in1k() -> Config:
         data=DataConfig(root="", crop=448),
         masks=MaskConfig(truncation_group=16),
         optim=OptimConfig(epochs=300),
+        eval=_MONITORS,
         out="runs/vith16_448_in1k",
     )
 
@@ -91,6 +99,7 @@ def vith14_in22k() -> Config:
         model=ModelConfig(name="vit_huge", patch_size=14),
         masks=MaskConfig(truncation_group=32),
         optim=OptimConfig(epochs=66, warmup=3),
+        eval=_MONITORS,
         out="runs/vith14_in22k",
     )
 
@@ -102,6 +111,7 @@ def vitg16_in22k() -> Config:
         model=ModelConfig(name="vit_giant", patch_size=16),
         masks=MaskConfig(truncation_group=16),
         optim=OptimConfig(epochs=44, warmup=3),
+        eval=_MONITORS,
         out="runs/vitg16_in22k",
     )
 

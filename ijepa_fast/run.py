@@ -18,6 +18,7 @@ from ijepa_fast.dataset import load_index
 from ijepa_fast.durable import require_room
 from ijepa_fast.fast import FastStep, wants_compile
 from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.looks import Looks, look_interval
 from ijepa_fast.masks import Masks
 from ijepa_fast.metrics import (
     Journal,
@@ -26,6 +27,7 @@ from ijepa_fast.metrics import (
     Watch,
 )
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
+from ijepa_fast.monitors import collapse_warning
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.sample_log import SampleLog
@@ -115,6 +117,8 @@ class Run:
             events = path / "tensorboard" if config.log.tensorboard else None
             reporter = Reporter(last_step=self.end, tensorboard=events, step=self.step)
         self.journal = Journal(metrics, reporter)
+        self.looks = Looks(config, self.index, ranks.device)
+        self.look_every = look_interval(config, self.schedules.run_steps)
         self.watch = Watch(ranks.device)
         self.samples: SampleLog | None = None
         if config.log.samples and self.step < self.end:
@@ -288,30 +292,54 @@ class Run:
 
         distributed.on_main(self.ranks, wait)
 
-    def score(self, name: str, *, with_pixels: bool) -> None:
-        """Appends the kNN accuracy of the target encoder, once for each step."""
-        root, file = self.config.eval.data, self.journal.file
-        if not root:
+    def look(self, *, whole: bool) -> None:
+        """Looks at the features, once for each step, if the run is to; see `looks.py`.
+
+        Args:
+            whole: kNN on all of the labelled images.
+        """
+        if not self.look_every:
             return
-        prefix = "target_encoder."
-        weights = {k: v for k, v in self.training.masters().items() if k.startswith(prefix)}
-        weights = checkpoint.gather(weights, keep=self.ranks.is_main)
-        if not file:
+        weights = checkpoint.gather(self.training.masters(), keep=self.ranks.is_main)
+        file, root = self.journal.file, self.config.eval.data
+        if not file or not self.journal.reporter:
             return
-        if any(row.get("data") == root and row["step"] == self.step for row in file.rows):
+        self.journal.flush()
+        rows = [row for row in file.rows if "monitors" in row]
+        if any(
+            row["step"] == self.step
+            and row.get("data") == root
+            and (not whole or "images" not in row)
+            for row in rows
+        ):
             return
-        splits = evaluate.labelled_data(root, self.config.data, self.ranks.device)
-        encoder, _ = build_models(self.config.model, self.config.data.crop_size)
-        encoder.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})
-        encoders = {name: encoder.to(self.ranks.device).requires_grad_(False)}
-        scores = evaluate.knn_scores(encoders, splits, self.config, with_pixels=with_pixels)
-        file.append({"step": self.step, "data": root, "knn": scores})
+        name = f"target encoder, step {self.step}" if self.step else "untrained network"
+        try:
+            row = self.looks.look(weights, name, whole=whole, with_pixels=whole and not self.step)
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            # before the first step and after the last an error ends the run; in between a look is
+            # no reason to lose it
+            if whole:
+                raise
+            _logger.warning("no look at step %d: %s", self.step, error)
+            return
+        row = {"step": self.step, **row}
+        file.append(row)
+        self.journal.reporter.show_look(row)
+        first = next((r["monitors"] for r in rows if r["step"] == 0), None)
+        warning = collapse_warning(row["monitors"], first) if first and self.step else None
+        if warning:
+            _logger.warning("step %d: %s", self.step, warning)
 
     def summary(self) -> None:
         """Prints all kNN scores of the run and draws its curves."""
         rows = self.journal.file.rows if self.journal.file else []
         root = self.config.eval.data
-        mine = [row["knn"] for row in rows if "knn" in row and row.get("data") == root]
+        mine = [
+            row["knn"]
+            for row in rows
+            if "knn" in row and row.get("data") == root and "images" not in row
+        ]
         scores = {name: value for knn in mine for name, value in knn.items()}
         if scores:
             _logger.info("%s", evaluate.knn_table(scores))

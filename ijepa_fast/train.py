@@ -111,6 +111,9 @@ def train(run: Run, signals: Signals) -> int:
                 run.save()
             if received or epoch_ends:
                 run.draw_curves()
+            if run.look_every and run.step % run.look_every == 0 and not (received or ends):
+                run.look(whole=False)
+                meter.restart(run.step, loader.wait_seconds)
             if received:
                 break
         agreement.finish()
@@ -193,7 +196,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
             try:
                 run.announce()
                 if run.step == 0:
-                    run.score("untrained network", with_pixels=True)
+                    run.look(whole=True)
                     distributed.barrier()
                 received = 0
                 if run.step == run.end:
@@ -208,7 +211,7 @@ def _run(config: Config, ranks: distributed.Ranks) -> int:
                 if received:
                     _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
                     return 128 + received
-                run.score(f"target encoder, step {run.step}", with_pixels=False)
+                run.look(whole=True)
                 run.summary()
                 _logger.info("done: %s", Path(config.out))
             finally:

@@ -47,6 +47,7 @@ FLOORS = (
     ("fast", "weights", "finetune"),
     ("encoder", "model_card"),
     ("dataset", "evaluate", "export", "run_folder", "visualize", "parity"),
+    ("looks",),
     ("run",),
     ("nonfinite",),
     ("replay", "train"),

@@ -16,7 +16,8 @@ from ijepa_fast.reference import normalise
 __all__ = ["LAST", "LAST_FOUR", "PIXELS", "Features", "encoder_features", "extract", "pixels"]
 
 PIXELS = "raw pixels"
-LAST, LAST_FOUR = "last", "last 4"
+LAST = "last"
+LAST_FOUR = "last 4"
 _PIXEL_SIDE = 64
 # of the pixels of all training images
 _MOST_BYTES = 2**32

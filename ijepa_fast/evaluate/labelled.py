@@ -83,6 +83,10 @@ class Split:
         whole = max(batch, len(rows) // batch * batch)
         return self._decoded(rows[:whole], batch, (seed, epoch))
 
+    def crops(self, seed: int, view: int) -> Iterator[Images]:
+        """The rows in their order, with the random crops of `data`: of another view, others."""
+        return self._decoded(self.rows, BATCH, (seed, view))
+
     def _decoded(
         self, order: NDArray[np.int64], batch: int, crops: tuple[int, int] | None
     ) -> Iterator[Images]:

@@ -1,0 +1,211 @@
+"""Looks at a run's features while it trains: kNN on a labelled set, and monitors without labels.
+
+Monitors are of `monitors.py`, on the same few training images at every look: feature std and RankMe
+of the target encoder's patch features, LiDAR over random crops, and the cosine between prediction
+and target. A collapse is said in words.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ijepa_fast import evaluate, monitors
+from ijepa_fast.config import Config
+from ijepa_fast.data import Index
+from ijepa_fast.evaluate import Split
+from ijepa_fast.masks import Masks, sample_masks
+from ijepa_fast.model import Predictor, VisionTransformer, build_models
+from ijepa_fast.reference import latent_targets, normalise, predict
+
+__all__ = ["Looks", "look_interval"]
+
+_logger = logging.getLogger(__name__)
+
+IMAGES = 64
+VIEWS = 4
+# patches of each image whose features enter RankMe: 2,048 rows, a singular value decomposition of
+# some hundred milliseconds at the largest width
+PATCHES = 32
+# of the labelled set, at looks in the middle of a run
+TRAIN_ROWS, TEST_ROWS = 2048, 512
+_SHARE = 0.005
+_MOST_LOOKS = 50
+# a step's forward and backward passes of both encoders and the predictor, in forward passes of one
+_FORWARDS = 4
+
+
+def look_interval(config: Config, steps: int) -> int:
+    """Steps between two looks; 0 where there are none. `eval.every`, or as often as half a percent of the run's images
+    pays for, at most 50 times.
+
+    Args:
+        config: of the run.
+        steps: of the whole run.
+    """
+    if config.eval.every is not None:
+        return config.eval.every
+    if not config.eval.data:
+        return 0
+    images = IMAGES * (1 + VIEWS) + TRAIN_ROWS + TEST_ROWS
+    paid = images / (_SHARE * _FORWARDS * config.batch.global_)
+    return max(math.ceil(paid), math.ceil(steps / _MOST_LOOKS))
+
+
+class Looks:
+    """Computes rows for `metrics.jsonl` on one rank.
+
+    Args:
+        config: of the run.
+        index: its training images.
+        device: where to compute.
+    """
+
+    def __init__(self, config: Config, index: Index, device: torch.device) -> None:
+        self.config, self.index, self.device = config, index, device
+        self.seconds = 0.0
+        self._images: Tensor | None = None
+        self._views: list[Tensor] = []
+        self._splits: tuple[Split, Split] | None = None
+
+    def networks(
+        self, weights: Mapping[str, Tensor]
+    ) -> tuple[VisionTransformer, VisionTransformer, Predictor]:
+        """Context encoder, target encoder and predictor of a run's whole weights, on the device."""
+        built = []
+        for name in ("encoder", "target_encoder", "predictor"):
+            pair = build_models(self.config.model, self.config.data.crop_size)
+            network = pair[1] if name == "predictor" else pair[0]
+            prefix = f"{name}."
+            network.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            )
+            built.append(network.to(self.device).eval().requires_grad_(False))
+        context, target, predictor = built
+        assert isinstance(context, VisionTransformer)
+        assert isinstance(target, VisionTransformer)
+        assert isinstance(predictor, Predictor)
+        return context, target, predictor
+
+    def look(
+        self, weights: Mapping[str, Tensor], name: str, *, whole: bool, with_pixels: bool
+    ) -> dict[str, Any]:
+        """One row, without its step.
+
+        Args:
+            weights: `encoder.*`, `target_encoder.*` and `predictor.*`, whole.
+            name: of the target encoder at this step.
+            whole: kNN on all of the labelled set, not a part of it.
+            with_pixels: also kNN of raw pixels.
+
+        Returns:
+            `monitors`; `data`, `knn` and, on a part, `images` if there is a labelled set; `timing`.
+        """
+        started = time.perf_counter()
+        context, target, predictor = self.networks(weights)
+        row: dict[str, Any] = {"monitors": self.monitors(context, target, predictor)}
+        root = self.config.eval.data
+        if root:
+            splits = self._labelled(root)
+            if not whole:
+                splits = (_part(splits[0], TRAIN_ROWS), _part(splits[1], TEST_ROWS))
+                row["images"] = [len(split.rows) for split in splits]
+            row["data"] = root
+            row["knn"] = evaluate.knn_scores(
+                {name: target}, splits, self.config, with_pixels=with_pixels
+            )
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        return {**row, "timing": {"look_seconds": round(seconds, 3)}}
+
+    def _labelled(self, root: str) -> tuple[Split, Split]:
+        if self._splits is None:
+            self._splits = evaluate.labelled_data(root, self.config.data, self.device)
+        return self._splits
+
+    def _load(self) -> tuple[Tensor, list[Tensor]]:
+        """The images that every look sees: whole, and a few random crops of each."""
+        if self._images is None:
+            rows = np.unique(np.linspace(0, len(self.index) - 1, IMAGES).astype(np.int64))
+            # a reader of its own, so that nothing is quarantined on behalf of the run
+            split = Split(
+                index=self.index,
+                rows=rows,
+                data=replace(self.config.data, threads=1),
+                device=self.device,
+            )
+            self._images = split.load().images
+            self._views = [
+                torch.cat([part.images.cpu() for part in split.crops(self.config.seed, view)])
+                for view in range(VIEWS)
+            ]
+        return self._images, self._views
+
+    @torch.no_grad()
+    def monitors(
+        self, context: VisionTransformer, target: VisionTransformer, predictor: Predictor
+    ) -> dict[str, float]:
+        """Numbers about the features of the run's own images; see `ijepa_fast.monitors`."""
+        config = self.config
+        images, views = self._load()
+        mean, std = (
+            torch.tensor(values, device=self.device)
+            for values in (config.data.mean, config.data.std)
+        )
+        half = config.optim.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+            x = normalise(images.to(self.device), mean, std)
+            features = target(x).float()
+            masks = self._masks(len(images))
+            prediction = predict(context, predictor, x, masks).float()
+            pooled = [
+                target(normalise(view.to(self.device), mean, std)).float().mean(dim=1)
+                for view in views
+            ]
+        goal = latent_targets(features, masks)[:, None].expand(prediction.shape)
+        # of image after image, so that `shuffled` pairs different images
+        by_image = (2, 0, 1, 3, 4)
+        cosine = monitors.prediction_cosine(
+            prediction.permute(by_image).flatten(0, 3), goal.permute(by_image).flatten(0, 3)
+        )
+        patch_rows = _spread(features.shape[1], PATCHES)
+        rows = features[:, torch.from_numpy(patch_rows).to(self.device)].flatten(0, 1)
+        numbers = {
+            "feature_std": monitors.feature_std(rows),
+            "rankme": monitors.rankme(rows),
+            "prediction_cosine": cosine.cosine,
+            "mean_target_cosine": cosine.mean_target,
+            "shuffled_cosine": cosine.shuffled,
+        }
+        if len(images) > 1:
+            numbers["lidar"] = monitors.lidar(torch.stack(pooled, dim=1))
+        return {key: round(value, 6) for key, value in numbers.items()}
+
+    def _masks(self, images: int) -> Masks:
+        """Always the same, whole contexts."""
+        whole = replace(self.config.masks, truncation_group=1)
+        masks = sample_masks(
+            whole,
+            grid=self.config.grid,
+            seed=self.config.seed,
+            step=0,
+            positions=np.arange(images),
+        )
+        return masks.to(self.device)
+
+
+def _spread(count: int, most: int) -> NDArray[np.int64]:
+    """At most so many of the numbers 0..count-1, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def _part(split: Split, most: int) -> Split:
+    """Evenly spread rows: all classes in their shares, as the rows are sorted by class."""
+    return replace(split, rows=split.rows[_spread(len(split.rows), most)])
