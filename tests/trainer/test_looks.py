@@ -1,0 +1,197 @@
+"""Looks at features while a run trains: what they compute, when, and what they change: nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_fast import looks, monitors
+from ijepa_fast.checkpoint import load_latest
+from ijepa_fast.cli import UsageError, parse
+from ijepa_fast.config import EvalConfig
+from ijepa_fast.data import open_index
+from ijepa_fast.looks import Looks, look_interval
+from ijepa_fast.masks import sample_masks
+from ijepa_fast.presets import PRESETS, preset
+from ijepa_fast.reference import normalise
+from tests.trainer import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_images(tmp_path_factory.mktemp("images") / "data", classes=4)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """15 steps, looked at after every fourth."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    settings = {"eval__data": data, "eval__every": 4, "log__tensorboard": True}
+    assert tiny.run(data, out, **settings) == 0
+    return out
+
+
+def _looks(run):
+    return [row for row in tiny.rows(run) if "monitors" in row]
+
+
+def test_rows(run):
+    rows = _looks(run)
+    assert [row["step"] for row in rows] == [0, 4, 8, 12, 15]
+    names = {
+        "feature_std",
+        "rankme",
+        "lidar",
+        "prediction_cosine",
+        "mean_target_cosine",
+        "shuffled_cosine",
+    }
+    for row in rows:
+        assert row["monitors"].keys() == names
+        assert all(np.isfinite(value) for value in row["monitors"].values())
+        whole = row["step"] in (0, 15)
+        assert ("images" in row) != whole
+    assert rows[0]["knn"].keys() == {"raw pixels", "untrained network"}
+    assert [set(row["knn"]) for row in rows[1:]] == [
+        {f"target encoder, step {step}"} for step in (4, 8, 12, 15)
+    ]
+    # the weights change from look to look
+    assert len({row["monitors"]["prediction_cosine"] for row in rows}) == 5
+
+
+def test_the_last_look_is_of_the_saved_weights(run, data):
+    """Recomputed one image at a time, from the definition."""
+    state = load_latest(run / "checkpoints")
+    assert state is not None
+    config = parse(["--config", str(run / "config.yaml")]).config
+    index = open_index(str(data))[0]
+    of = Looks(config, index, CPU)
+    context, target, predictor = of.networks(state.tensors)
+    images, _ = of._load()
+    assert len(images) == 40
+    mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
+    cosines, patches = [], []
+    with torch.no_grad():
+        for number in range(len(images)):
+            x = normalise(images[number : number + 1], mean, std)
+            mask = sample_masks(
+                config.masks.__class__(**{**vars(config.masks), "truncation_group": 1}),
+                grid=config.grid,
+                seed=config.seed,
+                step=0,
+                positions=np.array([number]),
+            )
+            features = target(x)
+            patches.append(features[0])
+            goal = torch.nn.functional.layer_norm(features, features.shape[-1:], eps=1e-5)[0]
+            kept = mask.context_index.long()[None]
+            z = context.encode(context.embed(x)[:, kept[0]])
+            for block in mask.target_index[0].long():
+                guess = predictor(z, kept, block[None])[0]
+                cosines.append(torch.nn.functional.cosine_similarity(guess, goal[block]))
+    numbers = _looks(run)[-1]["monitors"]
+    assert numbers["prediction_cosine"] == pytest.approx(float(torch.cat(cosines).mean()), abs=2e-5)
+    rows = torch.cat(patches)
+    assert numbers["feature_std"] == pytest.approx(float(rows.std(dim=0).mean()), rel=1e-4)
+    s = np.linalg.svd(rows.double().numpy(), compute_uv=False)
+    p = s / s.sum()
+    assert numbers["rankme"] == pytest.approx(float(np.exp(-(p * np.log(p)).sum())), rel=1e-3)
+
+
+def test_a_look_changes_nothing(run, data, tmp_path):
+    assert tiny.run(data, tmp_path / "plain") == 0
+    first, second = tiny.final_state(run), tiny.final_state(tmp_path / "plain")
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    trained = [row for row in tiny.rows(run) if "loss" in row]
+    assert trained == tiny.rows(tmp_path / "plain")
+
+
+def test_a_resumed_run_looks_as_the_whole_one(run, data, tmp_path):
+    settings = {"eval__data": data, "eval__every": 4}
+    out = tmp_path / "parts"
+    assert tiny.run(data, out, max_steps=8, **settings) == 0
+    assert tiny.run(data, out, **settings) == 0
+    numbers = {row["step"]: (row["monitors"], row["knn"]) for row in _looks(run)}
+    again = {row["step"]: (row["monitors"], row["knn"]) for row in _looks(out)}
+    assert again.keys() == numbers.keys()
+    assert all(again[step] == numbers[step] for step in (0, 4, 12, 15))
+    # where the first part ended, it looked at everything
+    assert again[8][0] == numbers[8][0]
+
+
+def test_without_labels(data, tmp_path, capsys):
+    assert tiny.run(data, tmp_path / "run", eval__every=5, max_steps=5) == 0
+    rows = _looks(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 5]
+    assert all("knn" not in row and "data" not in row for row in rows)
+    assert "look at step 5  feature std" in capsys.readouterr().out
+
+
+def test_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    values = {event.step: event.value for event in events.Scalars("monitors/rankme")}
+    expected = {row["step"]: row["monitors"]["rankme"] for row in _looks(run)}
+    assert values == pytest.approx(expected, rel=1e-5)
+    assert {event.step for event in events.Scalars("knn/target encoder")} == {4, 8, 12, 15}
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_looks_cost_at_most_half_a_percent(name):
+    """Counted in images through one encoder; the shares are checked by a benchmark's clock."""
+    config = preset(name)
+    steps = 100_000
+    every = look_interval(config, steps)
+    if not every:
+        pytest.skip("this recipe has no looks")
+    images = looks.IMAGES * (1 + looks.VIEWS)
+    if config.eval.data:
+        images += looks.TRAIN_ROWS + looks.TEST_ROWS
+    # both encoders and the predictor, forward; backward twice as much for two of them
+    assert images / every <= 0.005 * 4 * config.batch.global_
+
+
+def test_no_looks_unless_asked_for():
+    config = parse(["--data", "x", "--eval.data", "None"]).config
+    assert config.eval == EvalConfig()
+    assert look_interval(config, 1000) == 0
+    with pytest.raises(UsageError, match=r"eval.every must be at least 1, got 0"):
+        parse(["--eval.every", "0"])
+
+
+def test_a_collapse_is_said(data, tmp_path, monkeypatch):
+    """Whatever `collapse_warning` says of the first look and this one."""
+    seen = []
+
+    def judge(now, first):
+        seen.append((now, first))
+        return "features collapse: advice" if len(seen) == 2 else None
+
+    monkeypatch.setattr("ijepa_fast.run.collapse_warning", judge)
+    assert tiny.run(data, tmp_path / "run", eval__every=2, max_steps=6) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("features collapse: advice") == 1
+    assert "step 4: features collapse: advice" in log
+    rows = _looks(tmp_path / "run")
+    assert [first for _, first in seen] == [rows[0]["monitors"]] * 3
+    assert [now for now, _ in seen] == [row["monitors"] for row in rows[1:]]
+
+
+def test_a_look_that_fails_does_not_end_the_run(data, tmp_path, monkeypatch):
+    real = monitors.lidar
+    calls = []
+
+    def sometimes(views):
+        calls.append(0)
+        if len(calls) == 2:
+            raise ValueError("features must be finite, got 3 values that are not")
+        return real(views)
+
+    monkeypatch.setattr(monitors, "lidar", sometimes)
+    assert tiny.run(data, tmp_path / "run", eval__every=2, max_steps=6) == 0
+    assert [row["step"] for row in _looks(tmp_path / "run")] == [0, 4, 6]
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "no look at step 2: features must be finite" in log
