@@ -38,7 +38,7 @@ FLOORS = (
         "saving",
         "signals",
     ),
-    ("masks", "data", "presets"),
+    ("masks", "data", "presets", "released_yaml"),
     ("layout", "recording", "sharding", "packed_block"),
     ("packed",),
     ("reference", "checkpoint", "cli", "estimate"),
