@@ -45,7 +45,7 @@ FLOORS = (
     ("fast",),
     ("dataset", "evaluate", "run_folder", "visualize", "parity"),
     ("run",),
-    ("nonfinite",),
+    ("nonfinite", "doctor"),
     ("replay", "train"),
 )
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
