@@ -43,7 +43,7 @@ FLOORS = (
     ("packed",),
     ("reference", "checkpoint", "cli", "estimate"),
     ("fast",),
-    ("dataset", "evaluate", "run_folder", "visualize", "parity"),
+    ("bench", "dataset", "evaluate", "run_folder", "visualize", "parity"),
     ("run",),
     ("nonfinite", "doctor"),
     ("replay", "train"),
