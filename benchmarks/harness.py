@@ -30,7 +30,17 @@ from benchmarks.shapes import MODELS, SMALL, Model
 from ijepa_kernels._op import LAUNCHERS, ON_CPU
 from ijepa_kernels.testing import relative_error
 
-__all__ = ["MISSING", "RESULTS", "Bench", "Result", "copy_bandwidth", "machine", "time_on_gpu"]
+__all__ = [
+    "MISSING",
+    "RESULTS",
+    "Bench",
+    "Result",
+    "copy_bandwidth",
+    "device",
+    "machine",
+    "time_on_gpu",
+    "use",
+]
 
 WARMUP, CALLS, HOST_CALLS, MAX_SETS = 5, 40, 30, 16
 # of the verification, by the coarsest dtype among reference and provider
@@ -64,16 +74,28 @@ RESULTS: list[Result] = []
 MISSING: set[str] = set()  # what was not measured, and why
 
 
-@functools.cache
+_asked: list[torch.device] = []
+
+
+def use(asked: torch.device) -> None:
+    """Runs benchmarks there; to be said before any of them is imported."""
+    _asked[:] = [asked]
+
+
 def device() -> torch.device:
-    """Where benchmarks run."""
+    """Where benchmarks run: a GPU where there is one, unless `use` said otherwise."""
+    return _asked[0] if _asked else _default_device()
+
+
+@functools.cache
+def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
 def machine() -> dict[str, str | None]:
     """Names that every number belongs to."""
-    cuda = torch.cuda.is_available()
+    cuda = device().type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "driver": _driver() if cuda else None,

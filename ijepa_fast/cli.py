@@ -8,7 +8,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 
 from ijepa_fast.config import Config
 from ijepa_fast.presets import PRESETS, preset
+from ijepa_fast.released_yaml import Conversion, convert, is_released
 
 __all__ = [
     "Invocation",
@@ -32,7 +33,8 @@ __all__ = [
 DESCRIPTION = f"""Trains I-JEPA.
 
 --preset NAME      start from a named recipe: {", ".join(PRESETS)}
---config FILE      YAML with the same nested names as the flags; flags win over it
+--config FILE      YAML with the same nested names as the flags, or one of the released trainer's
+                   files, whose keys are converted and reported; flags win over it
 --data DIR ...     short for --data.root DIR ...
 --print-config     print the whole configuration as YAML and stop
 --dry-run          print parameters, FLOPs, token counts, memory and hours, and stop"""
@@ -55,6 +57,8 @@ class Invocation:
     config: Config
     print_config: bool
     dry_run: bool
+    notes: tuple[str, ...] = ()
+    """What the keys of a released trainer's file became, a line each."""
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
@@ -112,8 +116,12 @@ def load_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Flat settings of a YAML file, keys checked.
+def read_yaml(path: Path, *, batch_given: bool = False) -> dict[str, Any] | Conversion:
+    """Flat settings of a YAML file, keys checked; a released trainer's file as its conversion.
+
+    Args:
+        path: the file.
+        batch_given: a flag gives the global batch, which a released file does not.
 
     Raises:
         UsageError: unreadable, not YAML, not a mapping, or an unknown key.
@@ -129,6 +137,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UsageError(f"--config must hold a mapping, got {type(tree).__name__} in {path}")
+    if is_released(tree):
+        try:
+            return convert(tree, known=_known(), batch_given=batch_given)
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from None
     if not isinstance(tree.get("data", {}), dict):
         # short, as the flag --data is
         tree["data"] = {"root": tree["data"]}
@@ -211,21 +224,36 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--preset", default="demo")
+    first.add_argument("--preset")
     first.add_argument("--config", type=Path)
     first.add_argument("--data", nargs="+")
     first.add_argument("--print-config", action="store_true")
     first.add_argument("--dry-run", action="store_true")
     try:
         known, rest = first.parse_known_args(arguments)
-        start = preset(known.preset)
+        start = preset(known.preset or "demo")
     except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from None
-    settings = read_yaml(known.config) if known.config else {}
+    batch_given = any(argument.partition("=")[0] == "--batch.global" for argument in rest)
+    notes: tuple[str, ...] = ()
+    read = read_yaml(known.config, batch_given=batch_given) if known.config else {}
+    if isinstance(read, Conversion):
+        if known.preset:
+            raise UsageError(
+                f"--preset must be left out, got {known.preset}: {known.config} is a released "
+                "trainer's file, which is a whole recipe"
+            )
+        # the published recipe, and data that must be given
+        start = Config(data=replace(Config().data, root=""), out=f"runs/{known.config.stem}")
+        settings, notes = read.settings, read.notes
+    else:
+        settings = read
     _check_flags(rest)
     shorthand = [] if known.data is None else ["--data.root", *known.data]
     config = _parse_config(start, [*_as_arguments(settings), *shorthand, *rest])
-    return Invocation(config=config, print_config=known.print_config, dry_run=known.dry_run)
+    return Invocation(
+        config=config, print_config=known.print_config, dry_run=known.dry_run, notes=notes
+    )
 
 
 def _parse_config(start: Config, arguments: list[str]) -> Config:

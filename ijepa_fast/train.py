@@ -187,9 +187,12 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
     return folder, int(arrays["batch"][0])
 
 
-def _run(config: Config, ranks: distributed.Ranks) -> int:
+def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
     """Everything after the arguments are known to be right; returns the exit code."""
+    config = invocation.config
     folder, device_batch = _agree(config, ranks)
+    for note in invocation.notes:
+        _logger.info("%s", note)
     try:
         with Signals() as signals:
             run = Run(config, ranks, folder, device_batch)
@@ -235,7 +238,7 @@ def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
         text = estimate.report(
             config, ranks.world, ranks.device, memory, images, local_world=ranks.local_world
         )
-        print(text)
+        print("\n".join([*invocation.notes, text]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         invocation = parse(argv)
         if invocation.print_config:
+            for note in invocation.notes:
+                print(f"# {note}")
             print(dump_yaml(invocation.config), end="")
             return 0
         ranks = distributed.start(invocation.config.device)
@@ -255,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         # a run that is not finite ends on all ranks
         together = (NonFiniteError, UsageError)
         with distributed.heartbeat(ranks, invocation.config.rank_timeout, together):
-            code = _run(invocation.config, ranks)
+            code = _run(invocation, ranks)
         distributed.stop()
         return code
     except (UsageError, ValueError, ImportError) as error:
