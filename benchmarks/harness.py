@@ -95,7 +95,7 @@ def _default_device() -> torch.device:
 @functools.cache
 def machine() -> dict[str, str | None]:
     """Names that every number belongs to."""
-    cuda = device().type == "cuda"
+    cuda = torch.cuda.is_available() and device().type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "driver": _driver() if cuda else None,
