@@ -196,7 +196,7 @@ def test_bfloat16_is_near_float32():
 
 
 def test_test_labels_outside_are_wrong_and_progress_is_told():
-    lines = []
+    lines: list[str] = []
     pixels, labels = TEST
     result = tune(test=(pixels, labels + 10), progress=lines.append)
     assert result.accuracy == 0
