@@ -43,8 +43,8 @@ _FORWARDS = 4
 
 
 def look_interval(config: Config, steps: int) -> int:
-    """Steps between two looks; 0 where there are none. `eval.every`, or as often as half a percent of the run's images
-    pays for, at most 50 times.
+    """Steps between two looks; 0 where there are none. `eval.every`, or as often as half a percent
+    of the run's images pays for, at most 50 times.
 
     Args:
         config: of the run.

@@ -12,8 +12,8 @@ from PIL import Image
 from ijepa_fast import evaluate, visualize
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import build_index
-from ijepa_fast.evaluate import central_windows, encoder_features, labelled_data, pixels
 from ijepa_fast.encoder import load_encoder
+from ijepa_fast.evaluate import central_windows, encoder_features, labelled_data, pixels
 from ijepa_fast.masks import Masks
 from ijepa_fast.reference import normalise
 from ijepa_fast.weights import read_weights
@@ -93,6 +93,7 @@ def test_the_encoders_are_those_of_the_checkpoint(run):
     for which, prefix in (("target", "target_encoder."), ("context", "encoder.")):
         read = read_weights(run)
         config = read.config
+        assert config is not None
         assert read.step == 6
         assert config.model.width == 32
         weights = load_encoder(read, encoder=which).network.state_dict()
@@ -155,6 +156,7 @@ def test_an_undecodable_image_is_left_out(data, tmp_path):
 def test_features_are_the_mean_over_patches(run, data):
     read = read_weights(run)
     network, config = load_encoder(read).network, read.config
+    assert config is not None
     images = _loaded(str(data))[0].images
     features = encoder_features(network, images, config.data, precision="float32")
     assert features.shape == (len(images), 32)

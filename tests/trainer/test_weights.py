@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ijepa_fast
-from ijepa_fast import export, model_card
-from ijepa_fast.checkpoint import load_latest
+from ijepa_fast import checkpoint, export, model_card
 from ijepa_fast.cli import UsageError, parse
 from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.encoder import load_encoder, network_of
@@ -52,6 +52,12 @@ def _pretrained(shape, seed=0):
     return Pretrained(
         networks={"target_encoder": state}, shape=shape, mean=MEAN, std=STD, source="here"
     )
+
+
+def _latest(folder):
+    state = checkpoint.load_latest(folder)
+    assert state is not None
+    return state
 
 
 def _images(shape, count=2):
@@ -211,9 +217,10 @@ def test_their_default_eps_is_refused(tmp_path):
 @pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["square", "rectangle"])
 def test_our_folder_to_their_model(tmp_path, shape):
     export.export(_pretrained(shape), tmp_path / "hf", layout="hf")
-    theirs, told = transformers.IJepaModel.from_pretrained(
+    loaded: Any = transformers.IJepaModel.from_pretrained(
         tmp_path / "hf", output_loading_info=True, trust_remote_code=False
     )
+    theirs, told = loaded
     assert not any(told[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     network = _network(shape)
     with torch.no_grad():
@@ -277,8 +284,14 @@ class _TimmAttention(nn.Module):
 
     def forward(self, x):
         inner = nn.MultiheadAttention(x.shape[-1], self.heads, batch_first=True)
-        inner.in_proj_weight, inner.in_proj_bias = self.qkv.weight, self.qkv.bias
-        inner.out_proj.load_state_dict(self.proj.state_dict())
+        inner.load_state_dict(
+            {
+                "in_proj_weight": self.qkv.weight,
+                "in_proj_bias": self.qkv.bias,
+                "out_proj.weight": self.proj.weight,
+                "out_proj.bias": self.proj.bias,
+            }
+        )
         return inner(x, x, x, need_weights=False)[0]
 
 
@@ -360,7 +373,7 @@ def _export(run, out, capsys, *flags):
 
 
 def test_a_run_a_checkpoint_and_all_exports_agree(run, tmp_path, capsys):
-    state = load_latest(run / "checkpoints")
+    state = _latest(run / "checkpoints")
     images = torch.randint(0, 256, (2, *_config(run).data.crop_size, 3), dtype=torch.uint8)
     for which, name in (("target", "target_encoder"), ("context", "encoder")):
         ours = load_encoder(run, encoder=which)
@@ -405,7 +418,7 @@ def test_the_card_tells_recipe_data_metrics_and_licence(run, data, tmp_path, cap
     # a card goes to the public: no paths of this machine
     assert str(data.parent) not in card
     assert str(run.parent) not in card
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     image = tmp_path / "out" / "image.jpg"
     from PIL import Image
 
@@ -579,12 +592,12 @@ def _start(data, out, name, **settings):
     rates = {f"optim__{name}": 0.0 for name in ("lr", "start_lr", "final_lr")}
     rates |= {"optim__momentum": 1.0, "optim__final_momentum": 1.0}
     assert tiny.run(data, out, init=name, max_steps=1, **rates, **settings) == 0
-    return load_latest(out / "checkpoints").tensors, (out / "train.log").read_text()
+    return _latest(out / "checkpoints").tensors, (out / "train.log").read_text()
 
 
 def test_init_from_a_run(run, data, tmp_path):
     """All three networks, bit for bit."""
-    before = load_latest(run / "checkpoints").tensors
+    before = _latest(run / "checkpoints").tensors
     after, log = _start(data, tmp_path / "new", run)
     assert f"weights of encoder, predictor, target_encoder from {run}" in log
     compared = [key for key in before if not key.startswith("exp_avg")]
@@ -622,5 +635,5 @@ def test_a_resumed_run_does_not_start_again(run, data, tmp_path):
     assert tiny.run(data, tmp_path / "whole", max_steps=3, **settings) == 0
     assert tiny.run(data, tmp_path / "parts", max_steps=2, **settings) == 0
     assert tiny.run(data, tmp_path / "parts", max_steps=3, **settings) == 0
-    whole, parts = (load_latest(tmp_path / n / "checkpoints").tensors for n in ("whole", "parts"))
+    whole, parts = (_latest(tmp_path / n / "checkpoints").tensors for n in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
