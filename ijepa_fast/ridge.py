@@ -96,6 +96,11 @@ class _Ridge:
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
         self.mean = features.mean(dim=0, dtype=torch.float64)
         width, device = features.shape[1], features.device
+        self.intercept = torch.bincount(labels, minlength=classes).double().to(device)
+        self.intercept /= len(features)
+        if len(features) < width:
+            self._fewer_rows(features, labels, classes)
+            return
         gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         moment = torch.zeros(width, classes, dtype=torch.float64, device=device)
         rows = max(1, _CHUNK_ELEMENTS // width)
@@ -103,14 +108,26 @@ class _Ridge:
             x = part.double() - self.mean
             gram += x.T @ x
             moment += x.T @ F.one_hot(label.to(device), classes).double()
-        variance = gram.diagonal() / len(features)
-        # what float32 makes of a constant is not exactly its mean
-        varies = variance > (1e-7 * self.mean).square()
-        self.scale = torch.where(varies, variance, 1).rsqrt() * varies
+        self.scale = self._scale(gram.diagonal() / len(features))
         self.values, self.vectors = torch.linalg.eigh(self.scale[:, None] * gram * self.scale)
         self.rotated = self.vectors.T @ (self.scale[:, None] * moment)
-        self.intercept = torch.bincount(labels, minlength=classes).double().to(device)
-        self.intercept /= len(features)
+
+    def _scale(self, variance: Tensor) -> Tensor:
+        # what float32 makes of a constant is not exactly its mean
+        varies = variance > (1e-7 * self.mean).square()
+        return torch.where(varies, variance, 1).rsqrt() * varies
+
+    def _fewer_rows(self, features: Tensor, labels: Tensor, classes: int) -> None:
+        """The same from the n x n products of the rows: D x D of them would take far longer."""
+        x = features.double() - self.mean
+        self.scale = self._scale(x.square().mean(dim=0))
+        x = x * self.scale
+        values, rows = torch.linalg.eigh(x @ x.T)
+        kept = values > values[-1] * 1e-12
+        self.values = values[kept]
+        self.vectors = x.T @ (rows[:, kept] / self.values.sqrt())
+        one_hot = F.one_hot(labels.to(x.device), classes).double()
+        self.rotated = self.values.sqrt()[:, None] * (rows[:, kept].T @ one_hot)
 
     def weights(self, penalty: float) -> Tensor:
         """(D, C), for standardised features. X is centred, so that Y need not be."""

@@ -13,12 +13,24 @@ from ijepa_fast.evaluate.labelled import Split
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.reference import normalise
 
-__all__ = ["LAST", "LAST_FOUR", "PIXELS", "Features", "encoder_features", "extract", "pixels"]
+__all__ = [
+    "LAST",
+    "LAST_FOUR",
+    "PIXELS",
+    "SMALL",
+    "Features",
+    "encoder_features",
+    "extract",
+    "pixels",
+]
 
 PIXELS = "raw pixels"
 LAST = "last"
 LAST_FOUR = "last 4"
+SMALL = "small"
 _PIXEL_SIDE = 64
+# of those that regressions get: their time grows with the cube of the width
+_SMALL_SIDE = 32
 # of the pixels of all training images
 _MOST_BYTES = 2**32
 
@@ -108,7 +120,7 @@ def extract(
         split: the part.
         training_images: of the training part: how large pixels may be.
         precision: `bfloat16` autocasts matrix products.
-        four: also the last four layers.
+        four: also the last four layers, and smaller pixels: what regressions take.
         with_pixels: also raw pixels, as the first subject.
 
     Raises:
@@ -126,6 +138,8 @@ def extract(
                 computed = _layers(encoders[name], images, four=four, half=half)
             else:
                 computed = {LAST: pixels(images.cpu(), side)}
+                if four:
+                    computed[SMALL] = pixels(images.cpu(), min(side, _SMALL_SIDE))
             for key, value in computed.items():
                 parts[name].setdefault(key, []).append(value)
     sets = {

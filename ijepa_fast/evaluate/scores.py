@@ -7,10 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ijepa_fast.config import Config
 from ijepa_fast.encoder import Encoder
-from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, Features, extract
+from ijepa_fast.evaluate.features import (
+    LAST,
+    LAST_FOUR,
+    PIXELS,
+    SMALL,
+    Features,
+    extract,
+)
 from ijepa_fast.evaluate.labelled import Images, Split
 from ijepa_fast.finetune import finetune
 from ijepa_fast.knn import knn_accuracy
@@ -45,14 +53,19 @@ def score_knn(train: Features, test: Features, *, k: int) -> Scores:
     return scores
 
 
+def _probed(sets: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What regressions get: smaller pixels."""
+    return {LAST: sets[SMALL]} if SMALL in sets else sets
+
+
 def score_ridge(train: Features, test: Features, *, seed: int) -> Scores:
     """Subject -> `ridge` (and `ridge, last 4`) -> accuracy in 0..1."""
     return {
         name: {
             "ridge" if key == LAST else f"ridge, {key}": ridge_accuracy(
-                values, train.labels, test.sets[name][key], test.labels, seed=seed
+                values, train.labels, _probed(test.sets[name])[key], test.labels, seed=seed
             ).accuracy
-            for key, values in sets.items()
+            for key, values in _probed(sets).items()
         }
         for name, sets in train.sets.items()
     }
@@ -71,9 +84,9 @@ def linear_scores(
     details: dict[str, Any] = {}
     for name, sets in train.sets.items():
         result = linear_probe(
-            sets,
+            _probed(sets),
             train.labels,
-            test.sets[name],
+            _probed(test.sets[name]),
             test.labels,
             seed=seed,
             device=device,
@@ -162,12 +175,13 @@ def finetune_scores(
         return map(renumbered, subset.random_batches(epoch, batch=batch, seed=settings.seed))
 
     raw = [
-        extract({}, part, training_images=len(rows), precision=precision) for part in (subset, test)
+        extract({}, part, training_images=len(rows), precision=precision, four=True)
+        for part in (subset, test)
     ]
     scores = {
         PIXELS: {
             title: ridge_accuracy(
-                raw[0].sets[PIXELS][LAST], raw[0].labels, raw[1].sets[PIXELS][LAST], raw[1].labels
+                raw[0].sets[PIXELS][SMALL], raw[0].labels, raw[1].sets[PIXELS][SMALL], raw[1].labels
             ).accuracy
         }
     }
