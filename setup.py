@@ -35,6 +35,7 @@ EXTRAS = {
         "scikit-learn>=1.6",
         "mypy>=1.14",
         "ruff>=0.9",
+        "transformers>=5.0",
         "types-PyYAML",
     ],
 }
