@@ -43,7 +43,7 @@ __all__ = [
 FORMAT = "ijepa-fast decoder"
 VERSION = 1
 BATCH = 64
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3
 WARMUP = 100
 # condition vectors kept back in training, so that guidance is possible
 DROP = 0.1

@@ -131,8 +131,7 @@ class Predictor(Picture):
     decoder: Path
     """Folder of its decoder (train-decoder)."""
     data: str | None = None
-    """Folder of images, or `shapes`; by default the run's. Of a split set, its
-    test part."""
+    """Folder of images (its test part), or `shapes`; by default the run's."""
     images: int = 6
     """Images shown."""
     seeds: int = 5

@@ -14,7 +14,7 @@ from ijepa_fast.visualize.figure import check_out
 
 __all__ = ["Curves", "Masks", "Neighbours", "Pca", "Picture", "Run", "at_least", "source_of"]
 
-Run = Annotated[Path, tyro.conf.Positional]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 def at_least(low: float, **values: float | None) -> None:
@@ -91,7 +91,7 @@ class Masks(Picture):
 class Curves(Picture):
     """Loss, schedules, speed and scores of one or several runs over the step."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders of runs."""
 
     def do(self) -> None:
@@ -111,8 +111,7 @@ class Pca(Picture):
     run: Run
     """Folder of a run."""
     data: str | None = None
-    """Folder of images, or `shapes`; by default the run's. Of a split set, its
-    test part."""
+    """Folder of images (its test part), or `shapes`; by default the run's."""
     images: int = 12
     """Images shown; one PCA over all of them."""
     size: int | None = None
@@ -151,8 +150,7 @@ class Neighbours(Picture):
     run: Run
     """Folder of a run."""
     data: str | None = None
-    """Folder of images, or `shapes`; by default the run's. Of a split set, its
-    test part."""
+    """Folder of images (its test part), or `shapes`; by default the run's."""
     pool: int = 2000
     """Images among which neighbours are looked for."""
     queries: int = 6
