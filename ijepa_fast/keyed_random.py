@@ -28,6 +28,10 @@ class Stream(IntEnum):
     REPLACEMENT = 5
     SHAPES = 6
     SPLIT = 7
+    PICTURE = 8
+    DECODER = 9
+    SAMPLE = 10
+    PROOF = 11
 
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -66,6 +66,10 @@ def test_stream_numbers_are_frozen() -> None:
         "REPLACEMENT": 5,
         "SHAPES": 6,
         "SPLIT": 7,
+        "PICTURE": 8,
+        "DECODER": 9,
+        "SAMPLE": 10,
+        "PROOF": 11,
     }
 
 

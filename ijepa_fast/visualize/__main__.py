@@ -1,0 +1,50 @@
+"""`python -m ijepa_fast.visualize COMMAND ...`: pictures of data, runs and what they learnt.
+
+Exit codes: 0 done, 2 wrong input, 3 no usable checkpoint.
+"""
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.visualize.decoder_commands import Predictor, Prove, TrainDecoder
+from ijepa_fast.visualize.picture_commands import Curves, Masks, Neighbours, Pca
+
+__all__ = ["main"]
+
+Command = (
+    Annotated[Masks, tyro.conf.subcommand("masks")]
+    | Annotated[Curves, tyro.conf.subcommand("curves")]
+    | Annotated[Pca, tyro.conf.subcommand("pca")]
+    | Annotated[Neighbours, tyro.conf.subcommand("neighbours")]
+    | Annotated[TrainDecoder, tyro.conf.subcommand("train-decoder")]
+    | Annotated[Predictor, tyro.conf.subcommand("predictor")]
+    | Annotated[Prove, tyro.conf.subcommand("prove")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    command: Any = tyro.cli(
+        Command,
+        args=argv,
+        prog="python -m ijepa_fast.visualize",
+        description="Pictures of data, runs and what they learnt.",
+    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        command.do()
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

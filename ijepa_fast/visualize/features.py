@@ -1,0 +1,235 @@
+"""What an encoder sees: principal components of patch features, and nearest images.
+
+Both use the target encoder, as evaluation does (paper, section 4).
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ijepa_fast.model import VisionTransformer
+from ijepa_fast.reference import normalise
+from ijepa_fast.visualize.figure import panel, pyplot, save
+from ijepa_fast.visualize.inputs import Pictures
+
+__all__ = [
+    "Neighbours",
+    "draw_neighbours",
+    "draw_pca",
+    "enlarge",
+    "nearest",
+    "patch_features",
+    "pca_colours",
+    "position_table",
+]
+
+
+def position_table(width: int, grid: tuple[int, int], trained: tuple[int, int]) -> Tensor:
+    """The sine-cosine table of a finer grid over the same image: each patch centre keeps its place
+    in the image, counted in patches of the trained grid.
+
+    Args:
+        width: channels D, a multiple of 4.
+        grid: rows and columns of the finer grid.
+        trained: of the grid of the training crops.
+
+    Returns:
+        float32 (1, rows * columns, D).
+    """
+    rows, columns = (
+        (np.arange(new) + 0.5) * (old / new) - 0.5 for new, old in zip(grid, trained, strict=True)
+    )
+    omega = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
+    x = np.tile(columns, grid[0])[:, None] * omega
+    y = np.repeat(rows, grid[1])[:, None] * omega
+    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+def enlarge(encoder: VisionTransformer, size: tuple[int, int], patch_size: int) -> None:
+    """Makes an encoder take larger (or smaller) images, in place: its positions are interpolated.
+
+    Args:
+        encoder: of images of the training crop's size.
+        size: height and width in pixels.
+        patch_size: side of a patch.
+
+    Raises:
+        ValueError: size is not a multiple of the patch size.
+    """
+    if size[0] % patch_size or size[1] % patch_size or min(size) < patch_size:
+        raise ValueError(f"size must be a multiple of the patch size ({patch_size}), got {size}")
+    grid = (size[0] // patch_size, size[1] // patch_size)
+    table = position_table(encoder.width, grid, encoder.grid)
+    encoder.pos_embed = table.to(encoder.pos_embed.device)
+    encoder.grid = grid
+
+
+@torch.no_grad()
+def patch_features(encoder: VisionTransformer, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Features of the last layer, in float32.
+
+    Args:
+        encoder: on the device to compute on.
+        images: uint8 (n, height, width, 3).
+        mean, std: (3,) in 0-1 units.
+
+    Returns:
+        float32 (n, N, D) on the CPU.
+    """
+    where = encoder.pos_embed.device
+    mean, std = mean.to(where), std.to(where)
+    return torch.cat(
+        [encoder(normalise(part.to(where), mean, std)).cpu() for part in images.split(32)]
+    )
+
+
+def pca_colours(features: Tensor) -> NDArray[np.float64]:
+    """The first three principal components of all patches of all images, as colours.
+
+    One PCA over everything, so that a colour means the same in every image. Each component is
+    scaled so that its 2nd and 98th percentile become 0 and 1; the sign of a component, which is
+    arbitrary, makes its largest loading positive.
+
+    Args:
+        features: (n, N, D).
+
+    Returns:
+        float64 (n, N, 3) in 0..1; components that do not exist (fewer dimensions or patches than
+        three) are 0.5.
+
+    Raises:
+        ValueError: features are not finite.
+    """
+    rows = features.double().flatten(0, 1).numpy()
+    if not np.isfinite(rows).all():
+        raise ValueError("features must be finite, got NaN or infinity")
+    centred = rows - rows.mean(axis=0)
+    # the covariance is small where the rows are many
+    values, vectors = np.linalg.eigh(centred.T @ centred)
+    axes = vectors[:, ::-1][:, :3]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    seen = values[::-1][:3] > 1e-12 * max(float(values[-1]), 1e-300)
+    scores = centred @ axes
+    low, high = np.percentile(scores, [2, 98], axis=0)
+    spread = np.where(high > low, high - low, 1.0)
+    colours = np.full((len(rows), 3), 0.5)
+    scaled = np.clip((scores - low) / spread, 0, 1)
+    colours[:, : axes.shape[1]] = np.where(seen, scaled, 0.5)
+    return colours.reshape(*features.shape[:2], 3)
+
+
+def draw_pca(path: Path, pictures: Pictures, colours: NDArray[np.float64], title: str) -> None:
+    """Writes a PNG: each image, and right of it the colours of its patches.
+
+    Args:
+        path: the PNG file.
+        pictures: n images.
+        colours: (n, rows, columns, 3) in 0..1.
+        title: above everything.
+    """
+    plt = pyplot()
+    count = len(pictures.images)
+    pairs = min(4, max(1, math.ceil(math.sqrt(count / 2))))
+    lines = -(-count // pairs)
+    # a narrow empty column between two pairs
+    ratios = ([1, 1, 0.12] * pairs)[:-1]
+    side = 1.5
+    figure, axes = plt.subplots(
+        lines,
+        len(ratios),
+        figsize=(side * sum(ratios), (side + 0.16) * lines + 0.35),
+        squeeze=False,
+        gridspec_kw={"width_ratios": ratios},
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for number in range(count):
+        line, pair = divmod(number, pairs)
+        panel(axes[line, 3 * pair], pictures.images[number].numpy(), pictures.label(number))
+        panel(axes[line, 3 * pair + 1], colours[number])
+    _finish(figure, title)
+    save(figure, path, dpi=120)
+
+
+class Neighbours(NamedTuple):
+    """Nearest images of some queries: rows and cosines, (q, k) each, nearest first."""
+
+    rows: NDArray[np.int64]
+    cosines: NDArray[np.float32]
+
+
+def nearest(features: Tensor, queries: NDArray[np.int64], k: int) -> Neighbours:
+    """The images nearest to some of them, themselves left out.
+
+    Args:
+        features: (n, D), one row an image; their mean is subtracted, as in kNN evaluation.
+        queries: (q,) rows.
+        k: how many, 1 <= k < n.
+
+    Raises:
+        ValueError: k out of range.
+    """
+    if not 1 <= k < len(features):
+        raise ValueError(f"k must be in 1..{len(features) - 1} (other images), got {k}")
+    rows = F.normalize(features.float() - features.double().mean(dim=0).float(), dim=1)
+    cosines = rows[torch.from_numpy(queries)] @ rows.T
+    cosines[torch.arange(len(queries)), torch.from_numpy(queries)] = -math.inf
+    best = cosines.topk(k, dim=1)
+    return Neighbours(best.indices.numpy(), best.values.numpy())
+
+
+def draw_neighbours(
+    path: Path, pictures: Pictures, queries: NDArray[np.int64], found: Neighbours, title: str
+) -> None:
+    """Writes a PNG: a query a row, then its neighbours with their cosines; where there are labels
+    the frame is green around images of the query's class and red around others.
+
+    Args:
+        path: the PNG file.
+        pictures: the images.
+        queries: (q,) rows.
+        found: of these queries.
+        title: above everything.
+    """
+    plt = pyplot()
+    lines, k = found.rows.shape
+    ratios = [1, 0.12, *[1] * k]
+    side = 1.25
+    figure, axes = plt.subplots(
+        lines,
+        k + 2,
+        figsize=(side * sum(ratios), (side + 0.3) * lines + 0.4),
+        squeeze=False,
+        gridspec_kw={"width_ratios": ratios},
+    )
+    for line, query in enumerate(queries):
+        label = pictures.label(int(query))
+        panel(axes[line, 0], pictures.images[query].numpy(), f"query\n{label}".strip())
+        axes[line, 1].set_axis_off()
+        for column in range(k):
+            row, axis = int(found.rows[line, column]), axes[line, column + 2]
+            words = f"{found.cosines[line, column]:.3f}\n{pictures.label(row)}".strip()
+            panel(axis, pictures.images[row].numpy(), words)
+            if label:
+                axis.set_axis_on()
+                axis.set_xticks([])
+                axis.set_yticks([])
+                same = pictures.label(row) == label
+                for spine in axis.spines.values():
+                    spine.set_edgecolor("#1a9850" if same else "#d73027")
+                    spine.set_linewidth(2)
+    _finish(figure, title)
+    save(figure, path, dpi=110)
+
+
+def _finish(figure: Any, title: str) -> None:
+    height = figure.get_figheight()
+    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / height))
+    figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top")

@@ -1,0 +1,237 @@
+"""What pictures are made of: a run's networks and real images."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ijepa_fast import evaluate
+from ijepa_fast.checkpoint import load_latest
+from ijepa_fast.cli import UsageError, as_dict, parse
+from ijepa_fast.config import Config, DataConfig
+from ijepa_fast.data import make_decoder, open_index
+from ijepa_fast.data.decoders import DecodeError
+from ijepa_fast.data.shapes import write_shapes
+from ijepa_fast.keyed_random import Stream, torch_generator, uniform
+from ijepa_fast.model import Predictor, VisionTransformer, build_models
+
+__all__ = [
+    "Networks",
+    "Pictures",
+    "choose",
+    "device",
+    "load_encoder",
+    "load_networks",
+    "load_pictures",
+    "open_parts",
+    "read_config",
+    "untrained_networks",
+]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Decoded images.
+
+    Attributes:
+        images: uint8 (n, height, width, 3), on the CPU.
+        labels: int64 (n,), -1 where an image has none.
+        classes: names of the labels; empty where there are none.
+        names: of the files.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def label(self, row: int) -> str:
+        """The class of an image in words, or nothing."""
+        number = int(self.labels[row])
+        return self.classes[number] if 0 <= number < len(self.classes) else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Networks:
+    """Context encoder and predictor of one checkpoint, frozen.
+
+    Attributes:
+        encoder, predictor: as saved, in float32.
+        config: of the run.
+        step: of the checkpoint; 0 is the untrained network.
+        digest: SHA-256 of the weights and of all settings that the predictor's output depends on.
+    """
+
+    encoder: VisionTransformer
+    predictor: Predictor
+    config: Config
+    step: int
+    digest: str
+
+
+def device() -> torch.device:
+    """Where pictures are computed."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_config(path: Path | None, preset: str | None) -> Config:
+    """The configuration of a YAML file, of a run's folder, or of a preset.
+
+    Raises:
+        UsageError: both are given, or the file or preset is not there.
+    """
+    if path is not None and preset is not None:
+        raise UsageError(f"either --config or --preset must be given, got {path} and {preset}")
+    if path is None:
+        return parse(["--preset", preset or "demo"]).config
+    if path.is_dir():
+        path = path / "config.yaml"
+    return parse(["--config", str(path)]).config
+
+
+def load_encoder(source: Path) -> tuple[VisionTransformer, Config, str]:
+    """The target encoder that RUN_OR_WEIGHTS names, its configuration, and what it is in words.
+
+    Raises:
+        UsageError: not a run's folder, or it has no checkpoint.
+        CheckpointError: all checkpoints are damaged.
+    """
+    encoder, config, step = evaluate.load_run(source)
+    return encoder.to(device()).requires_grad_(False), config, f"{source.name}, step {step}"
+
+
+def load_networks(run: Path) -> Networks:
+    """Context encoder and predictor of the newest usable checkpoint of a run.
+
+    Raises:
+        UsageError: not a run's folder, or it has no checkpoint.
+        CheckpointError: all checkpoints are damaged.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"RUN must be the folder of a run (with config.yaml), got {run}")
+    config = read_config(run, None)
+    state = load_latest(run / "checkpoints")
+    if state is None:
+        raise UsageError(f"RUN must have a checkpoint, got none in {run}")
+    encoder, predictor = build_models(config.model, config.data.crop_size)
+    for network, prefix in ((encoder, "encoder."), (predictor, "predictor.")):
+        named = {k: v for k, v in state.tensors.items() if k.startswith(prefix)}
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in named.items()})
+    return _networks(encoder, predictor, config, state.step)
+
+
+def untrained_networks(config: Config) -> Networks:
+    """The networks that a run of this configuration starts from."""
+    generator = torch_generator(config.seed, Stream.INIT)
+    encoder, predictor = build_models(config.model, config.data.crop_size, generator)
+    return _networks(encoder, predictor, config, 0)
+
+
+def _networks(
+    encoder: VisionTransformer, predictor: Predictor, config: Config, step: int
+) -> Networks:
+    weights = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    weights |= {f"predictor.{k}": v for k, v in predictor.state_dict().items()}
+    where = device()
+    return Networks(
+        encoder=encoder.to(where).requires_grad_(False),
+        predictor=predictor.to(where).requires_grad_(False),
+        config=config,
+        step=step,
+        digest=_digest(weights, config),
+    )
+
+
+def _digest(weights: Mapping[str, Tensor], config: Config) -> str:
+    masks = as_dict(config.masks)
+    # contexts are taken whole
+    del masks["truncation_group"]
+    data = {name: as_dict(config.data)[name] for name in ("crop", "mean", "std")}
+    settings = {"model": as_dict(config.model), "masks": masks, "data": data}
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(weights):
+        found.update(name.encode())
+        found.update(weights[name].contiguous().cpu().numpy().data)
+    return found.hexdigest()
+
+
+def open_parts(root: str, data: DataConfig) -> tuple[evaluate.Split, evaluate.Split]:
+    """Training and test part of any data set, labelled or not, split as `evaluate` does.
+
+    Args:
+        root: `shapes`, a folder or another source. Sub-folders `train` and `test` (or `val`) are
+            the split, else a keyed 80 % / 20 % split of the images.
+        data: crop and decoder.
+
+    Raises:
+        ValueError: there are no images, or an empty part.
+    """
+    folder = write_shapes() if root == "shapes" else Path(root)
+    if folder.is_dir() and sum(path.is_dir() for path in folder.iterdir()) >= 2:
+        return evaluate.labelled_data(root, data, device())
+    index = open_index(str(folder))[0]
+    draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
+    train = draws < evaluate.TRAIN_SHARE
+    if train.all() or not train.any():
+        raise ValueError(
+            f"data must leave images for training and test, got an empty part in {root}"
+        )
+    first, second = (
+        evaluate.Split(index=index, rows=np.flatnonzero(rows), data=data, device=device())
+        for rows in (train, ~train)
+    )
+    return first, second
+
+
+def choose(count: int, limit: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """Up to `limit` of the numbers 0..count-1, keyed by the seed: int64, in random order."""
+    generator = torch_generator(seed, Stream.PICTURE)
+    return torch.randperm(count, generator=generator)[:limit].numpy()
+
+
+def load_pictures(part: evaluate.Split, limit: int, *, seed: int = 0) -> Pictures:
+    """Decodes up to `limit` images of a part, drawn by the seed, under central windows; what cannot
+    be decoded is named in the log and left out.
+
+    Raises:
+        ValueError: not one image can be decoded.
+    """
+    rows = part.rows[choose(len(part.rows), limit, seed=seed)]
+    index = part.index
+    decoder, _ = make_decoder(part.data, part.device, max_batch=evaluate.BATCH)
+    images, decoded = [], []
+    try:
+        for start in range(0, len(rows), evaluate.BATCH):
+            wanted = rows[start : start + evaluate.BATCH]
+            while len(wanted):
+                windows = evaluate.central_windows(index, wanted, part.data.crop_size)
+                encoded = [index.read(int(row)) for row in wanted]
+                try:
+                    images.append(decoder.decode(encoded, windows, index.plain[wanted]).cpu())
+                    decoded.append(wanted)
+                    break
+                except DecodeError as error:
+                    for row, reason in error.failures.items():
+                        name = index.name(int(wanted[row]))
+                        _logger.warning("left out %s: %s", name, reason)
+                    wanted = np.delete(wanted, list(error.failures))
+    finally:
+        decoder.close()
+    if not images:
+        raise ValueError(f"data must hold images that can be decoded, got none in {index.roots[0]}")
+    kept = np.concatenate(decoded)
+    return Pictures(
+        images=torch.cat(images),
+        labels=torch.from_numpy(index.label[kept].astype(np.int64)),
+        classes=index.classes,
+        names=tuple(index.name(int(row)) for row in kept),
+    )

@@ -1,0 +1,186 @@
+"""Commands that draw data, masks, curves and features."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from ijepa_fast.cli import UsageError
+from ijepa_fast.config import Config
+from ijepa_fast.visualize import curves, features, inputs, masks
+from ijepa_fast.visualize.figure import check_out
+
+__all__ = ["Curves", "Masks", "Neighbours", "Pca", "Picture", "Run", "at_least", "source_of"]
+
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
+
+def at_least(low: float, **values: float | None) -> None:
+    """Refuses values below a bound; None is no value.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= low:
+            raise UsageError(f"{name} must be at least {low:g}, got {value:g}")
+
+
+def source_of(data: str | None, config: Config) -> str:
+    """The data set to show: as given, else the run's labelled one, else its own.
+
+    Raises:
+        UsageError: there is none.
+    """
+    named = data or config.eval.data or next(iter(config.data.sources), None)
+    if named is None:
+        raise UsageError("data must be given (--data DIR): the configuration names none")
+    return named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A PNG."""
+
+    out: Path
+    """PNG file to write."""
+    overwrite: bool = False
+    """Replace the file if it is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks(Picture):
+    """Context and target blocks over real images, in both geometries."""
+
+    data: str | None = None
+    """Folder of images, or `shapes`; by default the configuration's."""
+    preset: str | None = None
+    """Named recipe, as for training."""
+    config: Path | None = None
+    """YAML file, or a run's folder."""
+    images: int = 4
+    """Images shown."""
+    seed: int = 0
+    """Which images, and their masks."""
+    step: int = 0
+    """Training step whose masks are shown."""
+
+    def do(self) -> None:
+        """Draws it."""
+        check_out(self.out, ".png", overwrite=self.overwrite)
+        at_least(1, images=self.images)
+        config = inputs.read_config(self.config, self.preset)
+        root = self.data or source_of(next(iter(config.data.sources), None), config)
+        pictures = inputs.load_pictures(
+            inputs.open_parts(root, config.data)[1], self.images, seed=self.seed
+        )
+        masks.draw_geometries(
+            self.out,
+            pictures.images.numpy(),
+            config.masks,
+            config.grid,
+            seed=self.seed,
+            step=self.step,
+        )
+        print(f"{self.out}: masks of {len(pictures.images)} images of {root}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves(Picture):
+    """Loss, schedules, speed and scores of one or several runs over the step."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of runs."""
+
+    def do(self) -> None:
+        """Draws it."""
+        check_out(self.out, ".png", overwrite=self.overwrite)
+        if not self.runs:
+            raise UsageError("RUN must be given: at least one folder of a run")
+        runs = curves.read_runs(self.runs)
+        titles = curves.draw_runs(self.out, runs)
+        print(f"{self.out}: {', '.join(titles)} of {', '.join(runs)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pca(Picture):
+    """First three principal components of patch features as colours, beside the images."""
+
+    run: Run
+    """Folder of a run."""
+    data: str | None = None
+    """Folder of images (its test part), or `shapes`; by default the run's."""
+    images: int = 12
+    """Images shown; one PCA over all of them."""
+    size: int | None = None
+    """Height of the images in pixels, a multiple of the patch size; by default the crop's. The
+    encoder's positions are interpolated."""
+    seed: int = 0
+    """Which images."""
+
+    def do(self) -> None:
+        """Draws it."""
+        check_out(self.out, ".png", overwrite=self.overwrite)
+        at_least(1, images=self.images, size=self.size)
+        encoder, config, name = inputs.load_encoder(self.run)
+        height, width = config.data.crop_size
+        data, patch = config.data, config.model.patch_size
+        if self.size:
+            data = replace(data, crop=(self.size, round(self.size * width / height)))
+            features.enlarge(encoder, data.crop_size, patch)
+        root = source_of(self.data, config)
+        pictures = inputs.load_pictures(
+            inputs.open_parts(root, data)[1], self.images, seed=self.seed
+        )
+        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
+        found = features.patch_features(encoder, pictures.images, mean, std)
+        grid = (data.crop_size[0] // patch, data.crop_size[1] // patch)
+        colours = features.pca_colours(found).reshape(len(found), *grid, 3)
+        title = f"{name}: principal components 1-3 of {grid[0]}x{grid[1]} patch features"
+        features.draw_pca(self.out, pictures, colours, title)
+        print(f"{self.out}: {len(found)} images of {root}, {name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours(Picture):
+    """Images and those nearest to them by cosine of centred pooled features."""
+
+    run: Run
+    """Folder of a run."""
+    data: str | None = None
+    """Folder of images (its test part), or `shapes`; by default the run's."""
+    pool: int = 2000
+    """Images among which neighbours are looked for."""
+    queries: int = 6
+    """Images whose neighbours are shown."""
+    k: int = 8
+    """Neighbours of each."""
+    seed: int = 0
+    """Which images."""
+
+    def do(self) -> None:
+        """Draws it."""
+        check_out(self.out, ".png", overwrite=self.overwrite)
+        at_least(1, queries=self.queries, k=self.k)
+        at_least(2, pool=self.pool)
+        encoder, config, name = inputs.load_encoder(self.run)
+        root = source_of(self.data, config)
+        pictures = inputs.load_pictures(
+            inputs.open_parts(root, config.data)[1], self.pool, seed=self.seed
+        )
+        mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
+        found = features.patch_features(encoder, pictures.images, mean, std).mean(dim=1)
+        queries = inputs.choose(len(found), self.queries, seed=self.seed + 1)
+        near = features.nearest(found, queries, self.k)
+        same = [
+            pictures.labels[query] == pictures.labels[int(row)]
+            for query, rows in zip(queries, near.rows, strict=True)
+            for row in rows
+            if pictures.label(int(query))
+        ]
+        words = f"; {int(sum(same))} of {len(same)} have the query's class" if same else ""
+        title = f"{name}: nearest of {len(found)} images, cosine of centred pooled features{words}"
+        features.draw_neighbours(self.out, pictures, queries, near, title)
+        print(f"{self.out}: {root}, {title}")

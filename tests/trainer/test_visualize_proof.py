@@ -1,0 +1,279 @@
+"""The numbers behind the pictures: against plain computations, and on painters that are known to
+know, or not to.
+"""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_fast.data.scenes import CLASSES, render
+from ijepa_fast.visualize import __main__ as command_line
+from ijepa_fast.visualize import inputs, proof
+from ijepa_fast.visualize.conditions import Conditions
+from ijepa_fast.visualize.decoder import load_decoder
+from tests.trainer import tiny
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def _plain_ranks(x):
+    return [sum(a < b for a in x) + (sum(a == b for a in x) + 1) / 2 for b in x]
+
+
+def test_spearman_against_counting():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 6, 40).astype(float)
+    y = x + rng.normal(size=40)
+    expected = np.corrcoef(_plain_ranks(x), _plain_ranks(y))[0, 1]
+    assert proof.spearman(x, y) == pytest.approx(expected)
+    assert proof.spearman(y, np.exp(y)) == pytest.approx(1)
+    assert proof.spearman(y, -y) == pytest.approx(-1)
+    assert np.isnan(proof.spearman(x, np.ones(40)))
+
+
+def test_the_interval_is_that_of_the_mean():
+    rng = np.random.default_rng(1)
+    values = rng.normal(3, 2, 400)
+    found = proof.bootstrap_mean(values)
+    error = values.std() / np.sqrt(400)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    assert proof.bootstrap_mean(values) == found
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    held, trials = 0, 120
+    for trial in range(trials):
+        x = rng.normal(size=60)
+        y = 0.5 * x + rng.normal(size=60) * np.sqrt(0.75)
+        found = proof.bootstrap_spearman(x, y, seed=trial, resamples=200)
+        # Spearman's of normal pairs with correlation 0.5
+        held += found.low <= 6 / np.pi * np.arcsin(0.25) <= found.high
+    assert 0.88 <= held / trials <= 0.99
+
+
+# --- what is compared ----------------------------------------------------------------------------
+
+COLOURS = torch.tensor([[220, 30, 30], [30, 220, 30], [30, 30, 220], [200, 200, 40]])
+
+
+def _blocks(count, seed=0):
+    """The condition vector holds the class, which is the colour of the block."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (count,), generator=generator)
+    noise = torch.randint(-20, 21, (count, 8, 8, 3), generator=generator)
+    pixels = (COLOURS[labels][:, None, None] + noise).clamp(0, 255).byte()
+    given = Conditions(
+        pooled=torch.nn.functional.one_hot(labels, 4).float(),
+        box=torch.arange(count)[:, None].repeat(1, 4),
+        pixels=pixels,
+        image=torch.arange(count),
+        context=torch.zeros(count, 16, dtype=torch.bool),
+        grid=(4, 4),
+    )
+    return given, labels
+
+
+class _Painter:
+    """Paints the class of the vector with the given probability, else any; and counts."""
+
+    def __init__(self, knows):
+        self.knows, self.calls = knows, []
+
+    def sample(self, given, *, seed, steps, guidance):
+        self.calls.append((seed, steps, guidance))
+        generator = torch.Generator().manual_seed(1000 + seed)
+        any_class = torch.randint(4, (len(given),), generator=generator)
+        told = torch.rand(len(given), generator=generator) < self.knows
+        painted = torch.where(told, given.pooled.argmax(dim=1), any_class)
+        pixels = COLOURS[painted][:, None, None].repeat(1, 8, 8, 1)
+        noise = torch.randint(-9, 10, pixels.shape, generator=generator)
+        # more noise in later rows
+        scale = torch.linspace(0.2, 4, len(given))[:, None, None, None]
+        return (pixels + scale * noise).clamp(0, 255).byte()
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    given, labels = _blocks(800)
+    return proof.train_classifier(given.pixels, labels, 4)
+
+
+def test_the_classifier_learns_and_leaves_the_generator_alone(classifier):
+    given, labels = _blocks(200, seed=1)
+    assert (proof.classify(classifier, given.pixels) == labels).float().mean() > 0.97
+    state = torch.random.get_rng_state()
+    again = proof.train_classifier(given.pixels[:128], labels[:128], 4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_shuffling_moves_every_vector_and_nothing_else():
+    given, _ = _blocks(50)
+    given = replace(given, pooled=torch.arange(50.0)[:, None].repeat(1, 3))
+    mixed = proof.shuffled(given)
+    assert (mixed.pooled != given.pooled).all()
+    assert sorted(mixed.pooled[:, 0].tolist()) == list(range(50))
+    for name in ("box", "pixels", "image", "context"):
+        assert torch.equal(getattr(mixed, name), getattr(given, name))
+    assert given.pooled[7, 0] == 7
+
+
+def test_a_painter_that_knows(classifier):
+    given, labels = _blocks(200, seed=2)
+    knows, ignores = _Painter(0.8), _Painter(0.0)
+    visible = np.linspace(1, 0, 200)
+    result = proof.prove(
+        given, labels, knows, (given, ignores), classifier, seeds=3, steps=7, visible=visible
+    )
+    accuracy = {name: entry["value"] for name, entry in result["accuracy"].items()}
+    assert accuracy["real blocks"] > 0.97
+    assert accuracy["prediction"] == pytest.approx(0.8 + 0.2 / 4, abs=0.06)
+    assert accuracy["shuffled conditions"] == pytest.approx(0.25, abs=0.08)
+    assert accuracy["untrained network"] == pytest.approx(0.25, abs=0.08)
+    for name, entry in result["difference"].items():
+        other = accuracy[name.removeprefix("prediction - ")]
+        assert entry["value"] == pytest.approx(accuracy["prediction"] - other)
+        assert 0.4 < entry["low"] < entry["value"] < entry["high"]
+    # the same noise everywhere
+    assert knows.calls == [(seed, 7, 1.0) for seed in range(3)] * 2
+    assert ignores.calls == [(seed, 7, 1.0) for seed in range(3)]
+    assert result["largest_class_share"] == torch.bincount(labels).max() / 200
+    text = proof.as_text(result)
+    assert text.count("holds") == 3
+    assert "NOT shown" not in text
+
+
+def test_a_painter_that_ignores_its_condition(classifier):
+    given, labels = _blocks(200, seed=3)
+    blind, other = _Painter(0.0), _Painter(0.0)
+    visible = np.random.default_rng(0).random(200)
+    result = proof.prove(given, labels, blind, (given, other), classifier, visible=visible)
+    for entry in result["difference"].values():
+        assert entry["low"] <= 0 <= entry["high"]
+    text = proof.as_text(result)
+    assert text.count("NOT shown") == 3
+    result = proof.prove(given, labels, blind, (given, other), classifier, seeds=1, visible=visible)
+    assert result["spread_and_visible_share"] is None
+
+
+# --- what is visible of an object ----------------------------------------------------------------
+
+
+def test_the_share_of_the_object_in_the_context():
+    numbers = (3, 16, 900)
+    names = tuple(f"{CLASSES[n % 8]}/{n:05d}.jpg" for n in numbers)
+    whole = torch.ones(3, 64, dtype=torch.bool)
+    np.testing.assert_allclose(proof.object_share(names, whole, (8, 8)), 1)
+    assert (proof.object_share(names, ~whole, (8, 8)) == 0).all()
+    left = (torch.arange(64) % 8 < 4).repeat(3, 1)
+    shares = proof.object_share(names, left, (8, 8))
+    np.testing.assert_allclose(shares + proof.object_share(names, ~left, (8, 8)), 1)
+    assert ((shares > 0.1) & (shares < 0.9)).all()
+    # where a scene and the same one with another silhouette differ, there is an object
+    for number, share in zip(numbers, shares, strict=True):
+        other = _with_silhouette(number, CLASSES[(number + 4) % 8])
+        differs = (render("test", number) != other).any(axis=2)
+        both = differs.sum()
+        assert abs(differs[:, :48].sum() / both - share) < 0.25
+
+
+def _with_silhouette(number, name):
+    from ijepa_fast.data import scenes
+
+    return scenes._render("test", number, name)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_the_share_against_the_pixels_of_the_silhouette(number):
+    from ijepa_fast.data.scenes import pose, silhouette
+
+    name = CLASSES[number % 8]
+    mask = silhouette(name, pose("test", number))
+    for patch in (18, 27, 36):
+        y, x = divmod(patch, 8)
+        seen = torch.zeros(1, 64, dtype=torch.bool)
+        seen[0, patch] = True
+        # 96 pixels, 8 patches: 12 pixels a patch
+        expected = mask[12 * y : 12 * y + 12, 12 * x : 12 * x + 12].sum() / mask.sum()
+        found = proof.object_share((f"{name}/{number:05d}.jpg",), seen, (8, 8))
+        assert found[0] == pytest.approx(expected, abs=0.01)
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("split")
+    tiny.write_images(root / "train", count=32, classes=4)
+    tiny.write_images(root / "test", count=12, classes=4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    assert tiny.run(data / "train", out, max_steps=3) == 0
+    return out
+
+
+def _main(*argv):
+    return command_line.main([str(a) for a in argv])
+
+
+def test_prove_command(run, data, tmp_path, capsys):
+    painter, control, out = tmp_path / "d", tmp_path / "c", tmp_path / "p.json"
+    short = ("--data", data, "--steps", "2", "--passes", "1", "--width", "8")
+    assert _main("train-decoder", run, *short, "--out", painter) == 0
+    assert _main("train-decoder", run, *short, "--untrained", "--out", control) == 0
+    prove = ("prove", run, "--data", data, "--decoder", painter, "--out", out)
+    few = ("--sampling-steps", "2", "--seeds", "2")
+    assert _main(*prove, *few, "--control", control) == 0
+    result = json.loads(out.read_text())
+    assert (result["blocks"], result["seeds"], result["step"]) == (12, 2, 3)
+    assert result["classes"] == [f"class{n}" for n in range(4)]
+    assert result["real_crops"] == 32 * 4
+    assert result["control"]["step"] == 0
+    assert result["decoder"]["step"] == 3
+    assert result["control"]["digest"] != result["decoder"]["digest"]
+    assert result["spread_and_visible_share"] is None
+    assert set(result["accuracy"]) == {
+        "real blocks",
+        "prediction",
+        "shuffled conditions",
+        "untrained network",
+    }
+    # the control trained on the spot is the same
+    assert _main(*prove, *few, "--overwrite") == 0
+    assert json.loads(out.read_text())["accuracy"] == result["accuracy"]
+    capsys.readouterr()
+
+    def fails(*argv):
+        assert _main(*argv) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "out must not exist" in fails(*prove)
+    assert "out must end in .json" in fails(*prove[:-1], tmp_path / "p.png")
+    assert "blocks must be at least 2, got 1" in fails(*prove, "--blocks", "1", "--overwrite")
+    assert "decoder must belong to this checkpoint" in fails(
+        *prove, "--control", painter, "--overwrite"
+    )
+    other = tmp_path / "other"
+    assert _main("train-decoder", run, *short, "--untrained", "--seed", "1", "--out", other) == 0
+    assert "control must be trained as the decoder was (seed 0), got 1" in fails(
+        *prove, "--control", other, "--overwrite"
+    )
+    wrong = tiny.write_images(tmp_path / "wrong", classes=2)
+    assert "data must be what the decoder was trained on" in fails(
+        "prove", run, "--data", wrong, "--decoder", painter, "--out", tmp_path / "q.json"
+    )
+    assert (
+        load_decoder(control).about["digest"]
+        == inputs.untrained_networks(inputs.read_config(run, None)).digest
+    )
