@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast.model import VisionTransformer
-from ijepa_fast.reference import normalise
+from ijepa_fast.encoder import Encoder
 from ijepa_fast.visualize.figure import panel, pyplot, save
 from ijepa_fast.visualize.inputs import Pictures
 
@@ -22,72 +21,25 @@ __all__ = [
     "Neighbours",
     "draw_neighbours",
     "draw_pca",
-    "enlarge",
     "nearest",
     "patch_features",
     "pca_colours",
-    "position_table",
 ]
 
 
-def position_table(width: int, grid: tuple[int, int], trained: tuple[int, int]) -> Tensor:
-    """The sine-cosine table of a finer grid over the same image: each patch centre keeps its place
-    in the image, counted in patches of the trained grid.
-
-    Args:
-        width: channels D, a multiple of 4.
-        grid: rows and columns of the finer grid.
-        trained: of the grid of the training crops.
-
-    Returns:
-        float32 (1, rows * columns, D).
-    """
-    rows, columns = (
-        (np.arange(new) + 0.5) * (old / new) - 0.5 for new, old in zip(grid, trained, strict=True)
-    )
-    omega = 1.0 / 10000.0 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
-    x = np.tile(columns, grid[0])[:, None] * omega
-    y = np.repeat(rows, grid[1])[:, None] * omega
-    table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
-    return torch.from_numpy(table).float().unsqueeze(0)
-
-
-def enlarge(encoder: VisionTransformer, size: tuple[int, int], patch_size: int) -> None:
-    """Makes an encoder take larger (or smaller) images, in place: its positions are interpolated.
-
-    Args:
-        encoder: of images of the training crop's size.
-        size: height and width in pixels.
-        patch_size: side of a patch.
-
-    Raises:
-        ValueError: size is not a multiple of the patch size.
-    """
-    if size[0] % patch_size or size[1] % patch_size or min(size) < patch_size:
-        raise ValueError(f"size must be a multiple of the patch size ({patch_size}), got {size}")
-    grid = (size[0] // patch_size, size[1] // patch_size)
-    table = position_table(encoder.width, grid, encoder.grid)
-    encoder.pos_embed = table.to(encoder.pos_embed.device)
-    encoder.grid = grid
-
-
 @torch.no_grad()
-def patch_features(encoder: VisionTransformer, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def patch_features(encoder: Encoder, images: Tensor) -> Tensor:
     """Features of the last layer, in float32.
 
     Args:
         encoder: on the device to compute on.
         images: uint8 (n, height, width, 3).
-        mean, std: (3,) in 0-1 units.
 
     Returns:
         float32 (n, N, D) on the CPU.
     """
-    where = encoder.pos_embed.device
-    mean, std = mean.to(where), std.to(where)
-    return torch.cat(
-        [encoder(normalise(part.to(where), mean, std)).cpu() for part in images.split(32)]
-    )
+    parts = images.split(32)
+    return torch.cat([encoder.forward_features(encoder.normalise(part)).cpu() for part in parts])
 
 
 def pca_colours(features: Tensor) -> NDArray[np.float64]:

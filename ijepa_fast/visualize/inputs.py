@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ijepa_fast import encoder as encoder_module
 from ijepa_fast import evaluate
 from ijepa_fast.checkpoint import load_latest
 from ijepa_fast.cli import UsageError, as_dict, parse
 from ijepa_fast.config import Config, DataConfig
 from ijepa_fast.data import make_decoder, open_index
 from ijepa_fast.data.decoders import DecodeError
-from ijepa_fast.data.shapes import write_shapes
+from ijepa_fast.data.named import named_data
+from ijepa_fast.encoder import Encoder
 from ijepa_fast.keyed_random import Stream, torch_generator, uniform
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
+from ijepa_fast.weights import read_weights
 
 __all__ = [
     "Networks",
@@ -98,15 +101,21 @@ def read_config(path: Path | None, preset: str | None) -> Config:
     return parse(["--config", str(path)]).config
 
 
-def load_encoder(source: Path) -> tuple[VisionTransformer, Config, str]:
-    """The target encoder that RUN_OR_WEIGHTS names, its configuration, and what it is in words.
+def load_encoder(source: Path) -> tuple[Encoder, DataConfig, str | None, str]:
+    """The target encoder that RUN_OR_WEIGHTS names, how images are made for it, the data set to
+    show where none is named, and what it is in words.
 
     Raises:
-        UsageError: not a run's folder, or it has no checkpoint.
+        UsageError: no such weights, or no checkpoint.
         CheckpointError: all checkpoints are damaged.
     """
-    encoder, config, step = evaluate.load_run(source)
-    return encoder.to(device()).requires_grad_(False), config, f"{source.name}, step {step}"
+    weights = read_weights(source)
+    config = weights.config
+    encoder = encoder_module.load_encoder(weights).to(device())
+    own = config.eval.data or next(iter(config.data.sources), None) if config else None
+    data = replace(config.data if config else DataConfig(), crop=weights.shape.image_size)
+    name = source.name if weights.step is None else f"{source.name}, step {weights.step}"
+    return encoder, data, own, name
 
 
 def load_networks(run: Path) -> Networks:
@@ -168,14 +177,14 @@ def open_parts(root: str, data: DataConfig) -> tuple[evaluate.Split, evaluate.Sp
     """Training and test part of any data set, labelled or not, split as `evaluate` does.
 
     Args:
-        root: `shapes`, a folder or another source. Sub-folders `train` and `test` (or `val`) are
-            the split, else a keyed 80 % / 20 % split of the images.
+        root: a named data set, a folder or another source. Sub-folders `train` and `test` (or
+            `val`) are the split, else a keyed 80 % / 20 % split of the images.
         data: crop and decoder.
 
     Raises:
         ValueError: there are no images, or an empty part.
     """
-    folder = write_shapes() if root == "shapes" else Path(root)
+    folder = named_data(root) or Path(root)
     if folder.is_dir() and sum(path.is_dir() for path in folder.iterdir()) >= 2:
         return evaluate.labelled_data(root, data, device())
     index = open_index(str(folder))[0]

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from ijepa_fast.cli import UsageError
@@ -15,6 +14,7 @@ from ijepa_fast.visualize.figure import check_out
 __all__ = ["Curves", "Masks", "Neighbours", "Pca", "Picture", "Run", "at_least", "source_of"]
 
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunOrWeights = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
 
 
 def at_least(low: float, **values: float | None) -> None:
@@ -28,13 +28,15 @@ def at_least(low: float, **values: float | None) -> None:
             raise UsageError(f"{name} must be at least {low:g}, got {value:g}")
 
 
-def source_of(data: str | None, config: Config) -> str:
+def source_of(data: str | None, own: Config | str | None) -> str:
     """The data set to show: as given, else the run's labelled one, else its own.
 
     Raises:
         UsageError: there is none.
     """
-    named = data or config.eval.data or next(iter(config.data.sources), None)
+    if isinstance(own, Config):
+        own = own.eval.data or next(iter(own.data.sources), None)
+    named = data or own
     if named is None:
         raise UsageError("data must be given (--data DIR): the configuration names none")
     return named
@@ -108,8 +110,8 @@ class Curves(Picture):
 class Pca(Picture):
     """First three principal components of patch features as colours, beside the images."""
 
-    run: Run
-    """Folder of a run."""
+    run: RunOrWeights
+    """A run, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
     """Folder of images (its test part), or `shapes`; by default the run's."""
     images: int = 12
@@ -124,18 +126,16 @@ class Pca(Picture):
         """Draws it."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images, size=self.size)
-        encoder, config, name = inputs.load_encoder(self.run)
-        height, width = config.data.crop_size
-        data, patch = config.data, config.model.patch_size
+        encoder, data, own, name = inputs.load_encoder(self.run)
+        height, width = data.crop_size
+        patch = encoder.patch_size
         if self.size:
             data = replace(data, crop=(self.size, round(self.size * width / height)))
-            features.enlarge(encoder, data.crop_size, patch)
-        root = source_of(self.data, config)
+        root = source_of(self.data, own)
         pictures = inputs.load_pictures(
             inputs.open_parts(root, data)[1], self.images, seed=self.seed
         )
-        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
-        found = features.patch_features(encoder, pictures.images, mean, std)
+        found = features.patch_features(encoder, pictures.images)
         grid = (data.crop_size[0] // patch, data.crop_size[1] // patch)
         colours = features.pca_colours(found).reshape(len(found), *grid, 3)
         title = f"{name}: principal components 1-3 of {grid[0]}x{grid[1]} patch features"
@@ -147,8 +147,8 @@ class Pca(Picture):
 class Neighbours(Picture):
     """Images and those nearest to them by cosine of centred pooled features."""
 
-    run: Run
-    """Folder of a run."""
+    run: RunOrWeights
+    """A run, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
     """Folder of images (its test part), or `shapes`; by default the run's."""
     pool: int = 2000
@@ -165,13 +165,10 @@ class Neighbours(Picture):
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, queries=self.queries, k=self.k)
         at_least(2, pool=self.pool)
-        encoder, config, name = inputs.load_encoder(self.run)
-        root = source_of(self.data, config)
-        pictures = inputs.load_pictures(
-            inputs.open_parts(root, config.data)[1], self.pool, seed=self.seed
-        )
-        mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
-        found = features.patch_features(encoder, pictures.images, mean, std).mean(dim=1)
+        encoder, data, own, name = inputs.load_encoder(self.run)
+        root = source_of(self.data, own)
+        pictures = inputs.load_pictures(inputs.open_parts(root, data)[1], self.pool, seed=self.seed)
+        found = features.patch_features(encoder, pictures.images).mean(dim=1)
         queries = inputs.choose(len(found), self.queries, seed=self.seed + 1)
         near = features.nearest(found, queries, self.k)
         same = [

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ijepa_fast import export
 from ijepa_fast.config import DataConfig, MaskConfig
 from ijepa_fast.masks import mean_tokens, sample_masks
-from ijepa_fast.model import VisionTransformer, sincos_position_embedding
+from ijepa_fast.model import VisionTransformer
 from ijepa_fast.visualize import __main__ as command_line
 from ijepa_fast.visualize import curves, features, figure, inputs, masks
+from ijepa_fast.weights import read_weights
 from tests.trainer import tiny
 
 DATA = DataConfig(crop=32, decoder="pillow", threads=1)
@@ -284,27 +286,17 @@ def test_fewer_components_than_three_are_grey():
         features.pca_colours(torch.full((1, 2, 3), torch.nan))
 
 
-def test_positions_of_a_finer_grid():
-    trained = (4, 6)
-    same = features.position_table(32, trained, trained)
-    torch.testing.assert_close(same, sincos_position_embedding(32, trained))
-    # three times as fine: the middle one of three centres is the trained one
-    fine = features.position_table(32, (12, 18), trained).view(12, 18, 32)
-    torch.testing.assert_close(fine[1::3, 1::3], same.view(4, 6, 32))
-    between = fine[4, 4, :8]
-    angle = torch.tensor([1.0 / 10000 ** (i / 8) for i in range(8)], dtype=torch.float64)
-    torch.testing.assert_close(between, angle.sin().float())
-
-
-def test_larger_images(run):
-    network, config, name = inputs.load_encoder(run)
+def test_larger_images_and_exported_weights(run, tmp_path):
+    encoder, data, own, name = inputs.load_encoder(run)
     assert name == "run, step 6"
-    features.enlarge(network, (64, 48), 8)
-    mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
+    assert own is not None
     images = torch.randint(0, 256, (2, 64, 48, 3), dtype=torch.uint8)
-    assert features.patch_features(network, images, mean, std).shape == (2, 48, 32)
-    with pytest.raises(ValueError, match=r"multiple of the patch size \(8\)"):
-        features.enlarge(network, (64, 50), 8)
+    found = features.patch_features(encoder, images)
+    assert found.shape == (2, 48, 32)
+    export.export(read_weights(run), tmp_path / "hf", layout="hf")
+    again, other, none, name = inputs.load_encoder(tmp_path / "hf")
+    assert torch.equal(features.patch_features(again, images), found)
+    assert (other.crop_size, none, name) == (data.crop_size, None, "hf")
 
 
 def test_pca_command(run, data, tmp_path, capsys, drawn):
@@ -318,9 +310,9 @@ def test_pca_command(run, data, tmp_path, capsys, drawn):
     assert [image.shape for image in drawn["images"][6:]] == [(96, 96, 3), (12, 12, 3)] * 3
     assert out.is_file()
     capsys.readouterr()
-    assert "patch size (8)" in _fails(capsys, *argv, "--size", "50", "--overwrite")
+    assert "multiples of 8 pixels" in _fails(capsys, *argv, "--size", "50", "--overwrite")
     other = tmp_path / "other.png"
-    assert "RUN must be the folder of a run" in _fails(
+    assert "weights must be a run's folder" in _fails(
         capsys, "pca", tmp_path, "--data", data, "--out", other
     )
     assert "existing folder" in _fails(capsys, "pca", run, "--data", "no", "--out", other)
@@ -421,7 +413,7 @@ def test_pictures_keep_their_labels_and_names(data, tmp_path):
 
 def test_the_encoder_of_a_picture_is_the_target_encoder(run):
     state = tiny.final_state(run)
-    network, _, _ = inputs.load_encoder(run)
+    network = inputs.load_encoder(run)[0].network
     assert isinstance(network, VisionTransformer)
     weights = network.state_dict()
     assert all(torch.equal(value, state["target_encoder." + key]) for key, value in weights.items())
