@@ -16,6 +16,7 @@ from ijepa_fast.encoder import load_encoder
 from ijepa_fast.evaluate import central_windows, encoder_features, labelled_data, pixels
 from ijepa_fast.masks import Masks
 from ijepa_fast.reference import normalise
+from ijepa_fast.visualize import figure
 from ijepa_fast.weights import read_weights
 from tests.trainer import tiny
 
@@ -295,7 +296,7 @@ def _panels(picture, count):
 def test_masks_keep_the_colours_of_what_is_visible(tmp_path, monkeypatch):
     """What is handed to the axes: exact."""
     colours, images, masks, shown = _scene()
-    pyplot = visualize._pyplot()
+    pyplot = figure.pyplot()
     drawn, titles = [], []
     monkeypatch.setattr(pyplot.Axes, "imshow", lambda _axis, image: drawn.append(image))
     monkeypatch.setattr(pyplot.Axes, "set_title", lambda _axis, text, **_: titles.append(text))
@@ -348,7 +349,7 @@ def _rows(count=6):
 
 
 def test_curves_draw_the_rows(tmp_path, monkeypatch):
-    pyplot = visualize._pyplot()
+    pyplot = figure.pyplot()
     lines, texts = {}, []
     plot, text = pyplot.Axes.plot, pyplot.Figure.text
 
