@@ -58,7 +58,7 @@ TESTED_ELSEWHERE = {"kernels/README.md"}
 
 # the network of tiny.RECIPE, whatever the preset's is; two steps of eight images
 SMALL = (
-    *("--model.width", "32", "--model.depth", "1", "--model.heads", "2"),
+    *("--model.width", "32", "--model.depth", "4", "--model.heads", "2"),
     *("--model.mlp-hidden", "128", "--model.predictor-width", "16", "--model.predictor-depth", "1"),
     *("--masks.min-keep", "1", "--masks.truncation-group", "4"),
     *("--batch.global", "8", "--batch.device", "8", "--max-steps", "2", "--log.interval", "1"),
@@ -142,8 +142,8 @@ class World:
     @functools.cached_property
     def run(self) -> Path:
         out = self.folder / "trained" / "run"
-        # the ridge on raw pixels, which goes with fine-tuning, takes 8 s at 32 pixels
-        size = {"data__crop": 16, "model__patch_size": 4}
+        # four blocks, as guides ask for the last four layers
+        size = {"data__crop": 16, "model__patch_size": 4, "model__depth": 4}
         assert tiny.run(self.images, out, max_steps=4, eval__data=self.images, **size) == 0
         return out
 
@@ -302,6 +302,8 @@ def _run_module(module: str, command: Command, words: tuple[str, ...], sandbox: 
 
 def _train(module: str, command: Command, words: tuple[str, ...], sandbox: Sandbox, making=()):
     """Checks the whole configuration, computes its cost, and trains a tiny network with it."""
+    # what a script passes on is checked where the script is called
+    words = tuple(word for word in words if word != "$@")
     argv = sandbox.arguments(words, outputs(module, words), making)
     asked = parse(argv)
     data = []
@@ -559,12 +561,19 @@ def _apt(words: tuple[str, ...], command: Command, sandbox: Sandbox, making=()) 
 
 
 def _script(words: tuple[str, ...], command: Command, sandbox: Sandbox, making=()) -> None:
-    """`bash FILE`, `sbatch FILE`: bash can read it. Its commands are found in it."""
-    names = [word for word in words[1:] if not word.startswith("-")]
-    path = ROOT / names[0]
-    if not path.is_file():
-        raise Wrong(f"there is no file {names[0]}")
-    _bash_reads(path.read_text(encoding="utf-8"))
+    """`bash FILE`, `sbatch FILE`: bash can read it. Its commands are found in it, and get what it
+    passes on.
+    """
+    place = next((n for n, word in enumerate(words[1:], 1) if not word.startswith("-")), 0)
+    path = ROOT / words[place]
+    if not place or not path.is_file():
+        raise Wrong(f"there is no file {words[place]}")
+    text = path.read_text(encoding="utf-8")
+    _bash_reads(text)
+    if passed := words[place + 1 :]:
+        if 'ijepa_fast.train "$@"' not in text:
+            raise Wrong(f"{words[place]} takes no arguments")
+        _python(("python", "-m", "ijepa_fast.train", *passed), command, sandbox, making)
 
 
 def _bash_reads(text: str) -> None:
@@ -669,7 +678,7 @@ def _helps(module: str) -> Iterator[str]:
 
 SECTIONS = sorted(key for key, value in as_dict(Config()).items() if isinstance(value, dict))
 FIELD = re.compile(rf"(?<![\w./-])({'|'.join(SECTIONS)})\.([a-z_]+)\b(?![./(])")
-SUFFIXES = {"py", "json", "md", "png", "yaml", "pt"}
+SUFFIXES = {"py", "json", "md", "png", "yaml", "pt", "safetensors"}
 PRESET = re.compile(r"vit[a-z]\d+(_\w+)?|\w+_(?:in\d+k|published)")
 
 
