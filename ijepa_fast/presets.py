@@ -3,6 +3,7 @@ configurations.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ijepa_fast.config import (
     BatchConfig,
@@ -35,6 +36,18 @@ def demo() -> Config:
         eval=EvalConfig(data="shapes"),
         out="runs/demo",
         log=LogConfig(interval=20),
+    )
+
+
+def fashion_mnist() -> Config:
+    """Fashion-MNIST with a small network, our best masks there: six target blocks of a tenth of the
+    grid. 2,400 steps in about 20 minutes on two cores with bfloat16 products.
+    """
+    published = fashion_mnist_published()
+    return replace(
+        published,
+        masks=replace(published.masks, num_targets=6, target_scale=(0.08, 0.12), min_keep=6),
+        out="runs/fashion_mnist",
     )
 
 
@@ -140,6 +153,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     function.__name__: function
     for function in (
         demo,
+        fashion_mnist,
         fashion_mnist_published,
         vits16,
         vitb16_in1k,
