@@ -227,7 +227,10 @@ class Sandbox:
         result = []
         for number, word in enumerate(words):
             option, equals, value = word.partition("=")
-            if number in outputs:
+            if number and words[number - 1] == "--preset":
+                # a recipe may have the name of its data
+                result.append(word)
+            elif number in outputs:
                 result.append(self.write(word))
             elif word.startswith("--") and equals:
                 value = self.write(value) if option == "--out" else self.read(value, making)
@@ -284,9 +287,9 @@ def _is_package(module: str) -> bool:
 def _run_module(module: str, command: Command, words: tuple[str, ...], sandbox: Sandbox, making=()):
     """A command of the package, to its end."""
     main = command_line(module)
-    if command.inline and not words:
-        # a name in the text, arguments left out
-        call(main, ["--help"])
+    if command.inline and (not words or (module.endswith("visualize") and len(words) == 1)):
+        # a name in the text, or a command's part, arguments left out
+        call(main, [*words, "--help"])
         return
     argv = sandbox.arguments(words, outputs(module, words), making)
     argv = [word for word in argv if word not in LEFT_OUT.get(module, ())]

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ijepa_fast.config import (
     OptimConfig,
 )
 from ijepa_fast.presets import PRESETS, preset
+from ijepa_fast.schedules import Schedules
 
 NAN, INF = float("nan"), float("inf")
 
@@ -298,13 +300,14 @@ def test_presets_are_the_published_configurations(
 
 
 def test_all_presets_exist_and_write_to_folders_of_their_own():
-    names = ["demo", "vits16", *(row[0] for row in RELEASED)]
+    ours = ["demo", "fashion_mnist", "fashion_mnist_published", "vits16"]
+    names = [*ours, *(row[0] for row in RELEASED)]
     assert sorted(PRESETS) == sorted(names)
     assert {preset(name).out for name in names} == {f"runs/{name}" for name in names}
 
 
 def test_an_unknown_preset_names_the_valid_ones():
-    with pytest.raises(ValueError, match=r"preset must be one of demo, vits16, .*, got 'vitb'"):
+    with pytest.raises(ValueError, match=r"preset must be one of demo, .*, vits16, .*, got 'vitb'"):
         preset("vitb")
 
 
@@ -672,3 +675,20 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
 def test_dry_run_of_a_missing_folder_is_one_line(tmp_path, capsys):
     path = str(tmp_path / "missing")
     assert path in _refused(["--data", path, "--dry-run"], capsys)
+
+
+def test_fashion_mnist_is_the_released_recipe_on_a_small_scale():
+    """Marks were measured with it; `fashion_mnist` differs in its masks alone."""
+    config, released = preset("fashion_mnist_published"), preset("vitb16_in1k")
+    assert config.grid == (7, 7)
+    assert config.masks == replace(released.masks, truncation_group=256)
+    for name in ("lr", "weight_decay", "final_weight_decay", "momentum", "final_momentum", "loss"):
+        assert getattr(config.optim, name) == getattr(released.optim, name), name
+    schedules = Schedules.of(config.optim, global_batch=256, steps_per_epoch=60_000 // 256)
+    assert config.max_steps == 2400 <= schedules.run_steps
+    # the schedules end where the run does
+    assert schedules.at(2400).lr == pytest.approx(config.optim.final_lr, rel=1e-3)
+    assert schedules.at(2399).lr > config.optim.final_lr
+    ours = preset("fashion_mnist")
+    assert replace(ours, masks=config.masks, out=config.out) == config
+    assert ours.masks != config.masks
