@@ -317,9 +317,9 @@ class Run:
         try:
             row = self.looks.look(weights, name, whole=whole, with_pixels=whole and not self.step)
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            # before the first step and after the last an error ends the run; in between a look is
-            # no reason to lose it
-            if whole:
+            # before the first step and after the last an error in the labelled data ends the run;
+            # otherwise a look is no reason to lose it
+            if whole and not isinstance(error, torch.OutOfMemoryError):
                 raise
             _logger.warning("no look at step %d: %s", self.step, error)
             return
