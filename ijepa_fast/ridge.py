@@ -91,11 +91,24 @@ def ridge_accuracy(
 
 
 class _Ridge:
-    """Solutions for every penalty from one eigendecomposition of X^T X (D, D)."""
+    """Solutions for every penalty from one eigendecomposition: of X^T X (D, D), or of X X^T (n, n)
+    where there are fewer rows than features.
+    """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
         self.mean = features.mean(dim=0, dtype=torch.float64)
         width, device = features.shape[1], features.device
+        self.intercept = torch.bincount(labels, minlength=classes).double().to(device)
+        self.intercept /= len(features)
+        if len(features) < width:
+            x = features.double() - self.mean
+            self.scale = self._scale(x.square().mean(dim=0))
+            x *= self.scale
+            # X^T (X X^T + penalty)^-1 Y, the same weights
+            self.values, vectors = torch.linalg.eigh(x @ x.T)
+            self.vectors = x.T @ vectors
+            self.rotated = vectors.T @ F.one_hot(labels.to(device), classes).double()
+            return
         gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         moment = torch.zeros(width, classes, dtype=torch.float64, device=device)
         rows = max(1, _CHUNK_ELEMENTS // width)
@@ -103,14 +116,15 @@ class _Ridge:
             x = part.double() - self.mean
             gram += x.T @ x
             moment += x.T @ F.one_hot(label.to(device), classes).double()
-        variance = gram.diagonal() / len(features)
-        # what float32 makes of a constant is not exactly its mean
-        varies = variance > (1e-7 * self.mean).square()
-        self.scale = torch.where(varies, variance, 1).rsqrt() * varies
+        self.scale = self._scale(gram.diagonal() / len(features))
         self.values, self.vectors = torch.linalg.eigh(self.scale[:, None] * gram * self.scale)
         self.rotated = self.vectors.T @ (self.scale[:, None] * moment)
-        self.intercept = torch.bincount(labels, minlength=classes).double().to(device)
-        self.intercept /= len(features)
+
+    def _scale(self, variance: Tensor) -> Tensor:
+        """What makes features of these variances standard ones; 0 where one does not vary."""
+        # what float32 makes of a constant is not exactly its mean
+        varies = variance > (1e-7 * self.mean).square()
+        return torch.where(varies, variance, 1).rsqrt() * varies
 
     def weights(self, penalty: float) -> Tensor:
         """(D, C), for standardised features. X is centred, so that Y need not be."""
