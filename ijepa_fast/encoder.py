@@ -149,11 +149,13 @@ def load_encoder(
     """
     if not isinstance(path, Pretrained):
         path = read_weights(path, image_size=image_size, heads=heads)
-    network = network_of(path.shape)
+    # without memory, until its shapes are seen to be those of the weights
+    with torch.device("meta"):
+        network = network_of(path.shape)
     grid = path.shape.grid
     state = fit_to(
         path.encoder(encoder), network.state_dict(), old=grid, new=grid, source=path.source
     )
-    network.load_state_dict(state)
+    network.to_empty(device="cpu").load_state_dict(state)
     loaded = Encoder(network, patch_size=path.shape.patch_size, mean=path.mean, std=path.std)
     return loaded.eval().requires_grad_(False)

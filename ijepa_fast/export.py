@@ -212,13 +212,22 @@ def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layou
 
 
 def _run_metrics(run: Path) -> dict[str, float]:
-    """The last kNN accuracies that the run itself measured."""
-    scores: dict[str, float] = {}
-    for row in read_rows(run / "metrics.jsonl"):
-        knn = row.get("knn")
-        if isinstance(knn, dict):
-            scores |= {f"kNN, {name}": value for name, value in knn.items()}
-    return scores
+    """The kNN accuracies that the run itself measured on all of its labelled images; those of the
+    data it measured last.
+    """
+    rows = [
+        row
+        for row in read_rows(run / "metrics.jsonl")
+        # `images`: of a part, in the middle of the run
+        if isinstance(row.get("knn"), dict) and "images" not in row
+    ]
+    data = rows[-1].get("data") if rows else None
+    return {
+        f"kNN on {Path(str(data)).name}, {name}": value
+        for row in rows
+        if row.get("data") == data
+        for name, value in row["knn"].items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -313,7 +313,9 @@ class Run:
             for row in rows
         ):
             return
-        name = f"target encoder, step {self.step}" if self.step else "untrained network"
+        name = f"target encoder, step {self.step}"
+        if not self.step and self.config.init is None:
+            name = "untrained network"
         try:
             row = self.looks.look(weights, name, whole=whole, with_pixels=whole and not self.step)
         except (OSError, ValueError, torch.OutOfMemoryError) as error:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import distributed, estimate
-from ijepa_fast.checkpoint import CheckpointError, NonFiniteState
+from ijepa_fast.checkpoint import CheckpointError, NonFiniteState, checkpoint_folders
 from ijepa_fast.cli import Invocation, UsageError, dump_yaml, parse
 from ijepa_fast.config import Config
 from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
@@ -173,7 +173,9 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
         if not config.data.sources:
             raise UsageError("data.root must be given: --data DIR")
         check_masks(config.masks, config.grid)
-        if config.init is not None and not Path(config.init).exists():
+        # what is resumed needs them no more
+        started = checkpoint_folders(Path(config.out) / "checkpoints")
+        if config.init is not None and not started and not Path(config.init).exists():
             raise UsageError(f"init must name weights, got {config.init}, which is missing")
         memory = estimate.device_memory(ranks.device, ranks.local_world)
         batch = estimate.device_batch(

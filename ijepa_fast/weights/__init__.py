@@ -4,7 +4,9 @@
 |---|---|
 | a run's folder, or one of its checkpoints | ``checkpoints/``, ``state.safetensors`` |
 | Hugging Face I-JEPA | a folder with ``config.json`` |
+| a folder of timm | a folder with ``config.json`` that names an ``architecture`` |
 | timm names (our own names), one encoder or all three networks | a ``.safetensors`` file |
+| the folder of an export | ``model.safetensors`` |
 | the released layout, or any PyTorch file of tensors | ``.pth.tar``, ``.pth``, ``.pt``, ``.bin`` |
 
 PyTorch files are read with ``weights_only=True``: nothing in them is run.

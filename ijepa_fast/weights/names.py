@@ -22,6 +22,7 @@ _BLOCK = (
     (r"intermediate\.dense|mlp\.fc1", "mlp.fc1"),
     (r"output\.dense|mlp\.fc2", "mlp.fc2"),
 )
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OUTSIDE = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
@@ -35,7 +36,8 @@ def our_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Our names, float32; heads of classifiers are left out.
 
     Raises:
-        UsageError: there is more in it than an I-JEPA encoder, or a number that is not finite.
+        UsageError: there is more in it than an I-JEPA encoder, or a tensor that is not plain, not
+            of floating-point numbers, or not finite.
     """
     plain: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
@@ -45,6 +47,11 @@ def our_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             continue
         if any(part in f"{name}." for part in _FOREIGN):
             raise UsageError(f"weights must be of an I-JEPA encoder, got {full} in {path}")
+        if tensor.dtype not in _DTYPES or not _is_plain(tensor):
+            raise UsageError(
+                f"weights must be plain tensors of float16, bfloat16, float32 or float64, got "
+                f"{full} of {tensor.dtype}, {tensor.layout} on {tensor.device} in {path}"
+            )
         if not tensor.isfinite().all():
             raise UsageError(f"weights must be finite, got {full} in {path} that is not")
         value = tensor.detach().float().contiguous()
@@ -67,9 +74,22 @@ def our_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             else:
                 raise UsageError(f"weights must be of an I-JEPA encoder, got {full} in {path}")
     for key, third in thirds.items():
+        shapes = [tuple(value.shape) for value in third.values()]
+        if len(set(shapes)) > 1 or () in shapes:
+            raise UsageError(f"thirds of {key} must have the same shape, got {shapes} in {path}")
         if len(third) == 3:
             plain[key] = torch.cat([third[which] for which in "qkv"])
     return plain
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Numbers in memory, one after the other: not sparse, nested, quantised, or without any."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_nested
+    )
 
 
 def hugging_face_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,9 @@
 import json
 import math
 import pickle  # for the name of an error only
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,25 @@ __all__ = ["read_weights"]
 
 _TORCH_FILES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _HEADS = {a.width: a.heads for a in ARCHITECTURES.values()}
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_MOST_JSON = 2**24
+_MOST_CHANNEL = 1e6
+# tensors of a file may share memory, as two encoders that are still the same do; without end they
+# would fill the machine's
+_MOST_SHARING = 8
+# what reading a PyTorch file that someone has bent raises, besides its own error
+_BENT = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
+    pickle.UnpicklingError,
+)
 
 
 def read_weights(
@@ -43,7 +65,10 @@ def read_weights(
     if (path / "checkpoints").is_dir() or (path / "state.safetensors").is_file():
         return _own(path)
     if (path / "config.json").is_file():
-        return _hugging_face(path)
+        config = _json(path / "config.json")
+        return (_timm if "architecture" in config else _hugging_face)(path, config)
+    if (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
     if path.is_file() and path.suffix == ".safetensors":
         tensors, metadata = _safetensors(path)
         told = _told(metadata.get(METADATA), path)
@@ -96,6 +121,8 @@ def _own(path: Path) -> Pretrained:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {_MOST_JSON}")
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} must be a JSON file, got {error}") from None
@@ -104,21 +131,19 @@ def _json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _hugging_face(path: Path) -> Pretrained:
-    config = _json(path / "config.json")
+def _hugging_face(path: Path, config: Mapping[str, Any]) -> Pretrained:
     if config.get("model_type") != "ijepa":
         kind = config.get("model_type")
         raise UsageError(f"model_type must be ijepa, got {kind!r} in {path / 'config.json'}")
     tensors = _hugging_face_tensors(path)
-    size, patch = config.get("image_size", 224), config.get("patch_size", 16)
     for key, rule in (("qkv_bias", True), ("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
         # the library's own default of eps is another
         got = config.get(key, 1e-12 if key == "layer_norm_eps" else rule)
         if got != rule:
             raise UsageError(f"{key} must be {rule}, got {got!r} in {path / 'config.json'}")
     told = {
-        "image_size": [size, size] if isinstance(size, int) else size,
-        "patch_size": patch if isinstance(patch, int) else patch[0],
+        "image_size": _square(config.get("image_size", 224)),
+        "patch_size": config.get("patch_size", 16),
         "heads": config.get("num_attention_heads", 12),
     }
     processor = path / "preprocessor_config.json"
@@ -128,19 +153,43 @@ def _hugging_face(path: Path) -> Pretrained:
     return _described({"target_encoder": tensors}, path, None, None, told)
 
 
+def _timm(path: Path, config: Mapping[str, Any]) -> Pretrained:
+    """A folder of `timm.models.push_to_hf_hub`, or of our export."""
+    arguments, settings = config.get("model_args", {}), config.get("pretrained_cfg", {})
+    if not isinstance(arguments, dict) or not isinstance(settings, dict):
+        raise UsageError(
+            "model_args and pretrained_cfg must be mappings, got "
+            f"{type(arguments).__name__} and {type(settings).__name__} in {path / 'config.json'}"
+        )
+    told = {key: settings[key] for key in ("mean", "std") if key in settings}
+    if "num_heads" in arguments:
+        told["heads"] = arguments["num_heads"]
+    if "img_size" in arguments:
+        told["image_size"] = _square(arguments["img_size"])
+    return _described({"target_encoder": _hugging_face_tensors(path)}, path, None, None, told)
+
+
+def _square(size: object) -> object:
+    return size if isinstance(size, list) else [size, size]
+
+
 def _hugging_face_tensors(path: Path) -> dict[str, Tensor]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        table = _json(index).get("weight_map")
+        given = list(table.values()) if isinstance(table, dict) else [table]
+        names = [name for name in given if isinstance(name, str)]
         # a name from a file must not lead out of the folder
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise UsageError(f"weight_map must name files beside it, got {names} in {index}")
-        return {k: v for name in names for k, v in _safetensors(path / name)[0].items()}
+        if len(names) != len(given) or any(n in ("", "..") or Path(n).name != n for n in names):
+            raise UsageError(f"weight_map must name files beside it, got {given[:3]} in {index}")
+        return {
+            k: v for name in sorted(set(names)) for k, v in _safetensors(path / name)[0].items()
+        }
     if (path / "model.safetensors").is_file():
         return _safetensors(path / "model.safetensors")[0]
     if (path / "pytorch_model.bin").is_file():
         return _torch_file(path / "pytorch_model.bin")["target_encoder"]
-    raise UsageError(f"a Hugging Face folder must have model.safetensors, got none in {path}")
+    raise UsageError(f"a folder of weights must have model.safetensors, got none in {path}")
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -177,19 +226,59 @@ def _told(text: str | None, path: Path) -> dict[str, Any]:
 def _torch_file(path: Path) -> dict[str, dict[str, Tensor]]:
     """Networks of a PyTorch file; only plain data is read, never code."""
     try:
-        try:
-            # mapped: optimiser state of ten gigabytes is not read
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):
-            # files of the format before PyTorch 1.6 cannot be mapped
-            tree = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _require_stored(path)
+        with warnings.catch_warnings():
+            # on dtypes and protocols that are refused anyway
+            warnings.simplefilter("ignore")
+            try:
+                # mapped: optimiser state of ten gigabytes is not read
+                tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (RuntimeError, ValueError):
+                # files of the format before PyTorch 1.6 cannot be mapped
+                tree = torch.load(path, map_location="cpu", weights_only=True)
+    except _BENT as error:
         raise UsageError(
-            f"weights must be a PyTorch file of tensors and plain values, got {path}: {why}"
+            f"weights must be a PyTorch file of tensors and plain values, got {path}: {_why(error)}"
         ) from None
     if not isinstance(tree, dict):
         raise UsageError(f"weights must hold a mapping, got {type(tree).__name__} in {path}")
+    networks = _networks(tree)
+    size = sum(t.numel() * t.element_size() for n in networks.values() for t in n.values())
+    if size > _MOST_SHARING * path.stat().st_size:
+        raise UsageError(
+            f"weights must be tensors with numbers of their own, got {size} bytes of tensors in "
+            f"{path.stat().st_size} bytes of {path}"
+        )
+    return networks
+
+
+def _require_stored(path: Path) -> None:
+    """PyTorch stores what it packs as it is; what is compressed may be endless.
+
+    Raises:
+        ValueError: the file is a compressed archive, or its entries overlap.
+        OSError: it cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile:
+        # of the old format, or no such file at all
+        return
+    size = sum(entry.file_size for entry in entries)
+    if size > path.stat().st_size or any(entry.compress_type for entry in entries):
+        raise ValueError("its entries must be stored, not compressed")
+
+
+def _why(error: BaseException) -> str:
+    """In one line, without the advice to run what the file holds."""
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"it holds {found[1]}" if found else "it is not a pickle of such values"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _networks(tree: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
     if isinstance(tree.get("target_encoder"), dict) or isinstance(tree.get("encoder"), dict):
         networks = {n: _tensors(tree[n]) for n in NETWORKS if isinstance(tree.get(n), dict)}
         if "target_encoder" not in networks:
@@ -220,33 +309,79 @@ def _described(
                 f"weights must be of an I-JEPA encoder with {key}, got {first} ... in {path}"
             )
     kernel, table = state["patch_embed.proj.weight"], state["pos_embed"]
-    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3] or table.ndim != 3:
+    mlp = state["blocks.0.mlp.fc1.weight"]
+    # checked before anything is built of these dimensions
+    if (
+        kernel.ndim != 4
+        or kernel.shape[2] != kernel.shape[3]
+        or table.ndim != 3
+        or table.shape[0::2] != (1, kernel.shape[0])
+        or mlp.ndim != 2
+        or 0 in (*kernel.shape, *table.shape, *mlp.shape)
+    ):
         raise UsageError(
-            "weights must have square patches and a position table (1, N, D), got "
-            f"{tuple(kernel.shape)} and {tuple(table.shape)} in {path}"
+            "weights must have square patches (D, channels, side, side), a position table "
+            "(1, N, D) and MLPs (F, D), got "
+            f"{tuple(kernel.shape)}, {tuple(table.shape)} and {tuple(mlp.shape)} in {path}"
+        )
+    if kernel.shape[1] != len(DataConfig().mean):
+        raise UsageError(
+            f"weights must be for images of 3 channels, got {kernel.shape[1]} in {path}"
         )
     width, patch, patches = kernel.shape[0], kernel.shape[2], table.shape[1]
-    size = tuple(told.get("image_size") or image_size or ())
-    if not size:
-        side = math.isqrt(patches) * patch
-        size = (side, side)
-    if len(size) != 2 or (size[0] // patch) * (size[1] // patch) != patches:
+    if told.get("patch_size", patch) not in (patch, [patch, patch]):
         raise UsageError(
-            f"image_size must give {patches} patches of {patch} x {patch} pixels, got {size} for "
+            f"patch_size must be {patch}, the side of {tuple(kernel.shape)}, got "
+            f"{told['patch_size']!r} for {path}"
+        )
+    side = math.isqrt(patches) * patch
+    size = told.get("image_size", image_size or (side, side))
+    if (
+        not isinstance(size, list | tuple)
+        or len(size) != 2
+        or not all(type(pixels) is int and pixels > 0 for pixels in size)
+        or (size[0] // patch) * (size[1] // patch) != patches
+    ):
+        raise UsageError(
+            f"image_size must give {patches} patches of {patch} x {patch} pixels, got {size!r} for "
             f"{path}"
         )
-    number = told.get("heads") or heads or _HEADS.get(width)
-    if not isinstance(number, int) or number < 1 or width % number:
-        raise UsageError(f"heads must divide the width ({width}), got {number} for {path}")
+    number = told.get("heads", heads or _HEADS.get(width))
+    if number is None:
+        raise UsageError(
+            f"heads must be given (--heads): the width {width} does not tell in {path}"
+        )
+    if type(number) is not int or number < 1 or width % number:
+        raise UsageError(f"heads must divide the width ({width}), got {number!r} for {path}")
     shape = Shape(
-        image_size=(int(size[0]), int(size[1])),
+        image_size=(size[0], size[1]),
         patch_size=patch,
         width=width,
-        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        # of the numbers, not the highest of them: a network of that many would be built
+        depth=len({found[1] for key in state if (found := _BLOCK.match(key))}),
         heads=number,
-        mlp_hidden=state["blocks.0.mlp.fc1.weight"].shape[0],
+        mlp_hidden=mlp.shape[0],
         in_channels=kernel.shape[1],
     )
     defaults = DataConfig()
-    mean, std = (tuple(told.get(k, getattr(defaults, k))) for k in ("mean", "std"))
+    mean, std = (_channels(told, k, getattr(defaults, k), path) for k in ("mean", "std"))
     return Pretrained(networks=ours, shape=shape, mean=mean, std=std, source=str(path))
+
+
+def _channels(
+    told: Mapping[str, Any], key: str, default: tuple[float, ...], path: Path
+) -> tuple[float, ...]:
+    """Mean or standard deviation of the image channels."""
+    values = told.get(key, default)
+    plain = isinstance(values, list | tuple) and all(type(v) in (int, float) for v in values)
+    if (
+        not plain
+        or len(values) != len(default)
+        or not all(-_MOST_CHANNEL < v < _MOST_CHANNEL for v in values)
+        or (key == "std" and min(values) <= 0)
+    ):
+        raise UsageError(
+            f"{key} must be {len(default)} numbers{' above 0' if key == 'std' else ''}, got "
+            f"{values!r} for {path}"
+        )
+    return tuple(float(value) for value in values)

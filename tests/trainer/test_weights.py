@@ -1,11 +1,14 @@
 """Weights of other libraries in and out, held against those libraries' own code."""
 
+import io
 import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -400,21 +403,29 @@ def test_a_run_a_checkpoint_and_all_exports_agree(run, tmp_path, capsys):
 
 
 def test_the_card_tells_recipe_data_metrics_and_licence(run, data, tmp_path, capsys):
+    rows = [
+        {"step": 3, "data": "/a/x", "knn": {"target encoder, half": 0.1}, "images": [20, 10]},
+        {"step": 6, "data": "/a/y", "knn": {"elsewhere": 0.2}},
+        {"step": 6, "data": "/a/x", "knn": {"target encoder": 0.4321}},
+    ]
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 6, "data": "x", "knn": {"target encoder": 0.4321}}) + "\n")
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     assert _export(run, tmp_path / "out", capsys)[0] == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for text in (
         "mean of last_hidden_state",
         "CC BY-NC 4.0",
-        "| kNN, target encoder | 43.2 % |",
+        "| kNN on x, target encoder | 43.2 % |",
         "6 steps of",
         "truncation_group:",
         "seed: 3",
         data.name,
     ):
         assert text in card, text
+    # of a part of the images, and of other data
+    assert "half" not in card
+    assert "elsewhere" not in card
     # a card goes to the public: no paths of this machine
     assert str(data.parent) not in card
     assert str(run.parent) not in card
@@ -562,7 +573,7 @@ def test_other_networks_are_refused(tmp_path, change, message):
 
 def test_dimensions_that_a_file_does_not_tell(tmp_path):
     save_file(dict(_network(WIDE).state_dict()), tmp_path / "a.safetensors")
-    with pytest.raises(UsageError, match="heads must divide the width"):
+    with pytest.raises(UsageError, match="heads must be given"):
         read_weights(tmp_path / "a.safetensors", image_size=(16, 40))
     with pytest.raises(UsageError, match="image_size must give 10 patches"):
         read_weights(tmp_path / "a.safetensors", heads=2)
@@ -577,6 +588,142 @@ def test_what_is_no_weights(tmp_path, name):
     (tmp_path / "b.safetensors").write_text("x")
     with pytest.raises(UsageError, match=name):
         read_weights(tmp_path / name)
+
+
+# --- files that were made to do harm -------------------------------------------------------------
+
+
+def _change(**changes):
+    return dict(_network(SMALL).state_dict()) | changes
+
+
+def _zip_of(pickled, compression=zipfile.ZIP_STORED):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/version", "3\n")
+    return packed.getvalue()
+
+
+_FC1, _NORM = "blocks.0.mlp.fc1.weight", "norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # 4 TB in one number; networks of dimensions that cost the file no bytes
+        ({_NORM: torch.zeros(1).expand(10**12)}, "numbers of their own"),
+        ({_FC1: torch.zeros(10**12, 0)}, r"\(1000000000000, 0\)"),
+        ({"pos_embed": torch.zeros(1, 9, 1)}, r"\(1, 9, 1\)"),
+        ({"blocks.100000000.norm1.bias": torch.zeros(32)}, "must be absent"),
+        ({"blocks.x.norm1.bias": torch.zeros(32)}, "must be absent"),
+        ({"patch_embed.proj.weight": torch.zeros(32, 3, 0, 0)}, "square patches"),
+        ({"patch_embed.proj.weight": torch.zeros(32, 1, 8, 8)}, "3 channels, got 1"),
+        # what is no plain tensor of numbers
+        ({_NORM: torch.ones(32, dtype=torch.int8)}, "got norm.weight of torch.int8"),
+        ({_NORM: torch.ones(32, dtype=torch.complex64)}, "got norm.weight of torch.complex64"),
+        ({_NORM: torch.ones(32, dtype=torch.float8_e4m3fn)}, "of torch.float8_e4m3fn"),
+        ({_NORM: torch.ones(32).to_sparse()}, "torch.sparse_coo"),
+        ({_NORM: torch.ones(32, device="meta")}, "on meta"),
+        (
+            {"layers.0.attention.q_proj.weight": torch.zeros(32, 32)}
+            | {"layers.0.attention.k_proj.weight": torch.zeros(32)},
+            "must have the same shape",
+        ),
+    ],
+)
+def test_tensors_that_would_fill_the_memory_or_are_none(tmp_path, change, message):
+    torch.save(_change(**change), tmp_path / "a.pth")
+    with pytest.raises(UsageError, match=message):
+        load_encoder(tmp_path / "a.pth", heads=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_zip_of(b"\x80\x02" + b"N0" * 10**6 + b"}.", zipfile.ZIP_DEFLATED), "not compressed"),
+        # an empty stack, no tuple, a missing argument, a key that is none, a class that is none
+        (_zip_of(b"\x80\x02."), "pop from empty list"),
+        (_zip_of(b"\x80\x02K\x01Q."), "saved_id"),
+        (_zip_of(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."), "missing 6 required"),
+        (_zip_of(b"\x80\x02}}K\x01s."), "unhashable"),
+        (_zip_of(b"\x80\x02ctorch._utils\n_rebuild_parameter\n(K\x01K\x02K\x03tR."), "detach"),
+        (_zip_of(b"\x80\x02cposix\nsystem\nX\x01\x00\x00\x00x\x85R."), "holds posix.system$"),
+    ],
+)
+def test_bent_pickles(tmp_path, data, message):
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_weights(tmp_path / "a.pth")
+    # neither more lines, nor torch's advice to run it
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", '{"image_size": "24"}', "image_size must give 9 patches"),
+        ("config.json", '{"image_size": [-24, -24]}', "image_size must give 9 patches"),
+        ("config.json", '{"image_size": 24.0}', "image_size must give 9 patches"),
+        ("config.json", '{"patch_size": []}', "patch_size must be 8"),
+        ("config.json", '{"patch_size": 16}', r"patch_size must be 8, .* got 16"),
+        ("config.json", '{"num_attention_heads": true}', "heads must divide"),
+        ("preprocessor_config.json", '{"image_mean": 5}', "mean must be 3 numbers, got 5"),
+        ("preprocessor_config.json", '{"image_mean": [1, 2, NaN]}', "mean must be 3 numbers"),
+        ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "std must be 3 numbers above 0"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "weight_map must name files"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}', "weight_map must name"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}', "weight_map must name"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "b", "c": 5}}', "weight_map must"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": ".."}}', "weight_map must name"),
+    ],
+)
+def test_settings_of_wrong_types(tmp_path, name, text, message):
+    export.export(_pretrained(SMALL), tmp_path / "hf", layout="hf")
+    path = tmp_path / "hf" / name
+    given = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(given | json.loads(text)))
+    with pytest.raises(UsageError, match=message):
+        load_encoder(tmp_path / "hf")
+
+
+def test_a_settings_file_without_end(tmp_path):
+    export.export(_pretrained(SMALL), tmp_path / "hf", layout="hf")
+    os.truncate(tmp_path / "hf" / "config.json", 2**36)
+    with pytest.raises(UsageError, match="more than 16777216"):
+        load_encoder(tmp_path / "hf")
+
+
+# --- folders of exports --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["hf", "timm", "torch"])
+def test_the_folder_of_an_export_is_weights(tmp_path, layout):
+    given = _pretrained(WIDE)
+    export.export(given, tmp_path / "out", layout=layout)
+    read = read_weights(tmp_path / "out")
+    assert (read.shape, read.mean, read.std) == (WIDE, MEAN, STD)
+    for key, value in given.encoder().items():
+        assert torch.equal(read.encoder()[key], value), key
+
+
+def test_a_folder_that_timm_wrote(tmp_path):
+    """Arguments as its `save_for_hf` writes them; a size may be one number."""
+    save_file(dict(_network(SMALL).state_dict()), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vit_base_patch16_224",
+        "num_classes": 0,
+        "model_args": {"img_size": 24, "num_heads": 4, "class_token": False},
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = read_weights(tmp_path)
+    assert (read.shape.image_size, read.shape.heads) == ((24, 24), 4)
+    assert (read.mean, read.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    (tmp_path / "config.json").write_text('{"architecture": "x", "model_args": 5}')
+    with pytest.raises(UsageError, match="model_args and pretrained_cfg must be mappings"):
+        read_weights(tmp_path)
 
 
 def test_an_encoder_that_is_not_there():
@@ -630,10 +777,20 @@ def test_init_that_does_not_fit(run, data, tmp_path, capsys):
     assert "init must name weights, got" in capsys.readouterr().err
 
 
+def test_a_run_from_weights_has_no_untrained_network(run, data, tmp_path):
+    settings = {"init": run, "max_steps": 1, "eval__data": data}
+    assert tiny.run(data, tmp_path / "new", **settings) == 0
+    first = next(row for row in tiny.rows(tmp_path / "new") if "knn" in row)
+    assert first["knn"].keys() == {"raw pixels", "target encoder, step 0"}
+
+
 def test_a_resumed_run_does_not_start_again(run, data, tmp_path):
-    settings = {"init": run}
+    shutil.copytree(run, tmp_path / "start")
+    settings = {"init": tmp_path / "start"}
     assert tiny.run(data, tmp_path / "whole", max_steps=3, **settings) == 0
     assert tiny.run(data, tmp_path / "parts", max_steps=2, **settings) == 0
+    # nor does it need the weights any more
+    shutil.rmtree(tmp_path / "start")
     assert tiny.run(data, tmp_path / "parts", max_steps=3, **settings) == 0
     whole, parts = (_latest(tmp_path / n / "checkpoints").tensors for n in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
