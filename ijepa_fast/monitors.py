@@ -208,7 +208,7 @@ def collapse_warning(monitors: Mapping[str, float], baseline: Mapping[str, float
     else:
         return None
     return (
-        f"features collapse: feature std went from {first_std:.3f} (untrained network) to "
+        f"features collapse: feature std went from {first_std:.3f} (at step 0) to "
         f"{std:.3f} and RankMe from {first_rank:.1f} to {rank:.1f}, so {what}. A low loss then "
         "says nothing: such features are easy to predict. Lower optim.lr, raise optim.momentum "
         "(0.996 is published), or warm up longer (optim.warmup)"

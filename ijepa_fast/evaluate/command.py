@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -118,6 +119,12 @@ def _check(args: EvaluateArgs) -> None:
     for name, value, low in (("epochs", tune.epochs, 1), ("batch", tune.batch, 1)):
         if value < low:
             raise UsageError(f"finetune.{name} must be at least {low}, got {value}")
+    if args.linear_epochs is not None and args.linear_epochs < 1:
+        raise UsageError(f"linear-epochs must be at least 1, got {args.linear_epochs}")
+    if not 0 <= tune.lr < math.inf:
+        raise UsageError(f"finetune.lr must be at least 0 and finite, got {tune.lr}")
+    if not 0 <= tune.layer_decay <= 1:
+        raise UsageError(f"finetune.layer-decay must be between 0 and 1, got {tune.layer_decay}")
     if not 0 < tune.share <= 1:
         raise UsageError(f"finetune.share must be above 0 and at most 1, got {tune.share}")
     if tune.per_class is not None and tune.per_class < 1:

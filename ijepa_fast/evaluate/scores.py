@@ -33,15 +33,14 @@ _logger = logging.getLogger(__name__)
 Scores = dict[str, dict[str, float]]
 
 
-def score_knn(train: Features, test: Features, *, k: int) -> Scores:
-    """Subject -> `kNN` and `kNN, not centred` -> accuracy in 0..1."""
+def score_knn(train: Features, test: Features, *, k: int, both: bool = True) -> Scores:
+    """Subject -> `kNN` and, if both are wanted, `kNN, not centred` -> accuracy in 0..1."""
     scores: Scores = {}
     for name in train.sets:
         rows = train.sets[name][LAST], train.labels, test.sets[name][LAST], test.labels
-        scores[name] = {
-            "kNN": knn_accuracy(*rows, k=k),
-            "kNN, not centred": knn_accuracy(*rows, k=k, center=False),
-        }
+        scores[name] = {"kNN": knn_accuracy(*rows, k=k)}
+        if both:
+            scores[name]["kNN, not centred"] = knn_accuracy(*rows, k=k, center=False)
     return scores
 
 
@@ -234,7 +233,8 @@ def knn_scores(
         for split in splits
     )
     k = min(k, len(train.labels))
-    return {name: scores["kNN"] for name, scores in score_knn(train, test, k=k).items()}
+    scores = score_knn(train, test, k=k, both=False)
+    return {name: of["kNN"] for name, of in scores.items()}
 
 
 def knn_table(scores: Mapping[str, float]) -> str:

@@ -191,7 +191,7 @@ def test_training_without_the_moving_average_collapses_and_says_so():
     before, after = train(2, lr=1e-2, momentum=0.0)
     text = collapse_warning(after, before)
     assert text is not None
-    assert f"from {before['feature_std']:.3f} (untrained network) to" in text
+    assert f"from {before['feature_std']:.3f} (at step 0) to" in text
     assert f"RankMe from {before['rankme']:.1f} to {after['rankme']:.1f}" in text
     assert "optim.momentum" in text
 
