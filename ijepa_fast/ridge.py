@@ -91,7 +91,9 @@ def ridge_accuracy(
 
 
 class _Ridge:
-    """Solutions for every penalty from one eigendecomposition of X^T X (D, D)."""
+    """Solutions for every penalty from one eigendecomposition: of X^T X (D, D), or of X X^T (n, n)
+    where there are fewer rows than features.
+    """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
         self.mean = features.mean(dim=0, dtype=torch.float64)
@@ -99,7 +101,13 @@ class _Ridge:
         self.intercept = torch.bincount(labels, minlength=classes).double().to(device)
         self.intercept /= len(features)
         if len(features) < width:
-            self._fewer_rows(features, labels, classes)
+            x = features.double() - self.mean
+            self.scale = self._scale(x.square().mean(dim=0))
+            x *= self.scale
+            # X^T (X X^T + penalty)^-1 Y, the same weights
+            self.values, vectors = torch.linalg.eigh(x @ x.T)
+            self.vectors = x.T @ vectors
+            self.rotated = vectors.T @ F.one_hot(labels.to(device), classes).double()
             return
         gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         moment = torch.zeros(width, classes, dtype=torch.float64, device=device)
@@ -113,21 +121,10 @@ class _Ridge:
         self.rotated = self.vectors.T @ (self.scale[:, None] * moment)
 
     def _scale(self, variance: Tensor) -> Tensor:
+        """What makes features of these variances standard ones; 0 where one does not vary."""
         # what float32 makes of a constant is not exactly its mean
         varies = variance > (1e-7 * self.mean).square()
         return torch.where(varies, variance, 1).rsqrt() * varies
-
-    def _fewer_rows(self, features: Tensor, labels: Tensor, classes: int) -> None:
-        """The same from the n x n products of the rows: D x D of them would take far longer."""
-        x = features.double() - self.mean
-        self.scale = self._scale(x.square().mean(dim=0))
-        x = x * self.scale
-        values, rows = torch.linalg.eigh(x @ x.T)
-        kept = values > values[-1] * 1e-12
-        self.values = values[kept]
-        self.vectors = x.T @ (rows[:, kept] / self.values.sqrt())
-        one_hot = F.one_hot(labels.to(x.device), classes).double()
-        self.rotated = self.values.sqrt()[:, None] * (rows[:, kept].T @ one_hot)
 
     def weights(self, penalty: float) -> Tensor:
         """(D, C), for standardised features. X is centred, so that Y need not be."""

@@ -107,6 +107,8 @@ def _untrained(weights: Pretrained, seed: int) -> Encoder:
 
 
 def _check(args: EvaluateArgs) -> None:
+    if not 0 <= args.seed < 2**64:
+        raise UsageError(f"seed must be in 0..2**64-1, got {args.seed}")
     if args.k < 1:
         raise UsageError(f"k must be at least 1, got {args.k}")
     if not args.methods:
@@ -266,10 +268,13 @@ def _table(result: Mapping[str, Any]) -> str:
         ]
         rows.append("  ".join([name.ljust(first), *cells]))
     train, test = result["images"]
+    neighbours = f"; k = {result['k']}" if "kNN" in titles else ""
     rows.append(
         f"{train} training and {test} test images in {result['classes']} classes of "
-        f"{result['data']}; k = {result['k']}"
+        f"{result['data']}{neighbours}"
     )
+    if "finetune" in result:
+        rows.append("fine-tuned: of raw pixels a ridge regression on the same images")
     return "\n".join(rows)
 
 

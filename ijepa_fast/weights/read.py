@@ -178,11 +178,13 @@ def _hugging_face_tensors(path: Path) -> dict[str, Tensor]:
     if index.is_file():
         table = _json(index).get("weight_map")
         given = list(table.values()) if isinstance(table, dict) else [table]
+        names = [name for name in given if isinstance(name, str)]
         # a name from a file must not lead out of the folder
-        if not all(isinstance(n, str) and n != ".." and n and Path(n).name == n for n in given):
+        if len(names) != len(given) or any(n in ("", "..") or Path(n).name != n for n in names):
             raise UsageError(f"weight_map must name files beside it, got {given[:3]} in {index}")
-        names = sorted(set(given))
-        return {k: v for name in names for k, v in _safetensors(path / name)[0].items()}
+        return {
+            k: v for name in sorted(set(names)) for k, v in _safetensors(path / name)[0].items()
+        }
     if (path / "model.safetensors").is_file():
         return _safetensors(path / "model.safetensors")[0]
     if (path / "pytorch_model.bin").is_file():

@@ -1,6 +1,7 @@
 """kNN scores of a run's features, and pictures whose pixels say what they should."""
 
 import json
+import re
 import shutil
 from fractions import Fraction
 
@@ -405,3 +406,17 @@ def test_curves_on_paper(tmp_path):
 def test_curves_without_rows(tmp_path):
     visualize.draw_curves(tmp_path / "curves.png", [])
     assert not _blue(tmp_path / "curves.png").any()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--finetune.lr", "-1"], "finetune.lr must be at least 0 and finite, got -1.0"),
+        (["--finetune.layer-decay", "2"], "finetune.layer-decay must be between 0 and 1, got 2.0"),
+        (["--linear-epochs", "0"], "linear-epochs must be at least 1, got 0"),
+        (["--seed", "-1"], r"seed must be in 0..2\*\*64-1, got -1"),
+    ],
+)
+def test_settings_are_checked_before_the_weights_are_read(tmp_path, capsys, flags, message):
+    assert evaluate.main([str(tmp_path / "nowhere"), *flags]) == 2
+    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)

@@ -301,7 +301,7 @@ def test_ridge_equals_scikit_learn(penalty):
     assert ours.validation == expected
 
 
-@pytest.mark.parametrize(("rows", "penalty"), [(300, 1.0), (300, 300.0), (5, 2.0)])
+@pytest.mark.parametrize(("rows", "penalty"), [(300, 1.0), (300, 300.0), (5, 2.0), (5, 1e-3)])
 def test_ridge_solution_equals_scikit_learn(rows, penalty):
     """Weights and intercept, with more and with fewer rows than features."""
     from ijepa_fast.ridge import _Ridge

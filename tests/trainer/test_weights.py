@@ -675,6 +675,7 @@ def test_bent_pickles(tmp_path, data, message):
         ("model.safetensors.index.json", '{"weight_map": []}', "weight_map must name files"),
         ("model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}', "weight_map must name"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../b"}}', "weight_map must name"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "b", "c": 5}}', "weight_map must"),
         ("model.safetensors.index.json", '{"weight_map": {"a": ".."}}', "weight_map must name"),
     ],
 )
