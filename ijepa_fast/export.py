@@ -175,6 +175,8 @@ def export(
         UsageError: the folder is there and not empty, or there is no such encoder.
         OSError: it cannot be written.
     """
+    if layout == "torch" and which != "target":
+        raise UsageError(f"encoder must be left out with format torch (all go), got {which}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"OUT must be a new or empty folder, got {out}")
     state = weights.encoder(which)
@@ -201,14 +203,19 @@ def export(
 def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layout: Format) -> None:
     """What was written is read back: names, shapes and every number."""
     back = read_weights(folder if layout == "hf" else folder / "model.safetensors")
-    told = (back.shape, back.mean, back.std)
-    assert told == (weights.shape, tuple(weights.mean), tuple(weights.std)), told
+    same = (back.shape, back.mean, back.std) == (
+        weights.shape,
+        tuple(weights.mean),
+        tuple(weights.std),
+    )
     pairs = [(state, back.encoder("target"))] if layout != "torch" else []
     if layout == "torch":
         pairs = [(network, back.networks[name]) for name, network in weights.networks.items()]
     for given, read in pairs:
-        assert given.keys() == read.keys()
-        assert all(torch.equal(given[key], read[key]) for key in given)
+        same &= given.keys() == read.keys()
+        same = same and all(torch.equal(given[key], read[key]) for key in given)
+    if not same:
+        raise OSError(f"what was written to {folder} is not what is read back")
 
 
 def _run_metrics(run: Path) -> dict[str, float]:

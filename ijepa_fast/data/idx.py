@@ -92,7 +92,7 @@ def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
             f"{magic.hex()}), got {data[:4].hex() or 'nothing'}"
         )
     shape = struct.unpack(f">{dimensions}I", data[4:start])
-    if len(data) - start != int(np.prod(shape, dtype=np.int64)):
+    if min(shape) < 1 or len(data) - start != int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"{path} must hold {shape} bytes, got {len(data) - start}")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 

@@ -190,6 +190,7 @@ def _scores(
     parts: list[Scores] = []
     details: dict[str, Any] = {}
     if {"knn", "ridge", "linear"} & set(args.methods):
+        _say(f"features of {sum(len(split.rows) for split in splits)} images")
         train, test = (
             extract(
                 encoders,

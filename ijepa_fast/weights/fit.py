@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ijepa_fast.cli import UsageError
 from ijepa_fast.config import Config
+from ijepa_fast.weights.pretrained import Pretrained
 from ijepa_fast.weights.read import read_weights
 
 __all__ = ["fit_to", "resample_positions", "start_weights"]
@@ -53,7 +54,7 @@ def start_weights(path: str, config: Config, shapes: Mapping[str, torch.Size]) -
         CheckpointError: a checkpoint is damaged.
     """
     size = config.data.crop_size
-    read = read_weights(path, heads=config.model.architecture.heads)
+    read = _read_for(path, config)
     networks = dict(read.networks)
     networks.setdefault("encoder", networks["target_encoder"])
     if read.shape.heads != config.model.architecture.heads:
@@ -69,6 +70,19 @@ def start_weights(path: str, config: Config, shapes: Mapping[str, torch.Size]) -
         fitted = fit_to(given, wanted, old=read.shape.grid, new=new, source=read.source)
         start |= {prefix + key: tensor for key, tensor in fitted.items()}
     return start
+
+
+def _read_for(path: str, config: Config) -> Pretrained:
+    """Reads weights whose file may tell neither heads nor a rectangular grid: as many patches as
+    the run's are taken for its grid, others for a square.
+    """
+    heads, size = config.model.architecture.heads, config.data.crop_size
+    if size[0] == size[1]:
+        return read_weights(path, heads=heads)
+    try:
+        return read_weights(path, heads=heads, image_size=size)
+    except UsageError:
+        return read_weights(path, heads=heads)
 
 
 def fit_to(

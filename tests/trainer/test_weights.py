@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from ijepa_fast.weights import (
     hugging_face_names,
     read_weights,
     resample_positions,
+    start_weights,
 )
 from tests.trainer import tiny
 
@@ -794,3 +796,38 @@ def test_a_resumed_run_does_not_start_again(run, data, tmp_path):
     assert tiny.run(data, tmp_path / "parts", max_steps=3, **settings) == 0
     whole, parts = (_latest(tmp_path / n / "checkpoints").tensors for n in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_init_from_a_rectangle_that_its_file_does_not_tell(data, tmp_path):
+    """As many patches as the run's own are its grid; 16 would also be a square."""
+    shape = Shape(image_size=(16, 64), patch_size=8, width=32, depth=1, heads=2, mlp_hidden=128)
+    context, target, _ = _released(tmp_path / "wide.pth", shape, predictor=False)
+    recipe = tiny.config(data, tmp_path / "run")
+    wide = replace(recipe, data=replace(recipe.data, crop=(16, 64)))
+    shapes = {f"encoder.{k}": v.shape for k, v in context.state_dict().items()}
+    shapes |= {f"target_encoder.{k}": v.shape for k, v in target.state_dict().items()}
+    start = start_weights(str(tmp_path / "wide.pth"), wide, shapes)
+    for key, value in context.state_dict().items():
+        # the table too: it was not taken for one of 4 x 4 patches
+        assert torch.equal(start[f"encoder.{key}"], value), key
+
+
+def test_all_three_networks_know_no_choice_of_encoder(run, tmp_path, capsys):
+    code, printed = _export(
+        run, tmp_path / "x", capsys, "--format", "torch", "--encoder", "context"
+    )
+    assert code == 2
+    assert "encoder must be left out with format torch" in printed.err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_reads_back_otherwise_is_not_left(run, tmp_path, monkeypatch, capsys):
+    def wrong(tensors, *arguments, **options):
+        first = next(iter(tensors))
+        save_file({**tensors, first: tensors[first] + 1}, *arguments, **options)
+
+    monkeypatch.setattr("ijepa_fast.export.save_file", wrong)
+    code, printed = _export(run, tmp_path / "x", capsys)
+    assert code == 2
+    assert "is not what is read back" in printed.err
+    assert not list(tmp_path.iterdir())
