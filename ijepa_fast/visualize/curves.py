@@ -37,7 +37,7 @@ def draw_curves(path: Path, rows: Sequence[Row]) -> None:
     for axis, (title, values) in zip(axes.flat, panels, strict=True):
         axis.plot(steps, values, color="tab:blue", linewidth=1.2)
         _label(axis, title)
-    scored = [row for row in rows if "knn" in row]
+    scored = [row for row in rows if "knn" in row and _whole(row)]
     if scored:
         text = "   ".join(
             f"step {row['step']}: {name} {100 * value:.1f} %"
@@ -86,7 +86,20 @@ def _monitor(name: str) -> Callable[[Sequence[Row]], list[_Line]]:
     return _of(lambda row: (row.get("monitors") or {}).get(name))
 
 
+def _whole(row: Row) -> bool:
+    """Whether a look was at all labelled images: against fewer, kNN accuracies are lower."""
+    return "images" not in row
+
+
 def _knn(rows: Sequence[Row]) -> list[_Line]:
+    return _accuracies([row for row in rows if _whole(row)])
+
+
+def _knn_of_part(rows: Sequence[Row]) -> list[_Line]:
+    return _accuracies([row for row in rows if not _whole(row)])
+
+
+def _accuracies(rows: Sequence[Row]) -> list[_Line]:
     """The encoder's accuracy, from the untrained network at step 0 on, and the level of what does
     not change with the step (raw pixels).
     """
@@ -117,6 +130,7 @@ PANELS = (
     _Panel("feature std of the target encoder", _of(lambda row: row.get("feature_std"))),
     _Panel("images/s", _of(lambda row: (row.get("timing") or {}).get("images_per_second"))),
     _Panel("kNN accuracy, %", _knn),
+    _Panel("kNN accuracy, %, part of the images", _knn_of_part),
     _Panel("RankMe", _monitor("rankme")),
     _Panel("LiDAR", _monitor("lidar")),
     _Panel("cosine of prediction and target", _monitor("prediction_cosine")),

@@ -417,3 +417,17 @@ def test_the_encoder_of_a_picture_is_the_target_encoder(run):
     assert isinstance(network, VisionTransformer)
     weights = network.state_dict()
     assert all(torch.equal(value, state["target_encoder." + key]) for key, value in weights.items())
+
+
+def test_looks_at_a_part_are_curves_of_their_own():
+    """Against fewer images accuracies are lower: no jump at the end."""
+    rows = [
+        {"step": 0, "knn": {"raw pixels": 0.8, "untrained network": 0.5}},
+        {"step": 10, "knn": {"target encoder, step 10": 0.4}, "images": [20, 5]},
+        {"step": 20, "knn": {"target encoder, step 20": 0.45}, "images": [20, 5]},
+        {"step": 25, "knn": {"target encoder, step 25": 0.6}},
+    ]
+    whole = curves._knn(rows)
+    assert [(line.steps, line.values) for line in whole] == [([0, 25], [50.0, 60.0]), ([], [80.0])]
+    (part,) = curves._knn_of_part(rows)
+    assert (part.steps, part.values) == ([10, 20], [40.0, 45.0])
