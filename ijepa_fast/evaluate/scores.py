@@ -158,8 +158,7 @@ def finetune_scores(
         train.labels, share=settings.share, per_class=settings.per_class, seed=settings.seed
     )
     subset = replace(train, rows=train.rows[rows])
-    known, first = np.unique(subset.labels, return_index=True)
-    del first
+    known = np.unique(subset.labels)
     number = {int(label): place for place, label in enumerate(known)}
     batch = min(settings.batch, len(rows))
     steps = len(rows) // batch

@@ -1,5 +1,7 @@
 """Looks at features while a run trains: what they compute, when, and what they change: nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_the_last_look_is_of_the_saved_weights(run, data):
         for number in range(len(images)):
             x = normalise(images[number : number + 1], mean, std)
             mask = sample_masks(
-                config.masks.__class__(**{**vars(config.masks), "truncation_group": 1}),
+                replace(config.masks, truncation_group=1),
                 grid=config.grid,
                 seed=config.seed,
                 step=0,
