@@ -25,10 +25,11 @@ from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import latent_targets, normalise, predict
 
-__all__ = ["Looks", "look_interval"]
+__all__ = ["UNTRAINED", "Looks", "look_interval"]
 
 _logger = logging.getLogger(__name__)
 
+UNTRAINED = "untrained network"
 IMAGES = 64
 VIEWS = 4
 # patches of each image whose features enter RankMe: 2,048 rows, a singular value decomposition of
@@ -95,7 +96,7 @@ class Looks:
         return context, target, predictor
 
     def look(
-        self, weights: Mapping[str, Tensor], name: str, *, whole: bool, with_pixels: bool
+        self, weights: Mapping[str, Tensor], name: str, *, whole: bool, baselines: bool
     ) -> dict[str, Any]:
         """One row, without its step.
 
@@ -103,7 +104,7 @@ class Looks:
             weights: `encoder.*`, `target_encoder.*` and `predictor.*`, whole.
             name: of the target encoder at this step.
             whole: kNN on all of the labelled set, not a part of it.
-            with_pixels: also kNN of raw pixels.
+            baselines: also kNN of raw pixels and of the untrained network.
 
         Returns:
             `monitors`; `data`, `knn` and, on a part, `images` if there is a labelled set; `timing`.
@@ -118,9 +119,10 @@ class Looks:
                 splits = (_part(splits[0], TRAIN_ROWS), _part(splits[1], TEST_ROWS))
                 row["images"] = [len(split.rows) for split in splits]
             row["data"] = root
-            row["knn"] = evaluate.knn_scores(
-                {name: target}, splits, self.config, with_pixels=with_pixels
-            )
+            encoders = {name: target}
+            if baselines and name != UNTRAINED:
+                encoders = {UNTRAINED: evaluate.untrained(self.config).to(self.device), **encoders}
+            row["knn"] = evaluate.knn_scores(encoders, splits, self.config, with_pixels=baselines)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         return {**row, "timing": {"look_seconds": round(seconds, 3)}}

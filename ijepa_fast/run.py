@@ -18,7 +18,7 @@ from ijepa_fast.dataset import load_index
 from ijepa_fast.durable import require_room
 from ijepa_fast.fast import FastStep, wants_compile
 from ijepa_fast.keyed_random import Stream, torch_generator
-from ijepa_fast.looks import Looks, look_interval
+from ijepa_fast.looks import UNTRAINED, Looks, look_interval
 from ijepa_fast.masks import Masks
 from ijepa_fast.metrics import (
     Journal,
@@ -313,11 +313,10 @@ class Run:
             for row in rows
         ):
             return
-        name = f"target encoder, step {self.step}"
-        if not self.step and self.config.init is None:
-            name = "untrained network"
+        untrained = not self.step and self.config.init is None
+        name = UNTRAINED if untrained else f"target encoder, step {self.step}"
         try:
-            row = self.looks.look(weights, name, whole=whole, with_pixels=whole and not self.step)
+            row = self.looks.look(weights, name, whole=whole, baselines=whole and not self.step)
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             # before the first step and after the last an error in the labelled data ends the run;
             # otherwise a look is no reason to lose it

@@ -10,17 +10,16 @@ from ijepa_fast.evaluate.command import main, untrained
 from ijepa_fast.evaluate.features import encoder_features, pixels
 from ijepa_fast.evaluate.labelled import (
     BATCH,
-    TRAIN_SHARE,
     Images,
     Split,
     central_windows,
     labelled_data,
+    parts_of,
 )
 from ijepa_fast.evaluate.scores import knn_scores, knn_table
 
 __all__ = [
     "BATCH",
-    "TRAIN_SHARE",
     "Images",
     "Split",
     "central_windows",
@@ -29,6 +28,7 @@ __all__ = [
     "knn_table",
     "labelled_data",
     "main",
+    "parts_of",
     "pixels",
     "untrained",
 ]

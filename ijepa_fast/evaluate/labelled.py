@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +24,16 @@ from ijepa_fast.data.decoders import DecodeError
 from ijepa_fast.data.named import named_data
 from ijepa_fast.keyed_random import Stream, uniform
 
-__all__ = ["BATCH", "TRAIN_SHARE", "Images", "Split", "central_windows", "labelled_data"]
+__all__ = [
+    "BATCH",
+    "Images",
+    "Split",
+    "central_windows",
+    "labelled_data",
+    "parts_of",
+]
 
-TRAIN_SHARE = 0.8
+_TRAIN_SHARE = 0.8
 BATCH = 256
 _logger = logging.getLogger(__name__)
 
@@ -153,46 +160,67 @@ def _decode(
     return torch.empty(0), rows
 
 
-def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
-    """Training and test part of a labelled folder.
+def parts_of(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+    """Training and test part of any data set, labelled or not.
 
     Args:
-        root: a named data set, or a folder with one sub-folder a class. With sub-folders `train`
-            and `test` (or `val`) those are the split, else a keyed 80 % / 20 % split of the images.
+        root: a named data set, a folder or another source. Sub-folders `train` and `test` (or
+            `val`) are the split, else a keyed 80 % / 20 % split of the images.
         data: crop and decoder.
         device: the training device.
 
     Raises:
-        ValueError: the folder has no images, fewer than two classes, or an empty part.
+        ValueError: there are no images, or an empty part.
     """
+    parts = _split(root, data, device)
+    _check_not_empty(parts, root)
+    return parts
+
+
+def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
     folder = named_data(root) or Path(root)
     held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
     if (folder / "train").is_dir() and held_out:
         parts = [open_index(folder / name)[0] for name in ("train", held_out)]
-        if parts[0].classes != parts[1].classes:
-            raise ValueError(
-                f"classes of train and {held_out} must be the same, got "
-                f"{list(parts[0].classes)[:5]}... and {list(parts[1].classes)[:5]}... in {root}"
-            )
         chosen = [np.arange(len(part)) for part in parts]
     else:
-        index = open_index(folder)[0]
+        index = open_index(str(folder))[0]
         parts = [index, index]
         draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
-        chosen = [np.flatnonzero(draws < TRAIN_SHARE), np.flatnonzero(draws >= TRAIN_SHARE)]
-    if len(parts[0].classes) < 2:
-        raise ValueError(
-            "data must have at least 2 classes (sub-folders), "
-            f"got {len(parts[0].classes)} in {root}"
-        )
-    # images beside the class folders carry no label
-    chosen = [c[p.label[c] >= 0] for p, c in zip(parts, chosen, strict=True)]
-    if min(len(c) for c in chosen) == 0:
-        raise ValueError(
-            f"data must leave images for training and test, got an empty part in {root}"
-        )
+        chosen = [np.flatnonzero(draws < _TRAIN_SHARE), np.flatnonzero(draws >= _TRAIN_SHARE)]
     train, test = (
         Split(index=part, rows=rows, data=data, device=device)
         for part, rows in zip(parts, chosen, strict=True)
     )
+    return train, test
+
+
+def _check_not_empty(parts: tuple[Split, Split], root: str) -> None:
+    if min(len(part.rows) for part in parts) == 0:
+        raise ValueError(
+            f"data must leave images for training and test, got an empty part in {root}"
+        )
+
+
+def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+    """Training and test part of a labelled data set; images beside the class folders, which carry
+    no label, are left out. Arguments as of `parts_of`.
+
+    Raises:
+        ValueError: there are no images, fewer than two classes, other classes in the test part, or
+            an empty part.
+    """
+    train, test = _split(root, data, device)
+    names = train.index.classes
+    if names != test.index.classes:
+        raise ValueError(
+            f"classes of train and test part must be the same, got {list(names)[:5]}... "
+            f"and {list(test.index.classes)[:5]}... in {root}"
+        )
+    if len(names) < 2:
+        raise ValueError(
+            f"data must have at least 2 classes (sub-folders), got {len(names)} in {root}"
+        )
+    train, test = (replace(part, rows=part.rows[part.labels >= 0]) for part in (train, test))
+    _check_not_empty((train, test), root)
     return train, test

@@ -106,12 +106,14 @@ def _accuracies(rows: Sequence[Row]) -> list[_Line]:
     points: dict[str, list[tuple[int, float]]] = {}
     levels: dict[str, float] = {}
     for row in rows:
-        for name, value in (row.get("knn") or {}).items():
-            step = row["step"]
+        knn, step = row.get("knn") or {}, row["step"]
+        # a run that began with other weights: the untrained network is a level
+        started = "target encoder, step 0" in knn
+        for name, value in knn.items():
             named = re.fullmatch(r"(.+), step (\d+)", name)
             if named:
                 points.setdefault(named[1], []).append((int(named[2]), 100 * value))
-            elif name.startswith("untrained") and step == 0:
+            elif name.startswith("untrained") and step == 0 and not started:
                 points.setdefault("target encoder", []).append((0, 100 * value))
             else:
                 levels[name] = 100 * value

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ijepa_fast import evaluate
 from ijepa_fast.cli import UsageError
 from ijepa_fast.durable import write_file
 from ijepa_fast.visualize import inputs, predictor, proof
@@ -218,10 +219,8 @@ class Prove:
                 f"is held out, got {_named(root)}"
             )
         untrained = inputs.untrained_networks(config)
-        parts = inputs.open_parts(root, config.data)
+        parts = evaluate.labelled_data(root, config.data, inputs.device())
         held_out = inputs.load_pictures(parts[1], self.blocks)
-        if len(set(held_out.labels.tolist()) - {-1}) < 2:
-            raise UsageError(f"data must be labelled (one sub-folder a class), got {root}")
         control = self._control(untrained, root, about)
         train = inputs.load_pictures(parts[0], int(about["images"]), seed=int(about["seed"]))
         side, passes = decoder.side, int(about["passes"])

@@ -17,11 +17,10 @@ from ijepa_fast import evaluate
 from ijepa_fast.checkpoint import load_latest
 from ijepa_fast.cli import UsageError, as_dict, parse
 from ijepa_fast.config import Config, DataConfig
-from ijepa_fast.data import make_decoder, open_index
+from ijepa_fast.data import make_decoder
 from ijepa_fast.data.decoders import DecodeError
-from ijepa_fast.data.named import named_data
 from ijepa_fast.encoder import Encoder
-from ijepa_fast.keyed_random import Stream, torch_generator, uniform
+from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.weights import read_weights
 
@@ -174,31 +173,8 @@ def _digest(weights: Mapping[str, Tensor], config: Config) -> str:
 
 
 def open_parts(root: str, data: DataConfig) -> tuple[evaluate.Split, evaluate.Split]:
-    """Training and test part of any data set, labelled or not, split as `evaluate` does.
-
-    Args:
-        root: a named data set, a folder or another source. Sub-folders `train` and `test` (or
-            `val`) are the split, else a keyed 80 % / 20 % split of the images.
-        data: crop and decoder.
-
-    Raises:
-        ValueError: there are no images, or an empty part.
-    """
-    folder = named_data(root) or Path(root)
-    if folder.is_dir() and sum(path.is_dir() for path in folder.iterdir()) >= 2:
-        return evaluate.labelled_data(root, data, device())
-    index = open_index(str(folder))[0]
-    draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
-    train = draws < evaluate.TRAIN_SHARE
-    if train.all() or not train.any():
-        raise ValueError(
-            f"data must leave images for training and test, got an empty part in {root}"
-        )
-    first, second = (
-        evaluate.Split(index=index, rows=np.flatnonzero(rows), data=data, device=device())
-        for rows in (train, ~train)
-    )
-    return first, second
+    """Training and test part of any data set, labelled or not; see `evaluate.parts_of`."""
+    return evaluate.parts_of(root, data, device())
 
 
 def choose(count: int, limit: int, *, seed: int = 0) -> NDArray[np.int64]:

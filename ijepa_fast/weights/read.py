@@ -161,6 +161,12 @@ def _timm(path: Path, config: Mapping[str, Any]) -> Pretrained:
             "model_args and pretrained_cfg must be mappings, got "
             f"{type(arguments).__name__} and {type(settings).__name__} in {path / 'config.json'}"
         )
+    for key, rule in (("act_layer", "gelu"), ("norm_layer", "layernorm")):
+        # their weights would have the same names and shapes
+        if arguments.get(key, rule) not in (rule, None):
+            raise UsageError(
+                f"model_args.{key} must be {rule}, got {arguments[key]!r} in {path / 'config.json'}"
+            )
     told = {key: settings[key] for key in ("mean", "std") if key in settings}
     if "num_heads" in arguments:
         told["heads"] = arguments["num_heads"]

@@ -205,7 +205,7 @@ def test_other_classes_in_the_test_part(run, tmp_path, capsys):
     tiny.write_images(tmp_path / "train", count=8, classes=2)
     tiny.write_images(tmp_path / "test", count=9, classes=3)
     assert evaluate.main([str(run), "--data", str(tmp_path)]) == 2
-    assert "classes of train and test must be the same" in _error(capsys)
+    assert "classes of train and test part must be the same" in _error(capsys)
 
 
 @pytest.mark.parametrize("k", [0, 33])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -389,6 +390,14 @@ def test_images_without_classes(tmp_path):
     assert sorted(names) == [f"{number:02d}.jpg" for number in range(20)]
     assert all(len(part.images) for part in parts)
     assert parts[1].label(0) == ""
+    for number, name in enumerate(["train"] * 3 + ["test"] * 2):
+        (tmp_path / "split" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(flat / f"{number:02d}.jpg", tmp_path / "split" / name / f"{number:02d}.jpg")
+    parts = [inputs.load_pictures(p, 99) for p in inputs.open_parts(str(tmp_path / "split"), DATA)]
+    assert [sorted(part.names) for part in parts] == [
+        ["00.jpg", "01.jpg", "02.jpg"],
+        ["03.jpg", "04.jpg"],
+    ]
 
 
 def test_pictures_keep_their_labels_and_names(data, tmp_path):
@@ -421,7 +430,7 @@ def test_the_encoder_of_a_picture_is_the_target_encoder(run):
 
 def test_looks_at_a_part_are_curves_of_their_own():
     """Against fewer images accuracies are lower: no jump at the end."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": 0, "knn": {"raw pixels": 0.8, "untrained network": 0.5}},
         {"step": 10, "knn": {"target encoder, step 10": 0.4}, "images": [20, 5]},
         {"step": 20, "knn": {"target encoder, step 20": 0.45}, "images": [20, 5]},
@@ -431,3 +440,10 @@ def test_looks_at_a_part_are_curves_of_their_own():
     assert [(line.steps, line.values) for line in whole] == [([0, 25], [50.0, 60.0]), ([], [80.0])]
     (part,) = curves._knn_of_part(rows)
     assert (part.steps, part.values) == ([10, 20], [40.0, 45.0])
+    # a run from other weights starts with them; the untrained network is a level
+    rows[0]["knn"]["target encoder, step 0"] = 0.5625
+    assert [(line.steps, line.values) for line in curves._knn(rows)] == [
+        ([0, 25], [56.25, 60.0]),
+        ([], [80.0]),
+        ([], [50.0]),
+    ]

@@ -713,7 +713,7 @@ def test_the_folder_of_an_export_is_weights(tmp_path, layout):
 def test_a_folder_that_timm_wrote(tmp_path):
     """Arguments as its `save_for_hf` writes them; a size may be one number."""
     save_file(dict(_network(SMALL).state_dict()), tmp_path / "model.safetensors")
-    config = {
+    config: dict[str, Any] = {
         "architecture": "vit_base_patch16_224",
         "num_classes": 0,
         "model_args": {"img_size": 24, "num_heads": 4, "class_token": False},
@@ -725,6 +725,10 @@ def test_a_folder_that_timm_wrote(tmp_path):
     assert (read.mean, read.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     (tmp_path / "config.json").write_text('{"architecture": "x", "model_args": 5}')
     with pytest.raises(UsageError, match="model_args and pretrained_cfg must be mappings"):
+        read_weights(tmp_path)
+    config["model_args"]["act_layer"] = "gelu_tanh"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"act_layer must be gelu, got 'gelu_tanh'"):
         read_weights(tmp_path)
 
 
@@ -779,11 +783,15 @@ def test_init_that_does_not_fit(run, data, tmp_path, capsys):
     assert "init must name weights, got" in capsys.readouterr().err
 
 
-def test_a_run_from_weights_has_no_untrained_network(run, data, tmp_path):
+def test_a_run_from_weights_shows_them_and_an_untrained_network(run, data, tmp_path):
     settings = {"init": run, "max_steps": 1, "eval__data": data}
     assert tiny.run(data, tmp_path / "new", **settings) == 0
     first = next(row for row in tiny.rows(tmp_path / "new") if "knn" in row)
-    assert first["knn"].keys() == {"raw pixels", "target encoder, step 0"}
+    assert first["knn"].keys() == {"raw pixels", "untrained network", "target encoder, step 0"}
+    assert tiny.run(data, tmp_path / "plain", max_steps=1, eval__data=data) == 0
+    plain = next(row for row in tiny.rows(tmp_path / "plain") if "knn" in row)
+    for name in ("raw pixels", "untrained network"):
+        assert first["knn"][name] == plain["knn"][name]
 
 
 def test_a_resumed_run_does_not_start_again(run, data, tmp_path):
