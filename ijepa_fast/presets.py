@@ -40,13 +40,15 @@ def demo() -> Config:
 
 
 def fashion_mnist() -> Config:
-    """Fashion-MNIST with a small network, our best masks there: six target blocks of a tenth of the
-    grid. 2,400 steps in about 20 minutes on two cores with bfloat16 products.
+    """Fashion-MNIST with a small network, our best recipe there: six target blocks of a tenth of
+    the grid, half the learning rate. 2,400 steps in about 20 minutes on two cores with bfloat16
+    products.
     """
     published = fashion_mnist_published()
     return replace(
         published,
         masks=replace(published.masks, num_targets=6, target_scale=(0.08, 0.12), min_keep=6),
+        optim=replace(published.optim, lr=5e-4),
         out="runs/fashion_mnist",
     )
 

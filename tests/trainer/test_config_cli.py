@@ -678,7 +678,7 @@ def test_dry_run_of_a_missing_folder_is_one_line(tmp_path, capsys):
 
 
 def test_fashion_mnist_is_the_released_recipe_on_a_small_scale():
-    """Marks were measured with it; `fashion_mnist` differs in its masks alone."""
+    """Marks were measured with it; `fashion_mnist` differs in its masks and learning rate."""
     config, released = preset("fashion_mnist_published"), preset("vitb16_in1k")
     assert config.grid == (7, 7)
     assert config.masks == replace(released.masks, truncation_group=256)
@@ -690,5 +690,6 @@ def test_fashion_mnist_is_the_released_recipe_on_a_small_scale():
     assert schedules.at(2400).lr == pytest.approx(config.optim.final_lr, rel=1e-3)
     assert schedules.at(2399).lr > config.optim.final_lr
     ours = preset("fashion_mnist")
-    assert replace(ours, masks=config.masks, out=config.out) == config
+    assert replace(ours, masks=config.masks, optim=config.optim, out=config.out) == config
     assert ours.masks != config.masks
+    assert ours.optim == replace(config.optim, lr=config.optim.lr / 2)
