@@ -350,8 +350,12 @@ class EvalConfig:
     data: str | None = None
     """A folder with one sub-folder a class, `shapes` or `fashion_mnist`, for the kNN accuracy."""
     every: int | None = None
-    """Steps between two looks; by default as often as half a percent of the run pays for. Between
-    start and end the kNN accuracy is of a part of the labelled images.
+    """Steps between two looks; by default as often as a small part of a percent of the run pays
+    for.
+    """
+    whole: bool = False
+    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs;
+    otherwise, and in between, it is of 2,048 training and 512 test images.
     """
 
     def __post_init__(self) -> None:

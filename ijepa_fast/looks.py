@@ -21,6 +21,7 @@ from ijepa_fast import evaluate, monitors
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
 from ijepa_fast.evaluate import Split
+from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import latent_targets, normalise, predict
@@ -35,29 +36,35 @@ VIEWS = 4
 # patches of each image whose features enter RankMe: 2,048 rows, a singular value decomposition of
 # some hundred milliseconds at the largest width
 PATCHES = 32
-# of the labelled set, at looks in the middle of a run
+# of the labelled set, unless all of it is asked for
 TRAIN_ROWS, TEST_ROWS = 2048, 512
-_SHARE = 0.005
+# views are crops of these shares of an image, whatever the recipe's are: without crops all views
+# were the same
+VIEW_SCALE, VIEW_RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
+SHARE = 0.004
 _MOST_LOOKS = 50
 # a step's forward and backward passes of both encoders and the predictor, in forward passes of one
-_FORWARDS = 4
+FORWARDS = 4
 
 
-def look_interval(config: Config, steps: int) -> int:
-    """Steps between two looks; 0 where there are none. `eval.every`, or as often as half a percent
-    of the run's images pays for, at most 50 times.
+def look_interval(config: Config, steps: int, world: int = 1) -> int:
+    """Steps between two looks; 0 where there are none. `eval.every`, or as often as 0.4 % of the
+    run's work pays for, those at the start and the end included, at most 50 times between them.
+    It is counted in forward passes and comes to 0.7 % of the time on a CPU (docs/performance.md).
 
     Args:
         config: of the run.
         steps: of the whole run.
+        world: ranks: one looks while the others wait.
     """
     if config.eval.every is not None:
         return config.eval.every
     if not config.eval.data:
         return 0
     images = IMAGES * (1 + VIEWS) + TRAIN_ROWS + TEST_ROWS
-    paid = images / (_SHARE * _FORWARDS * config.batch.global_)
-    return max(math.ceil(paid), math.ceil(steps / _MOST_LOOKS))
+    paid = int(SHARE * FORWARDS * config.batch.global_ * steps / (images * world))
+    between = min(max(paid - 2, 0), _MOST_LOOKS)
+    return math.ceil(steps / (between + 1))
 
 
 class Looks:
@@ -75,6 +82,7 @@ class Looks:
         self._images: Tensor | None = None
         self._views: list[Tensor] = []
         self._splits: tuple[Split, Split] | None = None
+        self._untrained: dict[str, float] | None = None
 
     def networks(
         self, weights: Mapping[str, Tensor]
@@ -116,8 +124,11 @@ class Looks:
         if root:
             splits = self._labelled(root)
             if not whole:
+                every = [len(split.rows) for split in splits]
                 splits = (_part(splits[0], TRAIN_ROWS), _part(splits[1], TEST_ROWS))
-                row["images"] = [len(split.rows) for split in splits]
+                taken = [len(split.rows) for split in splits]
+                if taken != every:
+                    row["images"] = taken
             row["data"] = root
             encoders = {name: target}
             if baselines and name != UNTRAINED:
@@ -144,11 +155,23 @@ class Looks:
                 device=self.device,
             )
             self._images = split.load().images
+            crops = replace(split, data=replace(split.data, scale=VIEW_SCALE, ratio=VIEW_RATIO))
             self._views = [
-                torch.cat([part.images.cpu() for part in split.crops(self.config.seed, view)])
+                torch.cat([part.images.cpu() for part in crops.crops(self.config.seed, view)])
                 for view in range(VIEWS)
             ]
         return self._images, self._views
+
+    def untrained(self) -> dict[str, float]:
+        """The monitors of the network that a run without `init` starts from."""
+        if self._untrained is None:
+            generator = torch_generator(self.config.seed, Stream.INIT)
+            pair = build_models(self.config.model, self.config.data.crop_size, generator)
+            encoder, predictor = (network.to(self.device).eval() for network in pair)
+            assert isinstance(encoder, VisionTransformer)
+            assert isinstance(predictor, Predictor)
+            self._untrained = self.monitors(encoder, encoder, predictor)
+        return self._untrained
 
     @torch.no_grad()
     def monitors(

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ class Run:
             reporter = Reporter(last_step=self.end, tensorboard=events, step=self.step)
         self.journal = Journal(metrics, reporter)
         self.looks = Looks(config, self.index, ranks.device)
-        self.look_every = look_interval(config, self.schedules.run_steps)
+        self.look_every = look_interval(config, self.schedules.run_steps, ranks.world)
         self.watch = Watch(ranks.device)
         self.samples: SampleLog | None = None
         if config.log.samples and self.step < self.end:
@@ -292,16 +293,17 @@ class Run:
 
         distributed.on_main(self.ranks, wait)
 
-    def look(self, *, whole: bool) -> None:
+    def look(self, *, ends: bool) -> None:
         """Looks at the features, once for each step, if the run is to; see `looks.py`.
 
         Args:
-            whole: kNN on all of the labelled images.
+            ends: before the first step or after the last.
         """
         if not self.look_every:
             return
         weights = checkpoint.gather(self.training.masters(), keep=self.ranks.is_main)
         file, root = self.journal.file, self.config.eval.data
+        whole = ends and self.config.eval.whole
         if not file or not self.journal.reporter:
             return
         self.journal.flush()
@@ -316,34 +318,43 @@ class Run:
         untrained = not self.step and self.config.init is None
         name = UNTRAINED if untrained else f"target encoder, step {self.step}"
         try:
-            row = self.looks.look(weights, name, whole=whole, baselines=whole and not self.step)
+            row = self.looks.look(weights, name, whole=whole, baselines=not self.step)
+            before = self._before_training(rows) if self.step else row["monitors"]
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             # before the first step and after the last an error in the labelled data ends the run;
             # otherwise a look is no reason to lose it
-            if whole and not isinstance(error, torch.OutOfMemoryError):
+            if ends and not isinstance(error, torch.OutOfMemoryError):
                 raise
             _logger.warning("no look at step %d: %s", self.step, error)
             return
         row = {"step": self.step, **row}
         file.append(row)
         self.journal.reporter.show_look(row)
-        first = next((r["monitors"] for r in rows if r["step"] == 0), None)
-        warning = collapse_warning(row["monitors"], first) if first and self.step else None
+        warning = collapse_warning(row["monitors"], before) if self.step else None
         if warning:
             _logger.warning("step %d: %s", self.step, warning)
+
+    def _before_training(self, looks: Sequence[Mapping[str, Any]]) -> Mapping[str, float]:
+        """The monitors of the network that the run started from. Where it did not look then: of
+        the untrained one.
+        """
+        first = next((row["monitors"] for row in looks if row["step"] == 0), None)
+        return first or self.looks.untrained()
 
     def summary(self) -> None:
         """Prints all kNN scores of the run and draws its curves."""
         rows = self.journal.file.rows if self.journal.file else []
         root = self.config.eval.data
         mine = [
-            row["knn"]
+            row
             for row in rows
-            if "knn" in row and row.get("data") == root and "images" not in row
+            if "knn" in row and row.get("data") == root and row["step"] in (0, self.step)
         ]
-        scores = {name: value for knn in mine for name, value in knn.items()}
+        images = mine[-1].get("images") if mine else None
+        alike = [row["knn"] for row in mine if row.get("images") == images]
+        scores = {name: value for knn in alike for name, value in knn.items()}
         if scores:
-            _logger.info("%s", evaluate.knn_table(scores))
+            _logger.info("%s", evaluate.knn_table(scores, images))
         self.draw_curves()
 
     def draw_curves(self) -> None:

@@ -112,7 +112,7 @@ def train(run: Run, signals: Signals) -> int:
             if received or epoch_ends:
                 run.draw_curves()
             if run.look_every and run.step % run.look_every == 0 and not (received or ends):
-                run.look(whole=False)
+                run.look(ends=False)
                 meter.restart(run.step, loader.wait_seconds)
             if received:
                 break
@@ -201,7 +201,7 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
             try:
                 run.announce()
                 if run.step == 0:
-                    run.look(whole=True)
+                    run.look(ends=True)
                     distributed.barrier()
                 received = 0
                 if run.step == run.end:
@@ -216,7 +216,7 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
                 if received:
                     _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
                     return 128 + received
-                run.look(whole=True)
+                run.look(ends=True)
                 run.summary()
                 _logger.info("done: %s", Path(config.out))
             finally:

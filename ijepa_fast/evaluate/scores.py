@@ -1,7 +1,7 @@
 """What frozen features are worth, beside raw pixels and the untrained network."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -250,8 +250,9 @@ def knn_scores(
     return {name: of["kNN"] for name, of in scores.items()}
 
 
-def knn_table(scores: Mapping[str, float]) -> str:
-    """kNN scores for a person."""
+def knn_table(scores: Mapping[str, float], images: Sequence[int] | None = None) -> str:
+    """kNN scores for a person; `images` of the training and test part, if not all were taken."""
     width = max(len(name) for name in scores)
     lines = [f"  {name:<{width}}  {100 * value:5.1f} %" for name, value in scores.items()]
-    return "\n".join(["kNN accuracy (cosine, centred)", *lines])
+    part = f", of {images[0]} training and {images[1]} test images" if images else ""
+    return "\n".join([f"kNN accuracy (cosine, centred{part})", *lines])

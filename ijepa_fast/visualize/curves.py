@@ -37,14 +37,17 @@ def draw_curves(path: Path, rows: Sequence[Row]) -> None:
     for axis, (title, values) in zip(axes.flat, panels, strict=True):
         axis.plot(steps, values, color="tab:blue", linewidth=1.2)
         _label(axis, title)
-    scored = [row for row in rows if "knn" in row and _whole(row)]
+    scored = [row for row in rows if "knn" in row]
     if scored:
+        alike = [row for row in scored if row.get("images") == scored[-1].get("images")]
+        scored = [alike[0], *alike[1:][-1:]]
+        of = "" if _whole(scored[-1]) else " of a part of the images"
         text = "   ".join(
             f"step {row['step']}: {name} {100 * value:.1f} %"
             for row in scored
             for name, value in row["knn"].items()
         )
-        figure.text(0.01, 0.005, "kNN: " + text, fontsize=9)
+        figure.text(0.01, 0.005, f"kNN{of}: {text}", fontsize=9)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     save(figure, path, dpi=110)
 

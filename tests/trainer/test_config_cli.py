@@ -678,10 +678,11 @@ def test_dry_run_of_a_missing_folder_is_one_line(tmp_path, capsys):
 
 
 def test_fashion_mnist_is_the_released_recipe_on_a_small_scale():
-    """Marks were measured with it; `fashion_mnist` differs in its masks and learning rate."""
+    """Marks were measured with it; `fashion_mnist` differs in crops, masks and learning rate."""
     config, released = preset("fashion_mnist_published"), preset("vitb16_in1k")
     assert config.grid == (7, 7)
     assert config.masks == replace(released.masks, truncation_group=256)
+    assert (config.data.scale, config.data.ratio) == (released.data.scale, released.data.ratio)
     for name in ("lr", "weight_decay", "final_weight_decay", "momentum", "final_momentum", "loss"):
         assert getattr(config.optim, name) == getattr(released.optim, name), name
     schedules = Schedules.of(config.optim, global_batch=256, steps_per_epoch=60_000 // 256)
@@ -690,6 +691,8 @@ def test_fashion_mnist_is_the_released_recipe_on_a_small_scale():
     assert schedules.at(2400).lr == pytest.approx(config.optim.final_lr, rel=1e-3)
     assert schedules.at(2399).lr > config.optim.final_lr
     ours = preset("fashion_mnist")
-    assert replace(ours, masks=config.masks, optim=config.optim, out=config.out) == config
+    same = {"data": config.data, "masks": config.masks, "optim": config.optim, "out": config.out}
+    assert replace(ours, **same) == config
+    assert ours.data == replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     assert ours.masks != config.masks
     assert ours.optim == replace(config.optim, lr=config.optim.lr / 2)
