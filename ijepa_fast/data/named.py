@@ -5,7 +5,10 @@ from pathlib import Path
 from ijepa_fast.data.idx import FASHION_MNIST, find_idx, write_idx
 from ijepa_fast.data.shapes import write_shapes
 
-__all__ = ["named_data"]
+__all__ = ["NAMES", "named_data"]
+
+# a folder of such a name is written ./shapes
+NAMES = ("shapes", "fashion_mnist")
 
 
 def named_data(root: str) -> Path | None:

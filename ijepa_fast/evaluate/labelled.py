@@ -1,7 +1,7 @@
 """Training and test images with labels, decoded a batch at a time; cropped centrally."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -164,8 +164,9 @@ def parts_of(root: str, data: DataConfig, device: torch.device) -> tuple[Split, 
     """Training and test part of any data set, labelled or not.
 
     Args:
-        root: a named data set, a folder or another source. Sub-folders `train` and `test` (or
-            `val`) are the split, else a keyed 80 % / 20 % split of the images.
+        root: a named data set, a folder or another source. Sub-folders `train` and `test` or
+            `val` are the split (of the two the first that has the classes of `train`), else a
+            keyed 80 % / 20 % split of the images.
         data: crop and decoder.
         device: the training device.
 
@@ -179,9 +180,9 @@ def parts_of(root: str, data: DataConfig, device: torch.device) -> tuple[Split, 
 
 def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
     folder = named_data(root) or Path(root)
-    held_out = next((name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if (folder / "train").is_dir() and held_out:
-        parts = [open_index(folder / name)[0] for name in ("train", held_out)]
+    names = [name for name in ("test", "val") if (folder / name).is_dir()]
+    if (folder / "train").is_dir() and names:
+        parts = [open_index(folder / "train")[0], _held_out(folder, names)]
         chosen = [np.arange(len(part)) for part in parts]
     else:
         index = open_index(str(folder))[0]
@@ -193,6 +194,17 @@ def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Sp
         for part, rows in zip(parts, chosen, strict=True)
     )
     return train, test
+
+
+def _held_out(folder: Path, names: Sequence[str]) -> Index:
+    """The first part with the classes of `train`: ImageNet's `test` has none, its `val` has."""
+    classes = _class_folders(folder / "train")
+    alike = [name for name in names if _class_folders(folder / name) == classes]
+    return open_index(folder / [*alike, *names][0])[0]
+
+
+def _class_folders(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_dir()}
 
 
 def _check_not_empty(parts: tuple[Split, Split], root: str) -> None:

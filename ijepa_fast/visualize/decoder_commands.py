@@ -9,6 +9,7 @@ from typing import Any
 
 from ijepa_fast import evaluate
 from ijepa_fast.cli import UsageError
+from ijepa_fast.data.named import NAMES
 from ijepa_fast.durable import write_file
 from ijepa_fast.visualize import inputs, predictor, proof
 from ijepa_fast.visualize.conditions import block_side, conditions
@@ -67,7 +68,7 @@ def _train(
 
 
 def _named(root: str) -> str:
-    return root if root == "shapes" else str(Path(root).resolve())
+    return root if root in NAMES else str(Path(root).resolve())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ __all__ = [
     "nearest",
     "patch_features",
     "pca_colours",
+    "pooled_features",
 ]
 
 
@@ -40,6 +41,12 @@ def patch_features(encoder: Encoder, images: Tensor) -> Tensor:
     """
     parts = images.split(32)
     return torch.cat([encoder.forward_features(encoder.normalise(part)).cpu() for part in parts])
+
+
+@torch.no_grad()
+def pooled_features(encoder: Encoder, images: Tensor) -> Tensor:
+    """Their mean over patches: float32 (n, D) on the CPU. Arguments as of `patch_features`."""
+    return torch.cat([encoder(encoder.normalise(part)).cpu() for part in images.split(32)])
 
 
 def pca_colours(features: Tensor) -> NDArray[np.float64]:

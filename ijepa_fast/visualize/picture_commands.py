@@ -118,7 +118,7 @@ class Pca(Picture):
     """Images shown; one PCA over all of them."""
     size: int | None = None
     """Height of the images in pixels, a multiple of the patch size; by default the crop's. The
-    encoder's positions are interpolated."""
+    width follows. The encoder's positions are interpolated."""
     seed: int = 0
     """Which images."""
 
@@ -130,7 +130,8 @@ class Pca(Picture):
         height, width = data.crop_size
         patch = encoder.patch_size
         if self.size:
-            data = replace(data, crop=(self.size, round(self.size * width / height)))
+            other = patch * max(1, round(self.size * width / height / patch))
+            data = replace(data, crop=(self.size, other))
         root = source_of(self.data, own)
         pictures = inputs.load_pictures(
             inputs.open_parts(root, data)[1], self.images, seed=self.seed
@@ -168,7 +169,7 @@ class Neighbours(Picture):
         encoder, data, own, name = inputs.load_encoder(self.run)
         root = source_of(self.data, own)
         pictures = inputs.load_pictures(inputs.open_parts(root, data)[1], self.pool, seed=self.seed)
-        found = features.patch_features(encoder, pictures.images).mean(dim=1)
+        found = features.pooled_features(encoder, pictures.images)
         queries = inputs.choose(len(found), self.queries, seed=self.seed + 1)
         near = features.nearest(found, queries, self.k)
         same = [

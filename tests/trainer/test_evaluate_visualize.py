@@ -138,6 +138,24 @@ def test_sub_folders_are_the_split(split_data, tmp_path):
     assert torch.equal(val.images, test.images)
 
 
+def test_the_part_with_the_training_classes_is_held_out(split_data, tmp_path):
+    """ImageNet's `test` has no labels."""
+    for name, part in (("train", "train"), ("val", "test")):
+        shutil.copytree(split_data / part, tmp_path / name)
+    (tmp_path / "test").mkdir()
+    shutil.copy(split_data / "test" / "class0" / "000.jpg", tmp_path / "test")
+    _, test = labelled_data(str(tmp_path), DATA, CPU)
+    assert len(test.rows) == 12
+    # as it was: `test` where both have them
+    shutil.rmtree(tmp_path / "test")
+    shutil.copytree(split_data / "train", tmp_path / "test")
+    assert len(labelled_data(str(tmp_path), DATA, CPU)[1].rows) == 32
+    shutil.rmtree(tmp_path / "val" / "class0")
+    shutil.rmtree(tmp_path / "test" / "class1")
+    with pytest.raises(ValueError, match="classes of train and test part must be the same"):
+        labelled_data(str(tmp_path), DATA, CPU)
+
+
 def test_images_beside_the_class_folders_are_left_out(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shutil.copy(data / "class0" / "000.jpg", tmp_path / "data" / "loose.jpg")

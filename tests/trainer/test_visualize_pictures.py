@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from PIL import Image
 
 from ijepa_fast import export
 from ijepa_fast.config import DataConfig, MaskConfig
+from ijepa_fast.encoder import Encoder, network_of
 from ijepa_fast.masks import mean_tokens, sample_masks
-from ijepa_fast.model import VisionTransformer
+from ijepa_fast.model import VisionTransformer, initialise
 from ijepa_fast.visualize import __main__ as command_line
 from ijepa_fast.visualize import curves, features, figure, inputs, masks
-from ijepa_fast.weights import read_weights
+from ijepa_fast.weights import Shape, read_weights
 from tests.trainer import tiny
 
 DATA = DataConfig(crop=32, decoder="pillow", threads=1)
@@ -294,6 +296,7 @@ def test_larger_images_and_exported_weights(run, tmp_path):
     images = torch.randint(0, 256, (2, 64, 48, 3), dtype=torch.uint8)
     found = features.patch_features(encoder, images)
     assert found.shape == (2, 48, 32)
+    torch.testing.assert_close(features.pooled_features(encoder, images), found.mean(dim=1))
     export.export(read_weights(run), tmp_path / "hf", layout="hf")
     again, other, none, name = inputs.load_encoder(tmp_path / "hf")
     assert torch.equal(features.patch_features(again, images), found)
@@ -317,6 +320,19 @@ def test_pca_command(run, data, tmp_path, capsys, drawn):
         capsys, "pca", tmp_path, "--data", data, "--out", other
     )
     assert "existing folder" in _fails(capsys, "pca", run, "--data", "no", "--out", other)
+
+
+def test_pca_of_a_rectangle_rounds_its_width_to_the_patch(data, tmp_path, drawn, monkeypatch):
+    shape = Shape(image_size=(16, 40), patch_size=8, width=16, depth=1, heads=2, mlp_hidden=32)
+    network = network_of(shape)
+    initialise(network, torch.Generator().manual_seed(0))
+    encoder = Encoder(network, patch_size=8, mean=DATA.mean, std=DATA.std)
+    given = (encoder, replace(DATA, crop=(16, 40)), str(data), "rectangle")
+    monkeypatch.setattr(inputs, "load_encoder", lambda _: given)
+    argv = ["pca", "x", "--images", "2", "--size", "24", "--out", str(tmp_path / "p.png")]
+    assert command_line.main(argv) == 0
+    # 24 * 40 / 16 is 60
+    assert [image.shape for image in drawn["images"]] == [(24, 64, 3), (3, 8, 3)] * 2
 
 
 def test_a_damaged_run_is_exit_code_3(run, data, tmp_path, capsys):

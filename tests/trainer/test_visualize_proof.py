@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from ijepa_fast.data.named import NAMES
 from ijepa_fast.data.scenes import CLASSES, render
 from ijepa_fast.visualize import __main__ as command_line
-from ijepa_fast.visualize import inputs, proof
+from ijepa_fast.visualize import decoder_commands, inputs, proof
 from ijepa_fast.visualize.conditions import Conditions
 from ijepa_fast.visualize.decoder import load_decoder
 from tests.trainer import tiny
@@ -227,7 +228,7 @@ def _main(*argv):
     return command_line.main([str(a) for a in argv])
 
 
-def test_prove_command(run, data, tmp_path, capsys):
+def test_prove_command(run, data, tmp_path, capsys, monkeypatch):
     painter, control, out = tmp_path / "d", tmp_path / "c", tmp_path / "p.json"
     short = ("--data", data, "--steps", "2", "--passes", "1", "--width", "8")
     assert _main("train-decoder", run, *short, "--out", painter) == 0
@@ -269,6 +270,10 @@ def test_prove_command(run, data, tmp_path, capsys):
     assert "control must be trained as the decoder was (seed 0), got 1" in fails(
         *prove, "--control", other, "--overwrite"
     )
+    # named sets are the same wherever the command runs, a folder is not
+    monkeypatch.chdir(tmp_path)
+    assert [decoder_commands._named(name) for name in NAMES] == ["shapes", "fashion_mnist"]
+    assert decoder_commands._named("photos") == str(tmp_path / "photos")
     wrong = tiny.write_images(tmp_path / "wrong", classes=2)
     assert "data must be what the decoder was trained on" in fails(
         "prove", run, "--data", wrong, "--decoder", painter, "--out", tmp_path / "q.json"
