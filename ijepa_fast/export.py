@@ -45,7 +45,9 @@ Format = Literal["hf", "timm", "torch"]
 _BILINEAR = 2
 
 
-def _hugging_face(weights: Pretrained, state: Mapping[str, Tensor], folder: Path) -> None:
+def _hugging_face(
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+) -> None:
     shape = weights.shape
     height, width = shape.image_size
     config = {
@@ -79,7 +81,7 @@ def _hugging_face(weights: Pretrained, state: Mapping[str, Tensor], folder: Path
     }
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", processor)
-    _write_tensors(folder, hugging_face_names(state), weights)
+    _write_tensors(folder, hugging_face_names(state), weights, kind)
 
 
 def timm_arguments(shape: Shape) -> dict[str, Any]:
@@ -102,7 +104,9 @@ def timm_arguments(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _timm(weights: Pretrained, state: Mapping[str, Tensor], folder: Path) -> None:
+def _timm(
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+) -> None:
     shape = weights.shape
     config = {
         # any of its vision transformers; all dimensions are arguments
@@ -125,7 +129,7 @@ def _timm(weights: Pretrained, state: Mapping[str, Tensor], folder: Path) -> Non
         },
     }
     _write_json(folder / "config.json", config)
-    _write_tensors(folder, state, weights)
+    _write_tensors(folder, state, weights, kind)
 
 
 def _torch(weights: Pretrained, folder: Path) -> None:
@@ -134,16 +138,20 @@ def _torch(weights: Pretrained, folder: Path) -> None:
         for name, network in weights.networks.items()
         for key, tensor in network.items()
     }
-    _write_tensors(folder, tensors, weights)
+    _write_tensors(folder, tensors, weights, weights.only)
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained) -> None:
+def _write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained, kind: Which | None
+) -> None:
+    """`kind`: which encoder it is, where the file holds one."""
     shape = weights.shape
     told = {
+        **({"encoder": kind} if kind else {}),
         "image_size": list(shape.image_size),
         "heads": shape.heads,
         "mean": list(weights.mean),
@@ -179,15 +187,15 @@ def export(
         raise UsageError(f"encoder must be left out with format torch (all go), got {which}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"OUT must be a new or empty folder, got {out}")
-    state = weights.encoder(which)
+    state, kind = weights.encoder(which), weights.kind(which)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     folder.mkdir()
     try:
         if layout == "hf":
-            _hugging_face(weights, state, folder)
+            _hugging_face(weights, state, folder, kind)
         elif layout == "timm":
-            _timm(weights, state, folder)
+            _timm(weights, state, folder, kind)
         else:
             _torch(weights, folder)
         card = model_card(weights, layout=layout, which=which, metrics=metrics or {})
@@ -219,20 +227,18 @@ def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layou
 
 
 def _run_metrics(run: Path) -> dict[str, float]:
-    """The kNN accuracies that the run itself measured on all of its labelled images; those of the
-    data it measured last.
+    """The kNN accuracies that the run itself measured at its start and its end; those of the data
+    and of as many images as it measured last.
     """
-    rows = [
-        row
-        for row in read_rows(run / "metrics.jsonl")
-        # `images`: of a part, in the middle of the run
-        if isinstance(row.get("knn"), dict) and "images" not in row
-    ]
-    data = rows[-1].get("data") if rows else None
+    rows = [row for row in read_rows(run / "metrics.jsonl") if isinstance(row.get("knn"), dict)]
+    if not rows:
+        return {}
+    data, images = rows[-1].get("data"), rows[-1].get("images")
+    part = f" ({images[0]} training and {images[1]} test images)" if images else ""
+    alike = [row for row in rows if (row.get("data"), row.get("images")) == (data, images)]
     return {
-        f"kNN on {Path(str(data)).name}, {name}": value
-        for row in rows
-        if row.get("data") == data
+        f"kNN on {Path(str(data)).name}{part}, {name}": value
+        for row in (alike[0], alike[-1])
         for name, value in row["knn"].items()
     }
 
@@ -253,6 +259,10 @@ class ExportArgs:
     """Height and width that foreign weights were trained at, where their file does not tell."""
     heads: int | None = None
     """Attention heads of foreign weights, where their file does not tell."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the image channels in 0-1 units, instead of what the file tells."""
+    std: tuple[float, float, float] | None = None
+    """Their standard deviation, likewise."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,6 +270,10 @@ def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(ExportArgs, args=argv, prog="python -m ijepa_fast.export")
     try:
         weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
+        weights = weights.with_normalisation(args.mean, args.std)
+        doubt = weights.doubt()
+        if doubt:
+            print(doubt, file=sys.stderr)
         metrics = _run_metrics(args.run) if args.run.is_dir() else {}
         export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
     except CheckpointError as error:
@@ -269,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in args.out.iterdir())
-    what = "all networks" if args.format == "torch" else f"{args.encoder} encoder"
+    what = "all networks" if args.format == "torch" else weights.title(args.encoder)
     print(
         f"{what} of {weights.source} written to {args.out} ({size / 2**20:.1f} MiB) and read back"
     )

@@ -69,7 +69,9 @@ def model_card(
         "tags: [i-jepa, self-supervised]",
         "---",
         "",
-        "# I-JEPA encoders and predictor" if layout == "torch" else f"# I-JEPA {which} encoder",
+        "# I-JEPA encoders and predictor"
+        if layout == "torch"
+        else f"# I-JEPA {weights.title(which)}",
         "",
         f"A ViT of {shape.depth} blocks, {shape.width} wide, {shape.heads} heads, patches of "
         f"{shape.patch_size} x {shape.patch_size} pixels, for images of {height} x {width}; "

@@ -83,6 +83,10 @@ class EvaluateArgs:
     """Height and width that the weights were trained at, where their file does not tell."""
     heads: int | None = None
     """Attention heads, where the file does not tell."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the image channels in 0-1 units, instead of what the file tells."""
+    std: tuple[float, float, float] | None = None
+    """Their standard deviation, likewise."""
     json: bool = False
     """Print JSON instead of the table."""
     out: Path | None = None
@@ -136,6 +140,10 @@ def _check(args: EvaluateArgs) -> None:
 def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
     _check(args)
     weights = read_weights(args.weights, image_size=args.image_size, heads=args.heads)
+    weights = weights.with_normalisation(args.mean, args.std)
+    doubt = weights.doubt()
+    if doubt:
+        _say(doubt)
     config = weights.config
     root = args.data or (config.eval.data if config else None)
     if root is None:
@@ -152,7 +160,7 @@ def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
     trained = load_encoder(weights, encoder=args.encoder)
     encoders = {
         "untrained network": _untrained(weights, args.seed).to(device),
-        f"{args.encoder} encoder{step}": trained.to(device),
+        f"{weights.title(args.encoder)}{step}": trained.to(device),
     }
     precision = args.precision
     if precision == "auto":
@@ -160,7 +168,7 @@ def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
     scores, details = _scores(args, encoders, splits, precision, device)
     return {
         "weights": weights.source,
-        "encoder": args.encoder,
+        "encoder": weights.kind(args.encoder),
         "step": weights.step,
         "data": root,
         "classes": len(splits[0].index.classes),

@@ -29,8 +29,10 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     Raises:
         ValueError: the table does not have the rows of the old grid.
     """
-    if table.shape[1] != old[0] * old[1]:
-        raise ValueError(f"table must have {old[0]} x {old[1]} rows, got {table.shape[1]}")
+    if table.ndim != 3 or table.shape[:2] != (1, old[0] * old[1]):
+        raise ValueError(
+            f"position table must be (1, {old[0]} x {old[1]}, D), got {tuple(table.shape)}"
+        )
     if old == new:
         return table
     image = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
@@ -74,15 +76,15 @@ def start_weights(path: str, config: Config, shapes: Mapping[str, torch.Size]) -
 
 def _read_for(path: str, config: Config) -> Pretrained:
     """Reads weights whose file may tell neither heads nor a rectangular grid: as many patches as
-    the run's are taken for its grid, others for a square.
+    the run's are taken for its grid, others for a square. What the file tells goes first.
     """
     heads, size = config.model.architecture.heads, config.data.crop_size
-    if size[0] == size[1]:
-        return read_weights(path, heads=heads)
-    try:
-        return read_weights(path, heads=heads, image_size=size)
-    except UsageError:
-        return read_weights(path, heads=heads)
+    for image_size in (size, None) if size[0] != size[1] else (None,):
+        try:
+            return read_weights(path, heads=heads, image_size=image_size)
+        except UsageError:
+            continue
+    return read_weights(path)
 
 
 def fit_to(
@@ -104,10 +106,13 @@ def fit_to(
     Raises:
         UsageError: a name is missing or too much, or a shape differs; both shapes are named.
     """
-    fitted = {
-        key: resample_positions(tensor, old, new) if key.endswith("pos_embed") else tensor
-        for key, tensor in given.items()
-    }
+    try:
+        fitted = {
+            key: resample_positions(tensor, old, new) if key.endswith("pos_embed") else tensor
+            for key, tensor in given.items()
+        }
+    except ValueError as error:
+        raise UsageError(f"weights must fit the network: {error} in {source}") from None
     for key in sorted(wanted.keys() | fitted.keys()):
         need: object = "absent"
         if key in wanted:

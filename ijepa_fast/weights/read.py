@@ -56,6 +56,7 @@ def read_weights(
         image_size: height and width in pixels that the weights were trained at, for files that do
             not tell; by default a square.
         heads: attention heads, for files that do not tell; by default those of the named size.
+            Neither may differ from what the file tells.
 
     Raises:
         UsageError: no such kind of file, not an I-JEPA encoder, or a dimension that cannot be told.
@@ -66,15 +67,19 @@ def read_weights(
         return _own(path)
     if (path / "config.json").is_file():
         config = _json(path / "config.json")
-        return (_timm if "architecture" in config else _hugging_face)(path, config)
+        read = _timm if "architecture" in config else _hugging_face
+        tensors, told = read(path, config)
+        return _described({"target_encoder": tensors}, path, image_size, heads, told)
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
     if path.is_file() and path.suffix == ".safetensors":
         tensors, metadata = _safetensors(path)
-        told = _told(metadata.get(METADATA), path)
-        return _described(_divided(tensors), path, image_size, heads, told)
+        networks, told = _divided(tensors)
+        told |= _told(metadata.get(METADATA), path)
+        return _described(networks, path, image_size, heads, told)
     if path.is_file() and path.suffix in _TORCH_FILES:
-        return _described(_torch_file(path), path, image_size, heads, {})
+        networks, told = _torch_file(path)
+        return _described(networks, path, image_size, heads, told)
     if (path / "config.yaml").is_file():
         raise UsageError(f"RUN must have a checkpoint, got none in {path}")
     raise UsageError(
@@ -131,17 +136,20 @@ def _json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _hugging_face(path: Path, config: Mapping[str, Any]) -> Pretrained:
+def _hugging_face(
+    path: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Its tensors, and what the folder tells of them."""
     if config.get("model_type") != "ijepa":
         kind = config.get("model_type")
         raise UsageError(f"model_type must be ijepa, got {kind!r} in {path / 'config.json'}")
-    tensors = _hugging_face_tensors(path)
+    tensors, told = _folder_tensors(path)
     for key, rule in (("qkv_bias", True), ("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
         # the library's own default of eps is another
         got = config.get(key, 1e-12 if key == "layer_norm_eps" else rule)
         if got != rule:
             raise UsageError(f"{key} must be {rule}, got {got!r} in {path / 'config.json'}")
-    told = {
+    told |= {
         "image_size": _square(config.get("image_size", 224)),
         "patch_size": config.get("patch_size", 16),
         "heads": config.get("num_attention_heads", 12),
@@ -150,11 +158,11 @@ def _hugging_face(path: Path, config: Mapping[str, Any]) -> Pretrained:
     if processor.is_file():
         settings = _json(processor)
         told |= {k: settings[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in settings}
-    return _described({"target_encoder": tensors}, path, None, None, told)
+    return tensors, told
 
 
-def _timm(path: Path, config: Mapping[str, Any]) -> Pretrained:
-    """A folder of `timm.models.push_to_hf_hub`, or of our export."""
+def _timm(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A folder of `timm.models.push_to_hf_hub`, or of our export: likewise."""
     arguments, settings = config.get("model_args", {}), config.get("pretrained_cfg", {})
     if not isinstance(arguments, dict) or not isinstance(settings, dict):
         raise UsageError(
@@ -167,19 +175,21 @@ def _timm(path: Path, config: Mapping[str, Any]) -> Pretrained:
             raise UsageError(
                 f"model_args.{key} must be {rule}, got {arguments[key]!r} in {path / 'config.json'}"
             )
-    told = {key: settings[key] for key in ("mean", "std") if key in settings}
+    tensors, told = _folder_tensors(path)
+    told |= {key: settings[key] for key in ("mean", "std") if key in settings}
     if "num_heads" in arguments:
         told["heads"] = arguments["num_heads"]
     if "img_size" in arguments:
         told["image_size"] = _square(arguments["img_size"])
-    return _described({"target_encoder": _hugging_face_tensors(path)}, path, None, None, told)
+    return tensors, told
 
 
 def _square(size: object) -> object:
     return size if isinstance(size, list) else [size, size]
 
 
-def _hugging_face_tensors(path: Path) -> dict[str, Tensor]:
+def _folder_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors beside a config.json; and which encoder they are, if the file is ours."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         table = _json(index).get("weight_map")
@@ -190,11 +200,13 @@ def _hugging_face_tensors(path: Path) -> dict[str, Tensor]:
             raise UsageError(f"weight_map must name files beside it, got {given[:3]} in {index}")
         return {
             k: v for name in sorted(set(names)) for k, v in _safetensors(path / name)[0].items()
-        }
+        }, {}
     if (path / "model.safetensors").is_file():
-        return _safetensors(path / "model.safetensors")[0]
+        tensors, metadata = _safetensors(path / "model.safetensors")
+        told = _told(metadata.get(METADATA), path)
+        return tensors, {key: told[key] for key in ("encoder",) if key in told}
     if (path / "pytorch_model.bin").is_file():
-        return _torch_file(path / "pytorch_model.bin")["target_encoder"]
+        return _torch_file(path / "pytorch_model.bin")[0]["target_encoder"], {}
     raise UsageError(f"a folder of weights must have model.safetensors, got none in {path}")
 
 
@@ -207,15 +219,17 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UsageError(f"weights must be a safetensors file, got {path}: {error}") from None
 
 
-def _divided(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The networks of a file that may hold one or all three."""
+def _divided(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The networks of a file that may hold one or all three, and which encoder it is if one."""
     if not any(key.startswith("target_encoder.") for key in tensors):
-        return {"target_encoder": dict(tensors)}
+        return {"target_encoder": dict(tensors)}, {}
     networks: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, rest = key.partition(".")
         networks.setdefault(name, {})[rest] = tensor
-    return {name: networks[name] for name in NETWORKS if name in networks}
+    return _with_target({name: networks[name] for name in NETWORKS if name in networks})
 
 
 def _told(text: str | None, path: Path) -> dict[str, Any]:
@@ -229,8 +243,10 @@ def _told(text: str | None, path: Path) -> dict[str, Any]:
     return tree
 
 
-def _torch_file(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Networks of a PyTorch file; only plain data is read, never code."""
+def _torch_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Networks of a PyTorch file, and which encoder it is if there is one; only plain data is read,
+    never code.
+    """
     try:
         _require_stored(path)
         with warnings.catch_warnings():
@@ -248,14 +264,14 @@ def _torch_file(path: Path) -> dict[str, dict[str, Tensor]]:
         ) from None
     if not isinstance(tree, dict):
         raise UsageError(f"weights must hold a mapping, got {type(tree).__name__} in {path}")
-    networks = _networks(tree)
+    networks, told = _networks(tree)
     size = sum(t.numel() * t.element_size() for n in networks.values() for t in n.values())
     if size > _MOST_SHARING * path.stat().st_size:
         raise UsageError(
             f"weights must be tensors with numbers of their own, got {size} bytes of tensors in "
             f"{path.stat().st_size} bytes of {path}"
         )
-    return networks
+    return networks, told
 
 
 def _require_stored(path: Path) -> None:
@@ -284,14 +300,25 @@ def _why(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _networks(tree: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+def _networks(
+    tree: Mapping[Any, Any],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The networks, and which encoder it is if there is one."""
     if isinstance(tree.get("target_encoder"), dict) or isinstance(tree.get("encoder"), dict):
         networks = {n: _tensors(tree[n]) for n in NETWORKS if isinstance(tree.get(n), dict)}
-        if "target_encoder" not in networks:
-            networks["target_encoder"] = networks.pop("encoder")
-        return networks
+        return _with_target(networks)
     inner = next((tree[k] for k in ("state_dict", "model") if isinstance(tree.get(k), dict)), tree)
-    return {"target_encoder": _tensors(inner)}
+    return {"target_encoder": _tensors(inner)}, {}
+
+
+def _with_target(
+    networks: dict[str, dict[str, Tensor]],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The context encoder takes the place of a target encoder that is missing."""
+    if "target_encoder" in networks:
+        return networks, {"encoder": "target"}
+    networks["target_encoder"] = networks.pop("encoder")
+    return networks, {"encoder": "context"}
 
 
 def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -306,6 +333,10 @@ def _described(
     told: Mapping[str, Any],
 ) -> Pretrained:
     """Tells the dimensions from names and shapes, and from what stands beside them."""
+    _agree(path, "image_size", None if image_size is None else list(image_size), told)
+    _agree(path, "heads", heads, told)
+    if told.get("encoder") not in (None, "target", "context"):
+        raise UsageError(f"encoder must be target or context, got {told['encoder']!r} for {path}")
     ours = {name: our_names(tensors, path) for name, tensors in networks.items()}
     state = ours["target_encoder"]
     for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "norm.weight"):
@@ -371,7 +402,20 @@ def _described(
     )
     defaults = DataConfig()
     mean, std = (_channels(told, k, getattr(defaults, k), path) for k in ("mean", "std"))
-    return Pretrained(networks=ours, shape=shape, mean=mean, std=std, source=str(path))
+    return Pretrained(
+        networks=ours,
+        shape=shape,
+        mean=mean,
+        std=std,
+        source=str(path),
+        only=told.get("encoder"),
+    )
+
+
+def _agree(path: Path, name: str, given: object, told: Mapping[str, Any]) -> None:
+    """What is given for files that do not tell must not contradict one that does."""
+    if given is not None and told.get(name, given) != given:
+        raise UsageError(f"{name} must be {told[name]}, which {path} tells, got {given}")
 
 
 def _channels(
