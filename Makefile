@@ -11,6 +11,8 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(IN_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,log,viz,test]'
+	# for its tests; what it asks for includes torchvision, of which no CPU build goes with this torch
+	$(IN_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps timm
 	touch $@
 
 demo: venv
