@@ -102,7 +102,9 @@ def test_a_batch_that_the_ranks_cannot_share(data, tmp_path):
     # rank 0 says why, the others only leave
     assert codes == [2, 1, 1]
     message = "error: batch.global must be divisible by the number of ranks (3), got 8\n"
-    assert output == message
+    # beside it torch may tell that a connection ended
+    said = [line for line in output.splitlines(keepends=True) if "error:" in line.casefold()]
+    assert [line for line in said if "c10" not in line] == [message]
     assert not out.exists()
 
 
