@@ -17,6 +17,7 @@ import io
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -90,6 +91,8 @@ INPUTS = (
     (r"(/?[\w.-]+/)*runs/[\w-]+/checkpoints/step-\S+", "checkpoint"),
     (r"(\S*/)?replay-step-\S+\.safetensors", "broken_step"),
     (r"(\S*/)?config\.yaml", "settings"),
+    # drawn beside `runs/mine`
+    (r"runs/other", "other_run"),
     (r"(/?[\w.-]+/)*runs/[\w-]+/?|OUT|RUN", "run"),
     (r"(\S*/)?in1k_\w+\.yaml", "released"),
     (r"\S+\.ya?ml", "recipe"),
@@ -146,6 +149,10 @@ class World:
         size = {"data__crop": 16, "model__patch_size": 4, "model__depth": 4}
         assert tiny.run(self.images, out, max_steps=4, eval__data=self.images, **size) == 0
         return out
+
+    @functools.cached_property
+    def other_run(self) -> Path:
+        return Path(shutil.copytree(self.run, self.folder / "trained" / "other"))
 
     @functools.cached_property
     def settings(self) -> Path:

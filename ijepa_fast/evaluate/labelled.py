@@ -204,7 +204,8 @@ def _held_out(folder: Path, names: Sequence[str]) -> Index:
 
 
 def _class_folders(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_dir()}
+    # hidden ones are no classes, as in the index
+    return {path.name for path in folder.iterdir() if path.name[0] != "." and path.is_dir()}
 
 
 def _check_not_empty(parts: tuple[Split, Split], root: str) -> None:
@@ -227,7 +228,7 @@ def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Sp
     if names != test.index.classes:
         raise ValueError(
             f"classes of train and test part must be the same, got {list(names)[:5]}... "
-            f"and {list(test.index.classes)[:5]}... in {root}"
+            f"and {list(test.index.classes)[:5]}... in {test.index.roots[0]}"
         )
     if len(names) < 2:
         raise ValueError(

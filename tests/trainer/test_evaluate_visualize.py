@@ -146,14 +146,18 @@ def test_the_part_with_the_training_classes_is_held_out(split_data, tmp_path):
     shutil.copy(split_data / "test" / "class0" / "000.jpg", tmp_path / "test")
     _, test = labelled_data(str(tmp_path), DATA, CPU)
     assert len(test.rows) == 12
+    # what is hidden is no class
+    (tmp_path / "train" / ".cache").mkdir()
+    assert len(labelled_data(str(tmp_path), DATA, CPU)[1].rows) == 12
     # as it was: `test` where both have them
     shutil.rmtree(tmp_path / "test")
     shutil.copytree(split_data / "train", tmp_path / "test")
     assert len(labelled_data(str(tmp_path), DATA, CPU)[1].rows) == 32
     shutil.rmtree(tmp_path / "val" / "class0")
     shutil.rmtree(tmp_path / "test" / "class1")
-    with pytest.raises(ValueError, match="classes of train and test part must be the same"):
+    with pytest.raises(ValueError, match="classes of train and test part must be the same") as told:
         labelled_data(str(tmp_path), DATA, CPU)
+    assert str(told.value).endswith(f"in {tmp_path / 'test'}")
 
 
 def test_images_beside_the_class_folders_are_left_out(data, tmp_path):

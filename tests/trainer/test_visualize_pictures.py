@@ -365,8 +365,9 @@ def test_nearest_against_a_plain_search():
         features.nearest(rows, queries, 30)
 
 
-def test_duplicates_are_nearest(run, tmp_path, drawn, capsys):
-    """Twelve files of noise, each twice."""
+def test_duplicates_are_nearest(run, tmp_path, drawn, capsys, monkeypatch):
+    """Twelve files of noise, each twice; features of patches are never kept for all of them."""
+    monkeypatch.delattr(features, "patch_features")
     rng = np.random.default_rng(0)
     for number in range(12):
         image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
