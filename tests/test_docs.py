@@ -532,6 +532,9 @@ def _requirements() -> dict[str, list[str]]:
     return {**given["extras_require"], "": given["install_requires"]}
 
 
+PIP_SWITCHES = {"-e", "-q", "-y", "-U", "--upgrade", "--no-deps", "--disable-pip-version-check"}
+
+
 def _pip(words: tuple[str, ...], command: Command, sandbox: Sandbox, making=()) -> None:
     """Never run. Files and extras exist; a package is one of ours or of `OTHERS`."""
     if words[1] not in ("install", "uninstall"):
@@ -546,7 +549,7 @@ def _pip(words: tuple[str, ...], command: Command, sandbox: Sandbox, making=()) 
                 raise Wrong(f"there is no file {value}")
         elif word == "--index-url":
             assert next(rest).startswith("https://")
-        elif word in ("-e", "-q", "-y", "-U", "--upgrade", "--disable-pip-version-check"):
+        elif word in PIP_SWITCHES:
             continue
         elif match := re.fullmatch(r"(\.|ijepa-fast)(?:\[([\w,]+)\])?", word):
             for extra in filter(None, (match[2] or "").split(",")):
