@@ -5,12 +5,13 @@ al., 2021). State-dict names are timm's. Shape letters: S sequences, L tokens of
 images, N grid patches, D encoder width, P predictor width, H heads, E head dim, F MLP width.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.attention import attend
 from ijepa_fast.config import ModelConfig
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "PatchEmbed",
     "Predictor",
     "VisionTransformer",
+    "attend",
     "build_models",
+    "matrix_layers",
     "sincos_position_embedding",
 ]
 
@@ -54,6 +57,26 @@ def sincos_position_embedding(width: int, grid: tuple[int, int]) -> Tensor:
         [np.sin(angle_x), np.cos(angle_x), np.sin(angle_y), np.cos(angle_y)], axis=1
     )
     return torch.from_numpy(table).float().unsqueeze(0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Full softmax attention inside each sequence, scale E**-0.5.
+
+    Args:
+        q, k, v: (S, H, L, E); q may have another length than k and v.
+        valid: bool (S, L), True where a key is a real token; None where all are.
+
+    Returns:
+        (S, H, L, E).
+    """
+    mask = None if valid is None else valid[:, None, None, :]
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # PyTorch's CPU backward in bfloat16 takes 6 times as long as in float32, so under autocast the
+    # attention itself stays in float32 there
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    return out.to(q.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -288,3 +311,10 @@ def build_models(
         initialise(encoder, generator)
         initialise(predictor, generator)
     return encoder, predictor
+
+
+def matrix_layers(network: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
+    """Layers whose product runs in the step's dtype."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            yield layer

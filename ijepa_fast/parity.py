@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ijepa_fast.comparison import FAST_LIMITS, LIMITS, Limits, Report, Row, relative
 from ijepa_fast.config import OptimConfig
-from ijepa_fast.fast import FastStep, wants_compile
+from ijepa_fast.fast import FastStep, Memory, wants_compile
 from ijepa_fast.model import Predictor, VisionTransformer
-from ijepa_fast.packed_block import Memory
 from ijepa_fast.recording import IMAGENET_MEAN, IMAGENET_STD, Recording
 from ijepa_fast.reference import ReferenceStep
 

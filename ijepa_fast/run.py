@@ -17,7 +17,7 @@ from ijepa_fast.config import Config
 from ijepa_fast.data import Batch, Quarantine, steps_per_epoch
 from ijepa_fast.dataset import load_index
 from ijepa_fast.durable import require_room
-from ijepa_fast.fast import FastStep, wants_compile
+from ijepa_fast.fast import FastStep, make_mesh, wants_compile
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.looks import UNTRAINED, Looks, look_interval
 from ijepa_fast.masks import Masks
@@ -34,7 +34,6 @@ from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.sample_log import SampleLog
 from ijepa_fast.saving import Saver
 from ijepa_fast.schedules import Schedules
-from ijepa_fast.sharding import make_mesh
 from ijepa_fast.weights import start_weights
 
 __all__ = ["Run"]

@@ -23,7 +23,6 @@ FLOORS = (
     (
         "keyed_random",
         "config",
-        "attention",
         "comparison",
         "model",
         "schedules",
@@ -41,8 +40,7 @@ FLOORS = (
         "subsets",
     ),
     ("masks", "data", "presets", "probe", "released_yaml", "ridge"),
-    ("layout", "recording", "sharding", "packed_block"),
-    ("packed",),
+    ("recording",),
     ("reference", "checkpoint", "cli", "estimate"),
     ("fast", "weights", "finetune"),
     ("encoder", "model_card"),

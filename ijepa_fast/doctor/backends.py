@@ -8,11 +8,10 @@ import torch
 import triton
 
 import ijepa_kernels
-from ijepa_fast.attention import choose_attention
 from ijepa_fast.config import ARCHITECTURES, Config, DataConfig, ModelConfig
 from ijepa_fast.data import make_decoder
 from ijepa_fast.doctor.findings import Finding, Level, first_line
-from ijepa_fast.fast import wants_compile
+from ijepa_fast.fast import choose_attention, wants_compile
 
 __all__ = ["attention", "compilation", "decoder", "device", "operations"]
 

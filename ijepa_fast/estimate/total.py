@@ -13,8 +13,7 @@ from ijepa_fast.config import Config, MaskConfig
 from ijepa_fast.distributed import BUCKET_ELEMENTS
 from ijepa_fast.estimate.costs import Costs, Rows
 from ijepa_fast.masks import sample_masks
-from ijepa_fast.model import Block, build_models
-from ijepa_fast.packed_block import matrix_layers
+from ijepa_fast.model import Block, build_models, matrix_layers
 
 __all__ = ["Estimate", "device_batch", "device_memory", "estimate", "ways_of"]
 

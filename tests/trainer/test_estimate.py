@@ -13,18 +13,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_fast import attention, distributed, model, packed_block
+from ijepa_fast import distributed, model
 from ijepa_fast.checkpoint import Snapshot
 from ijepa_fast.config import BatchConfig, Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
 from ijepa_fast.distributed import BUCKET_ELEMENTS
 from ijepa_fast.estimate import Costs, Rows, device_batch, estimate, report
-from ijepa_fast.fast import FastStep
+from ijepa_fast.fast import FastStep, attention, block, make_mesh
 from ijepa_fast.masks import sample_masks
-from ijepa_fast.model import build_models
+from ijepa_fast.model import attend, build_models
 from ijepa_fast.presets import preset
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
-from ijepa_fast.sharding import make_mesh
 from tests.trainer import tiny
 
 BATCH = 8
@@ -114,7 +113,7 @@ def _flash_packed(_backend, q, k, v, pair):
 
 
 def _flash_padded(q, k, v, valid):
-    out = _Flash.apply(q, k, v, lambda q, k, v: attention.attend(q, k, v, valid))
+    out = _Flash.apply(q, k, v, lambda q, k, v: attend(q, k, v, valid))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -151,9 +150,9 @@ def _kept(config, step=0, begin=0):
     half = config.optim.precision == "bfloat16"
     with (
         mock.patch.object(
-            packed_block, "attend_packed", _flash_packed if half else attention.attend_packed
+            block, "attend_packed", _flash_packed if half else attention.attend_packed
         ),
-        mock.patch.object(model, "attend", _flash_padded if half else attention.attend),
+        mock.patch.object(model, "attend", _flash_padded if half else attend),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         _until_backward(),
     ):
@@ -297,8 +296,8 @@ def test_state_unsharded(path, precision):
     got = need.fixed_bytes
     if (path, precision) == ("reference", "bfloat16"):
         rounded = [
-            *packed_block.matrix_layers(training.encoder),
-            *packed_block.matrix_layers(training.predictor),
+            *model.matrix_layers(training.encoder),
+            *model.matrix_layers(training.predictor),
         ]
         got -= 2 * sum(p.numel() for layer in rounded for p in layer.parameters())
     assert got == pytest.approx(_state_bytes(training), rel=1e-3)
@@ -492,7 +491,7 @@ def test_flops_are_those_of_a_step(settings):
     need = estimate(config, steps=[_rows(config, masks)])
     prepared = training.prepare(masks)
     with (
-        mock.patch.object(packed_block, "attend_packed", _explicit_packed),
+        mock.patch.object(block, "attend_packed", _explicit_packed),
         mock.patch.object(model, "attend", lambda q, k, v, valid: _explicit(q, k, v)),
         FlopCounterMode(display=False) as counter,
     ):

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from ijepa_fast.attention import Pair, Sequences, attend_packed
 from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
 from ijepa_fast.fast import FastStep, wants_compile
-from ijepa_fast.layout import Layout, grid_sequences
+from ijepa_fast.fast.attention import Pair, Sequences, attend_packed
+from ijepa_fast.fast.block import PackedBlock
+from ijepa_fast.fast.layout import Layout, grid_sequences
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import build_models
-from ijepa_fast.packed_block import PackedBlock
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
 

@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast import fast, packed, packed_block
-from ijepa_fast.attention import Pair, Sequences
 from ijepa_fast.comparison import FAST_LIMITS, LIMITS, RATIOS, Report
 from ijepa_fast.fast import FastStep
-from ijepa_fast.layout import Layout
-from ijepa_fast.packed import ContextEncoder, PackedPredictor
-from ijepa_fast.packed_block import PackedBlock
+from ijepa_fast.fast import block as packed_block
+from ijepa_fast.fast import networks as packed
+from ijepa_fast.fast import step as fast
+from ijepa_fast.fast.attention import Pair, Sequences
+from ijepa_fast.fast.block import PackedBlock
+from ijepa_fast.fast.layout import Layout
+from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor
 from ijepa_fast.parity import main, replay
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues

@@ -7,7 +7,7 @@ Norms are computed in float32.
 Shape letters: R packed rows, D width, H heads, E head dim.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any, Literal
 
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ijepa_fast.attention import Pair, attend_packed
-from ijepa_fast.model import Block
+from ijepa_fast.fast.attention import Pair, attend_packed
+from ijepa_fast.model import Block, matrix_layers
 from ijepa_kernels import gather_tokens
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Settings",
     "attach_copies",
     "linear",
-    "matrix_layers",
     "norm",
     "operands",
 ]
@@ -113,13 +112,6 @@ class _Rounded(torch.autograd.Function):
 
 # mypy does not know what `apply` takes
 _rounded: Callable[..., Tensor] = _Rounded.apply
-
-
-def matrix_layers(network: nn.Module) -> Iterator[nn.Linear | nn.Conv2d]:
-    """Layers whose product runs in the step's dtype."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            yield layer
 
 
 def attach_copies(network: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:

@@ -1,6 +1,6 @@
-"""Attention behind one function, for rectangles of sequences and for packed ones.
+"""Attention within packed sequences, behind one function.
 
-Back ends of packed attention: ``xformers`` (memory-efficient attention with a block-diagonal
+Back ends: ``xformers`` (memory-efficient attention with a block-diagonal
 mask), ``varlen`` (PyTorch's variable-length flash attention), ``fa3`` and ``fa4`` (the same with
 another flash kernel, where that package is installed), and ``sdpa`` (dense where all lengths are
 equal, else padded and masked; the one for CPUs and for float32, which flash kernels do not take).
@@ -17,34 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Pair", "Sequences", "attend", "attend_packed", "choose_attention"]
+from ijepa_fast.model import attend
+
+__all__ = ["Pair", "Sequences", "attend_packed", "choose_attention"]
 
 # flash kernels get the longest sequence rounded up to a multiple of this: few different numbers
 BUCKET = 32
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Full softmax attention inside each sequence, scale E**-0.5.
-
-    Args:
-        q, k, v: (S, H, L, E); q may have another length than k and v.
-        valid: bool (S, L), True where a key is a real token; None where all are.
-
-    Returns:
-        (S, H, L, E).
-    """
-    mask = None if valid is None else valid[:, None, None, :]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # PyTorch's CPU backward in bfloat16 takes 6 times as long as in float32, so under autocast the
-    # attention itself stays in float32 there
-    with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
-    return out.to(q.dtype)
 
 
 @dataclass(frozen=True, eq=False)

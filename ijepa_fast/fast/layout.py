@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast.attention import Pair, Sequences
+from ijepa_fast.fast.attention import Pair, Sequences
 from ijepa_fast.masks import Masks
 
 __all__ = ["Layout", "grid_sequences"]

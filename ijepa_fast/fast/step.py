@@ -21,17 +21,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ijepa_fast.attention import Pair, choose_attention
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.distributed import all_reduce_max_, all_reduce_sum_
-from ijepa_fast.layout import Layout, grid_sequences
+from ijepa_fast.fast.attention import Pair, choose_attention
+from ijepa_fast.fast.block import Memory, Settings, attach_copies
+from ijepa_fast.fast.layout import Layout, grid_sequences
+from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor, TargetEncoder, repack
+from ijepa_fast.fast.sharding import shard
 from ijepa_fast.masks import Masks
-from ijepa_fast.model import Predictor, VisionTransformer
-from ijepa_fast.packed import ContextEncoder, PackedPredictor, TargetEncoder, repack
-from ijepa_fast.packed_block import Memory, Settings, attach_copies, matrix_layers
+from ijepa_fast.model import Predictor, VisionTransformer, matrix_layers
 from ijepa_fast.reference import TARGET_NORM_EPS, count_skip, parameter_groups
 from ijepa_fast.schedules import StepValues
-from ijepa_fast.sharding import shard
 from ijepa_kernels import latent_loss
 from ijepa_kernels.optim import AdamWEMA
 
@@ -78,7 +78,7 @@ class FastStep:
         mean, std: of the image channels, in 0-1 units.
         attention: back end of packed attention, or `auto`.
         compiled: compile the blocks.
-        memory: what is recomputed in the backward pass, see `packed_block.Settings`.
+        memory: what is recomputed in the backward pass, see `block.Settings`.
         mesh: shard all networks over it (FSDP2); None keeps them whole.
 
     Raises:

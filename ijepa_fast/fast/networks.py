@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.attention import Pair
-from ijepa_fast.layout import Layout
+from ijepa_fast.fast.attention import Pair
+from ijepa_fast.fast.block import PackedBlock, Settings, linear, norm, operands
+from ijepa_fast.fast.layout import Layout
 from ijepa_fast.model import Block, Predictor, VisionTransformer
-from ijepa_fast.packed_block import PackedBlock, Settings, linear, norm, operands
 from ijepa_kernels import gather_tokens, patchify, predictor_tokens, take_targets
 
 __all__ = ["ContextEncoder", "PackedPredictor", "TargetEncoder", "repack"]
