@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.released_style import ReleasedStyleStep
 from ijepa_fast.config import BatchConfig, Config, ModelConfig
-from ijepa_fast.fast import FastStep, Memory, wants_compile
+from ijepa_fast.fast import FastStep, Memory
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
@@ -32,7 +32,6 @@ __all__ = [
     "PROVIDERS",
     "REFERENCE",
     "RELEASED",
-    "SELECTIVE",
     "Case",
     "Contestant",
     "Mode",
@@ -43,7 +42,7 @@ __all__ = [
 ]
 
 RELEASED, REFERENCE, COMPILE = "released-style", "reference", "reference+compile"
-FAST, SELECTIVE = "fast", "fast, memory selective"
+FAST, FULL = "fast", "fast, memory full"
 # largest relative difference of a step's loss
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 # of a network's weights after all steps, as a share of their movement: where the optimiser differs,
@@ -234,7 +233,6 @@ def _fast(workload: Workload, memory: Memory = "none") -> Step:
         *workload.networks(),
         workload.case.config.optim,
         **_channels(workload),
-        compiled=wants_compile("auto", workload.device),
         memory=memory,
     )
 
@@ -244,7 +242,7 @@ PROVIDERS: dict[str, Callable[[Workload], Step]] = {
     FAST: _fast,
     RELEASED: _released,
     COMPILE: _reference_compiled,
-    SELECTIVE: functools.partial(_fast, memory="selective"),
+    FULL: functools.partial(_fast, memory="full"),
 }
 
 

@@ -154,6 +154,10 @@ def read_yaml(path: Path, *, batch_given: bool = False) -> dict[str, Any] | Conv
 
 def _checked(tree: dict[str, Any], path: Path | str) -> dict[str, Any]:
     flat = flatten(tree)
+    # of version 0.1: blocks are not compiled any more, and what was selective is the rule
+    flat.pop("compile", None)
+    if flat.get("memory") == "selective":
+        flat["memory"] = "none"
     if None in (flat.get("out", ""), flat.get("data.root", "")):
         raise UsageError(f"{path}: out and data.root must be paths, got nothing")
     for key in flat:

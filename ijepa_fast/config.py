@@ -384,10 +384,12 @@ class Config:
     """Back end of attention on the fast path; `auto` takes the first that runs here and says
     which.
     """
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the blocks of the fast path; `auto` does so on CUDA."""
-    memory: Literal["none", "selective", "full"] = "none"
-    """What the fast path recomputes in the backward pass: nothing, norms and GELUs, or whole
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Capture the fast path's step as CUDA graphs, one for each shape; `auto` is off until a GPU
+    has shown that it is right.
+    """
+    memory: Literal["none", "full"] = "none"
+    """What the fast path recomputes in the backward pass: nothing but norms and GELUs, or whole
     blocks.
     """
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
@@ -434,7 +436,7 @@ class Config:
         """What is asked of the fast path alone must not be ignored in silence."""
         for name, plain in (
             ("attention", ("auto", "sdpa")),
-            ("compile", ("auto", "off")),
+            ("graphs", ("auto", "off")),
             ("memory", ("none",)),
             ("shard", ("auto", "none")),
         ):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ijepa_fast.comparison import FAST_LIMITS, LIMITS, Limits, Report, Row, relative
 from ijepa_fast.config import OptimConfig
-from ijepa_fast.fast import FastStep, Memory, wants_compile
+from ijepa_fast.fast import FastStep, Memory
 from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_fast.recording import IMAGENET_MEAN, IMAGENET_STD, Recording
 from ijepa_fast.reference import ReferenceStep
@@ -52,7 +52,6 @@ def replay(
     path: Which = "reference",
     attention: str = "auto",
     memory: Memory = "none",
-    compiled: bool = False,
 ) -> Report:
     """Trains the recorded steps and compares.
 
@@ -63,7 +62,6 @@ def replay(
         path: which implementation of the step.
         attention: back end of the fast path's attention.
         memory: what the fast path recomputes.
-        compiled: compile the fast path's blocks, as training on CUDA does by default.
 
     Raises:
         ValueError: the file is unreadable or lacks an entry, the back end of attention cannot be
@@ -74,7 +72,6 @@ def replay(
         for name, value, plain in (
             ("attention", attention, ("auto", "sdpa")),
             ("memory", memory, ("none",)),
-            ("compile", "on" if compiled else "off", ("off",)),
         ):
             if value not in plain:
                 raise ValueError(
@@ -96,7 +93,6 @@ def replay(
                 std=IMAGENET_STD,
                 attention=attention,
                 memory=memory,
-                compiled=wants_compile("on" if compiled else "off", device),
             )
             _replay(recording, report, FAST_LIMITS[dtype], step)
             if dtype == "bfloat16":
@@ -212,11 +208,9 @@ class ParityArgs:
     attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
     """Back end of attention on the fast path; auto takes the first that runs here."""
     memory: Memory = "none"
-    """What the fast path recomputes in the backward pass: nothing, norms and GELUs, or whole
+    """What the fast path recomputes in the backward pass: nothing but norms and GELUs, or whole
     blocks.
     """
-    compile: bool = False
-    """Compile the fast path's blocks, as training on CUDA does by default."""
     json: bool = False
     """Print all comparisons as JSON instead of the table."""
 
@@ -235,7 +229,6 @@ def main(argv: list[str] | None = None) -> int:
             path=args.path,
             attention=args.attention,
             memory=args.memory,
-            compiled=args.compile,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from ijepa_fast.config import Config
 from ijepa_fast.data import Batch, Quarantine, steps_per_epoch
 from ijepa_fast.dataset import load_index
 from ijepa_fast.durable import require_room
-from ijepa_fast.fast import FastStep, make_mesh, wants_compile
+from ijepa_fast.fast import CapturedStep, FastStep, make_mesh
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.looks import UNTRAINED, Looks, look_interval
 from ijepa_fast.masks import Masks
@@ -49,16 +49,19 @@ def _training(
     mean, std = config.data.mean, config.data.std
     if config.path == "reference":
         return ReferenceStep(*networks, config.optim, mean=mean, std=std)
-    return FastStep(
-        *networks,
-        config.optim,
-        mean=mean,
-        std=std,
-        attention=config.attention,
-        compiled=wants_compile(config.compile, ranks.device),
-        memory=config.memory,
-        mesh=make_mesh(config.shard, ranks.device, ranks.local_world),
-    )
+    mesh = make_mesh(config.shard, ranks.device, ranks.local_world)
+    options: dict[str, Any] = {
+        "mean": mean,
+        "std": std,
+        "attention": config.attention,
+        "memory": config.memory,
+    }
+    if config.graphs == "on":
+        if ranks.device.type != "cuda" or mesh is not None:
+            where = "on a CPU" if mesh is None else "with sharded weights (see --shard none)"
+            raise UsageError(f"graphs must be auto or off {where}, got on")
+        return CapturedStep(*networks, config.optim, **options)
+    return FastStep(*networks, config.optim, mesh=mesh, **options)
 
 
 class Run:
@@ -96,7 +99,6 @@ class Run:
         generator = torch_generator(config.seed, Stream.INIT)
         encoder, predictor = build_models(config.model, config.data.crop_size, generator)
         self.training = _training(config, ranks, encoder, predictor)
-        self._graphs = 0
         self.step = self._resume()
         # a smaller max_steps than is done already asks for nothing more
         self.end = max(self.end, self.step)
@@ -229,13 +231,6 @@ class Run:
             training.reduce_gradients(last)
             return training.accumulate(images, training.prepare(masks), elements)
         return training.accumulate(images, training.prepare(masks), elements)
-
-    def log_graphs(self) -> None:
-        """Says so when more has been compiled since the last time."""
-        training = self.training
-        if isinstance(training, FastStep) and training.graphs > self._graphs:
-            self._graphs = training.graphs
-            _logger.info("compiled graphs by step %d: %d", self.step, self._graphs)
 
     def save(self) -> None:
         """Writes what is queued for the log and copies the state; rank 0 writes the copy to the

@@ -24,7 +24,8 @@ NOT_RECIPE = (
     "device",
     "path",
     "attention",
-    "compile",
+    "compile",  # of runs begun with version 0.1
+    "graphs",
     "memory",
     "shard",
     "rank_timeout",

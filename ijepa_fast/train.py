@@ -161,7 +161,6 @@ def _report(run: Run, values: StepValues, sums: _Sums, timing: dict[str, Any]) -
         "weight_decay": values.weight_decay,
         "momentum": values.momentum,
     }
-    run.log_graphs()
     skipped = run.training.skipped
     run.journal.queue(row, numbers, skipped=skipped, ids_hash=sums.ids_hash, timing=timing)
 

@@ -63,7 +63,6 @@ def examine(out: Path | None, *, self_test: bool) -> list[Finding]:
         ("machine", "machine", "processor_and_gpus", ()),
         ("back ends", "backends", "operations", ()),
         ("back ends", "backends", "attention", ()),
-        ("back ends", "backends", "compilation", ()),
         ("back ends", "backends", "decoder", ()),
         ("packages", "packages", "wrong_packages", (cuda,)),
         ("room", "machine", "room", (out,)),

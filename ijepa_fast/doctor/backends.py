@@ -1,4 +1,4 @@
-"""Which back end of kernels, attention, compilation and decoding a run takes here, and why not the
+"""Which back end of kernels, attention and decoding a run takes here, and why not the
 others.
 """
 
@@ -11,9 +11,9 @@ import ijepa_kernels
 from ijepa_fast.config import ARCHITECTURES, Config, DataConfig, ModelConfig
 from ijepa_fast.data import make_decoder
 from ijepa_fast.doctor.findings import Finding, Level, first_line
-from ijepa_fast.fast import choose_attention, wants_compile
+from ijepa_fast.fast import choose_attention
 
-__all__ = ["attention", "compilation", "decoder", "device", "operations"]
+__all__ = ["attention", "decoder", "device", "operations"]
 
 # what the package offers beside its ops
 NOT_OPS = {"debug_checks", "pad_patch_weight", "target_rows"}
@@ -53,40 +53,31 @@ def operations() -> list[Finding]:
     return [_finding(names, text)]
 
 
-def head_dims() -> tuple[int, ...]:
-    """Of encoders and predictors of all named sizes."""
+def _shapes() -> list[tuple[int, int, int]]:
+    """Tokens, heads and head dim of encoders and predictors, one of each head dim that is named."""
     narrow = ModelConfig().predictor_width
     sizes = ARCHITECTURES.values()
-    return tuple(sorted({w // a.heads for a in sizes for w in (a.width, narrow)}))
+    heads = {w // a.heads: a.heads for a in sizes for w in (a.width, narrow)}
+    return [(196, heads[dim], dim) for dim in sorted(heads)]
 
 
 def attention() -> list[Finding]:
-    """The back end of the fast path in bfloat16, and why each other one is not it."""
-    where, dims = device(), head_dims()
-    chosen, why = choose_attention("auto", where, torch.bfloat16, dims)
-    found = [_finding("attention of the fast path", f"{chosen} ({why})")]
+    """The back ends of the fast path in bfloat16, and why each other one is not used."""
+    where, shapes = device(), _shapes()
+    chosen = choose_attention("auto", where, torch.bfloat16, shapes)
+    found = [_finding("attention of the fast path", f"{chosen} ({chosen.why})")]
     # the flash packages last: a trial of theirs changes what PyTorch's own varlen runs
     for name in get_args(get_type_hints(Config)["attention"]):
-        if name in ("auto", chosen):
+        if name in ("auto", chosen.packed.name):
             continue
         try:
-            choose_attention(name, where, torch.bfloat16, dims)
+            choose_attention(name, where, torch.bfloat16, shapes)
             text = "usable, with --attention " + name
         except ValueError as error:
             reason = str(error).partition(", got ")[2].partition(": ")[2]
             text = f"not usable: {reason or error}"
         found.append(_finding(f"attention {name}", text))
     return found
-
-
-def compilation() -> list[Finding]:
-    """Whether the fast path compiles its blocks by default."""
-    try:
-        compiles = wants_compile("auto", device())
-    except ValueError as error:
-        advice = "install g++, or train with --compile off"
-        return [_finding("torch.compile", str(error), "problem", advice)]
-    return [_finding("torch.compile", "on by default" if compiles else "off by default on the CPU")]
 
 
 def decoder() -> list[Finding]:

@@ -5,7 +5,8 @@ What the rest of the trainer uses of it.
 
 from ijepa_fast.fast.attention import choose_attention
 from ijepa_fast.fast.block import Memory
+from ijepa_fast.fast.capture import CapturedStep
 from ijepa_fast.fast.sharding import make_mesh
-from ijepa_fast.fast.step import FastStep, wants_compile
+from ijepa_fast.fast.step import FastStep
 
-__all__ = ["FastStep", "Memory", "choose_attention", "make_mesh", "wants_compile"]
+__all__ = ["CapturedStep", "FastStep", "Memory", "choose_attention", "make_mesh"]

@@ -1,31 +1,43 @@
-"""Attention within packed sequences, behind one function.
+"""Attention within packed sequences: back ends, each with a forward and a backward of its own.
 
-Back ends: ``xformers`` (memory-efficient attention with a block-diagonal
-mask), ``varlen`` (PyTorch's variable-length flash attention), ``fa3`` and ``fa4`` (the same with
-another flash kernel, where that package is installed), and ``sdpa`` (dense where all lengths are
-equal, else padded and masked; the one for CPUs and for float32, which flash kernels do not take).
+A block differentiates itself, so a back end is two plain functions over rows:
+
+- ``cudnn``: cuDNN's dense kernel over views of the rows; where all lengths are equal;
+- ``varlen``: PyTorch's variable-length flash kernel, its aten op called directly; ``fa3`` and
+  ``fa4`` are the same op with the kernel of that package, where it is installed;
+- ``xformers``: the flash operator of xformers;
+- ``sdpa``: `scaled_dot_product_attention` under autograd, padded and masked where lengths differ;
+  the one for CPUs and for float32, which flash kernels do not take.
 
 Shape letters: S sequences, L tokens of a sequence, R packed rows, H heads, E head dim.
 """
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import json
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast.model import attend
 
-__all__ = ["Pair", "Sequences", "attend_packed", "choose_attention"]
+__all__ = ["BACKENDS", "Attention", "Backend", "Pair", "Sequences", "choose_attention"]
 
+aten: Any = torch.ops.aten
 # flash kernels get the longest sequence rounded up to a multiple of this: few different numbers
 BUCKET = 32
+# another kernel has to be faster than the usual one by so much: the choice is the same every time
+MARGIN = 1.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,25 +46,20 @@ class Sequences:
 
     Attributes:
         cu: int32 (S + 1,) on the device, where each sequence begins, and R.
-        starts: the same on the host.
-        longest: tokens of the longest sequence.
-        equal: whether all are as long.
+        count: S.
+        longest: tokens of the longest sequence, or more where nothing is padded.
+        equal: whether all have that many.
         pad: (S * longest,) the row of each place of the padded rectangle, which repeats a
             sequence's last row; None where nothing is padded.
         unpad: (R,) the place of each row; None likewise.
     """
 
     cu: Tensor
-    starts: NDArray[np.int32]
+    count: int
     longest: int
     equal: bool
     pad: Tensor | None = None
     unpad: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """S."""
-        return len(self.starts) - 1
 
     @property
     def bucket(self) -> int:
@@ -66,7 +73,7 @@ class Sequences:
         return column < self.cu.diff()[:, None]
 
     def rectangle(self, rows: Tensor) -> Tensor:
-        """(R, H, E) to (S, H, longest, E)."""
+        """(R, H, E) to (S, H, longest, E); a view where nothing is padded."""
         if self.pad is not None:
             rows = _pad(rows, self.pad, self.unpad)
         return rows.unflatten(0, (self.count, self.longest)).transpose(1, 2)
@@ -99,13 +106,15 @@ _pad: Callable[..., Tensor] = _Pad.apply
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Sequences of queries, and those of the keys that each of them sees: one attention's shape.
-
-    Made once a step, so that what a back end derives from it is made once too.
-    """
+    """Sequences of queries, and those of the keys that each of them sees: one attention's shape."""
 
     queries: Sequences
     keys: Sequences
+
+    @functools.cached_property
+    def equal(self) -> bool:
+        """Whether nothing would be padded."""
+        return self.queries.equal and self.keys.equal
 
     @functools.cached_property
     def block_diagonal(self) -> Any:
@@ -115,66 +124,168 @@ class Pair:
             bias._SeqLenInfo(
                 seqstart=side.cu,
                 max_seqlen=side.bucket,
-                min_seqlen=int(np.diff(side.starts).min()),
-                seqstart_py=side.starts.tolist(),
+                min_seqlen=0,
+                seqstart_py=[],  # its flash operator does not read them
             )
             for side in (self.queries, self.keys)
         ]
         return bias.BlockDiagonalMask(q_seqinfo=infos[0], k_seqinfo=infos[1])
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Pair], Tensor]
+# --- back ends -----------------------------------------------------------------------------------
+
+Kept = tuple[Any, ...]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> Tensor:
+class Backend(NamedTuple):
+    """One implementation.
+
+    Attributes:
+        name: as in `--attention`.
+        forward: q, k, v (R, H, E), the pair, and whether a backward pass follows: to the output
+            (R, H, E) and what else the backward pass needs.
+        backward: the output's gradient, q, k, v, the output, what was kept, and the pair: to the
+            gradients of q, k and v.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor, Pair, bool], tuple[Tensor, Kept]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
+    leaves = tuple([t.detach().requires_grad_(grad) for t in (q, k, v)])
     keys = pair.keys
-    out = attend(
-        pair.queries.rectangle(q),
+    with torch.set_grad_enabled(grad):
+        rectangles = (pair.queries, keys, keys)
+        out = attend(
+            *[side.rectangle(t) for side, t in zip(rectangles, leaves, strict=True)],
+            None if keys.equal else keys.valid,
+        )
+        out = pair.queries.rows(out)
+    return out.detach(), (leaves, out) if grad else ()
+
+
+def _sdpa_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    leaves, attended = kept
+    return torch.autograd.grad(attended, leaves, dout)  # type: ignore[return-value]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
+    queries, keys = pair.queries, pair.keys
+    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+        queries.rectangle(q), keys.rectangle(k), keys.rectangle(v), None, grad
+    )
+    return queries.rows(out), (lse, seed, offset)
+
+
+def _cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    queries, keys = pair.queries, pair.keys
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        queries.rectangle(dout),
+        queries.rectangle(q),
         keys.rectangle(k),
         keys.rectangle(v),
-        None if keys.equal else keys.valid,
+        queries.rectangle(out),
+        *kept,
+        *(None, None, None, queries.longest, keys.longest, 0.0, False),
     )
-    return pair.queries.rows(out)
+    return queries.rows(dq), keys.rows(dk), keys.rows(dv)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    queries, keys = pair.queries, pair.keys
-    return varlen_attn(q, k, v, queries.cu, keys.cu, queries.bucket, keys.bucket)  # type: ignore[return-value]
-
-
-def _xformers(q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> Tensor:
-    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
-
-    bias = pair.block_diagonal
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+def _varlen(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
+    a, b = pair.queries, pair.keys
+    out, lse, rng, unused, _ = aten._flash_attention_forward(
+        q, k, v, a.cu, b.cu, a.bucket, b.bucket, 0.0, False, False
+    )
+    return out, (lse, rng, unused)
 
 
-_BACKENDS: dict[str, Attend] = {
-    "xformers": _xformers,
-    "varlen": _varlen,
-    "fa3": _varlen,
-    "fa4": _varlen,
-    "sdpa": _sdpa,
+def _varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = pair.queries, pair.keys
+    lse, rng, unused = kept
+    grads: tuple[Tensor, Tensor, Tensor] = aten._flash_attention_backward(
+        dout, q, k, v, out, lse, a.cu, b.cu, a.bucket, b.bucket, 0.0, False, rng, unused
+    )
+    return grads
+
+
+@functools.cache
+def _fmha() -> Any:
+    """Imported without the lines that xformers logs where its own library does not load."""
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("xformers.ops.fmha")
+    finally:
+        logger.setLevel(level)
+
+
+# its dispatcher, which refuses beside another CUDA than its own library's, is not asked: the flash
+# operator needs nothing of that library
+def _xformers(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
+    fmha = _fmha()
+    inputs = fmha.Inputs(q[None], k[None], v[None], attn_bias=pair.block_diagonal)
+    out, context = fmha.flash.FwOp.apply(inputs, grad)
+    return out[0], (context.lse,) if grad else ()
+
+
+def _xformers_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    fmha = _fmha()
+    inputs = fmha.Inputs(q[None], k[None], v[None], attn_bias=pair.block_diagonal)
+    context = fmha.common.Context(lse=kept[0], out=out[None])
+    grads = fmha.flash.BwOp.apply(context, inputs, dout[None])
+    return grads.dq[0], grads.dk[0], grads.dv[0]
+
+
+CUDNN = Backend("cudnn", _cudnn, _cudnn_backward)
+BACKENDS = {
+    "xformers": Backend("xformers", _xformers, _xformers_backward),
+    "varlen": Backend("varlen", _varlen, _varlen_backward),
+    "fa3": Backend("fa3", _varlen, _varlen_backward),
+    "fa4": Backend("fa4", _varlen, _varlen_backward),
+    "sdpa": Backend("sdpa", _sdpa, _sdpa_backward),
 }
 # the package that each needs beside PyTorch
 _PACKAGES = {"xformers": "xformers", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 
 
-def attend_packed(backend: str, q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> Tensor:
-    """Full softmax attention inside each packed sequence, scale E**-0.5.
+class Attention(NamedTuple):
+    """The back ends of a run.
 
-    Args:
-        backend: a name that `choose_attention` returned.
-        q: (rows of `pair.queries`, H, E); the last dimension contiguous.
-        k, v: (rows of `pair.keys`, H, E), likewise.
-        pair: sequence s of the queries attends to sequence s of the keys.
-
-    Returns:
-        (rows of `pair.queries`, H, E).
+    Attributes:
+        packed: for any lengths.
+        dense: where all lengths are equal.
+        why: how they were chosen, in words.
     """
-    return _BACKENDS[backend](q, k, v, pair)
+
+    packed: Backend
+    dense: Backend
+    why: str
+
+    def of(self, pair: Pair) -> Backend:
+        """The back end for these sequences."""
+        return self.dense if pair.equal else self.packed
+
+    def __str__(self) -> str:
+        """Names, for the log."""
+        if self.dense is self.packed:
+            return self.packed.name
+        return f"{self.dense.name} where lengths are equal, {self.packed.name} elsewhere"
+
+
+# --- the choice ----------------------------------------------------------------------------------
 
 
 def _installed(package: str) -> bool:
@@ -184,38 +295,154 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _trial(backend: str, device: torch.device, head_dim: int) -> None:
-    """Runs a back end on two short sequences, forward and backward; whatever fails, raises."""
-    if backend in {"fa3", "fa4"}:
-        from torch.nn.attention import activate_flash_attention_impl
+def _other_cuda() -> str | None:
+    """Why xformers brings nothing here, or None: read from its files, without importing it."""
+    spec = importlib.util.find_spec("xformers")
+    assert spec is not None
+    for folder in spec.submodule_search_locations or ():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            built = json.loads((Path(folder) / "cpp_lib.json").read_text())["version"]["cuda"]
+            theirs = f"{built // 100}.{built % 100}"
+            if theirs != torch.version.cuda:
+                mine = torch.version.cuda
+                return f"its library is built for CUDA {theirs}, this torch has {mine}"
+    return None
 
-        activate_flash_attention_impl(backend.upper())
-    starts = np.array([0, 3, 8], dtype=np.int32)
-    sequences = Sequences(torch.tensor(starts, device=device), starts, 5, False)
-    q = torch.randn(8, 2, head_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-    attend_packed(backend, q, q, q, Pair(sequences, sequences)).sum().backward()
+
+def _activate(backend: Backend) -> bool:
+    """Gives aten's flash op the kernel of the back end's package, if it has one."""
+    if backend.name not in {"fa3", "fa4"}:
+        return False
+    importlib.import_module("torch.nn.attention").activate_flash_attention_impl(
+        backend.name.upper()
+    )
+    return True
+
+
+@contextlib.contextmanager
+def _active(backend: Backend) -> Iterator[None]:
+    """`_activate`, for a while."""
+    changed = _activate(backend)
+    try:
+        yield
+    finally:
+        if changed:
+            importlib.import_module("torch.nn.attention").restore_flash_attention_impl()
+
+
+def _sequences(count: int, length: int, device: torch.device) -> Sequences:
+    cu = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
+    return Sequences(cu, count, length, equal=True)
+
+
+class _Failed(Exception):
+    """A back end that runs and computes something else."""
+
+
+def _trial(backend: Backend, device: torch.device, heads: int, head_dim: int) -> None:
+    """Runs a back end forward and backward, as a block would, and compares it with float32."""
+    side = _sequences(3, 40, device)
+    pair = Pair(side, side)
+    qkv = torch.randn(120, 3, heads, head_dim, device=device).to(torch.bfloat16)
+    dout = torch.randn(120, heads, head_dim, device=device).to(torch.bfloat16)
+    results = []
+    for each, dtype in ((backend, torch.bfloat16), (BACKENDS["sdpa"], torch.float32)):
+        q, k, v = qkv.to(dtype).unbind(1)
+        out, kept = each.forward(q, k, v, pair, True)
+        grads = each.backward(dout.to(dtype), q, k, v, out, kept, pair)
+        results.append([t.float() for t in (out, *grads)])
+    for name, mine, true in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        error = float((mine - true).norm() / true.norm())
+        if not error < 0.02:
+            raise _Failed(f"its {name} is off by {error:.2g} of float32's")
+
+
+def _milliseconds(
+    backend: Backend, device: torch.device, shapes: Sequence[tuple[int, int, int]]
+) -> float:
+    """Forward and backward, summed over shapes (tokens, heads, head dim) of 64 sequences each."""
+    total = 0.0
+    for tokens, heads, head_dim in shapes:
+        side = _sequences(64, tokens, device)
+        pair = Pair(side, side)
+        qkv = torch.randn(64 * tokens, 3, heads, head_dim, device=device, dtype=torch.bfloat16)
+        q, k, v = qkv.unbind(1)
+        dout, times = torch.randn_like(q), []
+        for _ in range(7):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            out, kept = backend.forward(q, k, v, pair, True)
+            backend.backward(dout, q, k, v, out, kept, pair)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        total += statistics.median(times[2:])
+    return total
+
+
+def _usable(
+    backend: Backend, device: torch.device, shapes: Sequence[tuple[int, int, int]]
+) -> str | None:
+    """Why a back end cannot be used here, or None."""
+    package = _PACKAGES.get(backend.name)
+    if package and not _installed(package):
+        return f"{package} is not installed"
+    try:
+        with _active(backend):
+            for _, heads, head_dim in shapes:
+                _trial(backend, device, heads, head_dim)
+    except (ImportError, AttributeError, RuntimeError, ValueError, TypeError, _Failed) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _pick(
+    candidates: Sequence[Backend],
+    device: torch.device,
+    shapes: Sequence[tuple[int, int, int]],
+    notes: list[str],
+) -> Backend | None:
+    """The first candidate that runs, unless a later one is faster by the margin."""
+    usable = []
+    for backend in candidates:
+        reason = _usable(backend, device, shapes)
+        if reason is None:
+            usable.append(backend)
+        else:
+            notes.append(f"{backend.name}: {reason}")
+    if len(usable) < 2:
+        return usable[0] if usable else None
+    times = {}
+    for backend in usable:
+        with _active(backend):
+            times[backend.name] = _milliseconds(backend, device, shapes)
+    notes.append(", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()))
+    best = min(usable, key=lambda backend: times[backend.name])
+    return best if times[best.name] * MARGIN < times[usable[0].name] else usable[0]
 
 
 def choose_attention(
-    requested: str, device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]
-) -> tuple[str, str]:
-    """The back end of packed attention and why it is that one.
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, int, int]],
+) -> Attention:
+    """The back ends of packed attention. Each is tried on the device, and compared with float32.
 
     Args:
         requested: `auto` or a back end's name.
         device: where the networks are.
         dtype: of queries, keys and values.
-        head_dims: of the networks; each is tried out.
+        shapes: tokens, heads and head dim of the networks' sequences.
 
     Raises:
         ValueError: the back end cannot be used here.
     """
-    if requested != "auto" and requested not in _BACKENDS:
-        raise ValueError(
-            f"attention must be one of auto, {', '.join(_BACKENDS)}, got {requested!r}"
-        )
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"attention must be one of auto, {', '.join(BACKENDS)}, got {requested!r}")
+    sdpa = BACKENDS["sdpa"]
     if requested == "sdpa":
-        return "sdpa", "as asked for"
+        return Attention(sdpa, sdpa, "as asked for")
     obstacle = None
     if dtype not in {torch.bfloat16, torch.float16}:
         obstacle = f"flash kernels take half precision only, and this run is in {dtype}"
@@ -224,24 +451,26 @@ def choose_attention(
     if obstacle:
         if requested != "auto":
             raise ValueError(f"attention must be sdpa or auto here, got {requested!r}: {obstacle}")
-        return "sdpa", obstacle
-    names, failures = [requested], []
-    if requested == "auto":
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        names = [*(["fa3"] if hopper else []), "xformers", "varlen"]
-    for name in names:
-        package = _PACKAGES.get(name)
-        if package and not _installed(package):
-            failures.append(f"{name}: {package} is not installed")
-            continue
-        try:
-            for head_dim in sorted(set(head_dims)):
-                _trial(name, device, head_dim)
-        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-            failures.append(f"{name}: {str(error).splitlines()[0]}")
-            continue
-        why = "as asked for" if requested == name else "; ".join(["the first that runs", *failures])
-        return name, why
-    if requested == "auto":
-        return "sdpa", "; ".join(failures)
-    raise ValueError(f"attention must be usable here, got {failures[0]}")
+        return Attention(sdpa, sdpa, obstacle)
+    if requested != "auto":
+        backend = BACKENDS[requested]
+        if reason := _usable(backend, device, shapes):
+            raise ValueError(f"attention must be usable here, got {requested}: {reason}")
+        _activate(backend)
+        return Attention(backend, backend, "as asked for")
+    notes: list[str] = []
+    names = ["varlen", *(name for name in ("fa3", "fa4") if _installed(_PACKAGES[name]))]
+    if _installed("xformers"):
+        reason = _other_cuda()
+        names += [] if reason else ["xformers"]
+        notes += [f"xformers: {reason}"] if reason else []
+    packed = _pick([BACKENDS[name] for name in names], device, shapes, notes)
+    if packed is None:
+        return Attention(sdpa, sdpa, "; ".join(notes))
+    dense: Backend | None = packed
+    if torch.cuda.get_device_capability(device)[0] >= 9:
+        # where PyTorch has but these two, cuDNN's is known to be the faster one
+        others = [packed] if packed.name != "varlen" else []
+        dense = _pick([CUDNN, *others], device, shapes, notes)
+    _activate(packed)
+    return Attention(packed, dense or packed, "; ".join(["the first that run", *notes]))

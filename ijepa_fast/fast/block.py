@@ -1,117 +1,85 @@
-"""The transformer block of `model.py` over packed rows, and how its products get their weights.
+"""The transformer block of `model.py` over packed rows: one autograd node, differentiated by hand.
 
-Matrix products run in the dtype of the weights they are given: a weight that is not in it already
-has a rounded copy, which the optimiser writes (`attach_copies`); the gradient goes to the weight.
-Norms are computed in float32.
+The residual stream and the last branch travel apart, so that an addition and the norm behind it are
+one pass over memory: a block takes (x, branch), adds them itself, and returns its own; `close` ends
+a network. Kept for the backward pass are both sums with their norms' statistics, q, k, v,
+attention's output and log-sum-exp, and the hidden rows before GELU: 24 D + 4 H + 16 bytes a row in
+bfloat16. Normalised rows and GELUs are written again by kernels that read their inputs anyway.
 
-Shape letters: R packed rows, D width, H heads, E head dim.
+A gradient of a weight goes straight into its ``.grad``, in the weight's dtype; that of a bias comes
+with whatever kernel passes over the rows that it is the sum of, which is why a branch knows whose
+bias was added to it last. Matrix products run in the dtype of the weights they are given: a weight
+that is not in it has a rounded copy, which the optimiser writes. Norms are computed in float32.
+
+Shape letters: R packed rows, D width, H heads, E head dim, Q distinct rows, U taken rows.
 """
 
 from collections.abc import Callable
-from types import FunctionType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ijepa_fast.fast.attention import Pair, attend_packed
+from ijepa_fast.fast._passes import (
+    add_layer_norm_backward,
+    add_layer_norm_forward,
+    column_sums,
+    gelu_backward,
+    join_heads,
+)
+from ijepa_fast.fast.attention import Attention, Pair
 from ijepa_fast.model import Block, matrix_layers
-from ijepa_kernels import gather_tokens
+from ijepa_kernels.gather_tokens import Gather, gather_rows, sum_rows
 
 __all__ = [
+    "Branch",
     "Memory",
     "PackedBlock",
     "Settings",
+    "add_norm",
     "attach_copies",
+    "close",
     "linear",
-    "norm",
     "operands",
 ]
 
-Memory = Literal["none", "selective", "full"]
-Parts = tuple[Callable[..., Tensor], Callable[..., Tensor]]
-Take = Callable[[Tensor], Tensor]
+Memory = Literal["none", "full"]
+Grads = tuple[Tensor | None, ...]
 
 
-class Settings:
-    """How the blocks of a step compute.
+class Settings(NamedTuple):
+    """How the networks of a step compute.
 
     Attributes:
-        attention: back end of packed attention.
+        attention: back ends of packed attention.
         dtype: of matrix products.
         residual: of the residual stream.
-        memory: what a block keeps for its backward pass: `none` of it is recomputed, `selective`
-            recomputes norms and GELUs, `full` everything but the block's input.
-        compiled: whether the parts of a block around attention are compiled.
+        memory: `full` keeps the input of a block only, and recomputes the block in the backward
+            pass.
+        sharded: whether parameters are replaced while a step runs (FSDP2).
     """
 
-    def __init__(
-        self,
-        *,
-        attention: str,
-        dtype: torch.dtype,
-        residual: torch.dtype,
-        memory: Memory,
-        compiled: bool,
-    ) -> None:
-        self.attention, self.dtype, self.residual = attention, dtype, residual
-        self.memory = memory
-        self.compiled = compiled
-
-    def parts(self) -> "Parts":
-        """What the blocks of one network run before and after attention, compiled if wanted."""
-        if not self.compiled:
-            return _before, _after
-        lean = self.memory == "selective"
-        return _compiled(_before, lean), _compiled(_after, lean)
+    attention: Attention
+    dtype: torch.dtype
+    residual: torch.dtype
+    memory: Memory
+    sharded: bool
 
 
-def _compiled(part: Callable[..., Tensor], lean: bool) -> Callable[..., Tensor]:
-    """Compiled for one network. Dynamo counts recompilations by code object, so each network has
-    its own: three networks of different sizes would come near its limit together.
+class Branch(NamedTuple):
+    """What is still to be added to the residual stream.
 
-    Args:
-        part: what to compile.
-        lean: let the compiler recompute norms and GELUs that a product of the backward pass
-            reads; otherwise it keeps them.
+    Attributes:
+        rows: (R, D), in the dtype of products.
+        bias: the parameter that was added to every row last: its gradient is the sum of the rows'.
     """
-    assert isinstance(part, FunctionType)
-    own = FunctionType(part.__code__.replace(), part.__globals__, part.__name__)
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True)
-    if not lean:
-        return compiled
-    from torch._functorch import config
 
-    setting = config.patch(ban_recompute_materialized_backward=False)
-
-    def with_recomputation(*args: Any) -> Tensor:
-        # read when a graph is compiled, at whichever call that is
-        with setting:
-            return compiled(*args)
-
-    return with_recomputation
+    rows: Tensor
+    bias: nn.Parameter | None
 
 
-# --- rounded copies of weights -------------------------------------------------------------------
-
-
-class _Rounded(torch.autograd.Function):
-    """The rounded copy of a weight in the weight's place; the gradient is the weight's."""
-
-    @staticmethod
-    def forward(ctx: Any, master: Tensor, copy: Tensor) -> Tensor:
-        ctx.dtype = master.dtype
-        return copy.view_as(copy)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
-
-
-# mypy does not know what `apply` takes
-_rounded: Callable[..., Tensor] = _Rounded.apply
+# --- weights and their gradients -----------------------------------------------------------------
 
 
 def attach_copies(network: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Parameter, Tensor]]:
@@ -132,182 +100,370 @@ def attach_copies(network: nn.Module, dtype: torch.dtype) -> list[tuple[nn.Param
 
 
 def operands(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias in the product's dtype."""
+    """Weight and bias in the product's dtype, not differentiable."""
     weight, bias = layer.weight, layer.bias
     assert bias is not None
     if weight.dtype == dtype:
-        return weight, bias
-    copies = layer.__dict__["copies"]
-    return _rounded(weight, copies[0]), _rounded(bias, copies[1])
+        return weight.detach(), bias.detach()
+    weight, bias = layer.__dict__["copies"]
+    return weight, bias
 
 
-def linear(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The layer's product, (R, in) to (R, out), in `dtype`, as x is."""
-    return F.linear(x, *operands(layer, dtype))
+def _give(parameter: Tensor | None, grad: Tensor) -> None:
+    """Adds to a parameter's gradient."""
+    if parameter is None:
+        return
+    grad = grad.to(parameter.dtype).view(parameter.shape)
+    if parameter.grad is None:
+        parameter.grad = grad
+    else:
+        parameter.grad.add_(grad)
 
 
-def norm(layer: nn.LayerNorm, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """LayerNorm of rows of any dtype, computed in float32 and rounded to `dtype`."""
-    weight, bias = layer.weight.float(), layer.bias.float()
-    return F.layer_norm(x.float(), x.shape[-1:], weight, bias, layer.eps).to(dtype)
+def _outer(d: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of a weight (out, in), of its product's (R, out) and the product's input (R, in)."""
+    if d.dtype == dtype:
+        return torch.mm(d.t(), rows)
+    if d.device.type == "cuda":
+        # the sum as it is, without rounding
+        return torch.mm(d.t(), rows, out_dtype=dtype)
+    return torch.mm(d.t(), rows).to(dtype)
 
 
-# --- recomputation -------------------------------------------------------------------------------
-
-
-class _NormLinear(torch.autograd.Function):
-    """linear(norm(x)) that keeps x and the statistics, not the normalised rows."""
+class _Linear(torch.autograd.Function):
+    """A layer's product; `anchor` is a parameter, so that autograd comes back here."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor
+        ctx: Any, rows: Tensor, anchor: Tensor, layer: nn.Linear | nn.Conv2d, own_bias: bool
     ) -> Tensor:
-        wide, shape = x.float(), [x.shape[-1]]
-        normed, mean, rstd = torch.native_layer_norm(wide, shape, gain, shift, eps)
-        ctx.save_for_backward(x, gain, shift, mean, rstd, weight)
-        ctx.eps = eps
-        return F.linear(normed.to(weight.dtype), weight, bias)
+        weight, bias = operands(layer, rows.dtype)
+        weight = _flat(weight, rows.shape[1])
+        ctx.save_for_backward(rows, weight)
+        ctx.parameters = layer.weight, layer.bias if own_bias else None
+        return F.linear(rows, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, shift, mean, rstd, weight = ctx.saved_tensors
-        wide, shape = x.float(), [x.shape[-1]]
-        normed = torch.native_layer_norm(wide, shape, gain, shift, ctx.eps)[0].to(weight.dtype)
-        inner = (grad @ weight).float()
-        grads = torch.ops.aten.native_layer_norm_backward(
-            inner, wide, shape, mean, rstd, gain, shift, [True, True, True]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d: Tensor) -> Grads:
+        rows, weight = ctx.saved_tensors
+        parameter, bias = ctx.parameters
+        grad = _outer(d, rows, parameter.dtype)
+        _give(parameter, grad[:, : parameter[0].numel()].contiguous())
+        if bias is not None:
+            _give(bias, column_sums(d))
+        return torch.mm(d, weight) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+def _flat(weight: Tensor, width: int) -> Tensor:
+    """(out, in), a convolution's as a matrix, zeros behind it up to `width` columns."""
+    flat = weight.flatten(1)
+    return flat if flat.shape[1] == width else F.pad(flat, (0, width - flat.shape[1]))
+
+
+# mypy does not know what `apply` takes
+_linear: Callable[..., Tensor] = _Linear.apply
+
+
+def linear(layer: nn.Linear | nn.Conv2d, rows: Tensor, *, own_bias: bool = True) -> Tensor:
+    """The layer's product of rows (R, in), in their dtype; a convolution's weight as a matrix.
+
+    Args:
+        layer: its weight's gradient goes into ``.grad``.
+        rows: may have zeros behind the layer's own columns.
+        own_bias: so does the bias's; else whoever takes the result as a `Branch` gives it.
+    """
+    if torch.is_grad_enabled():
+        return _linear(rows, layer.weight, layer, own_bias)
+    weight, bias = operands(layer, rows.dtype)
+    return F.linear(rows, _flat(weight, rows.shape[1]), bias)
+
+
+# --- norms at a network's end --------------------------------------------------------------------
+
+
+def add_norm(layer: nn.LayerNorm, x: Tensor, f: Branch | None, dtype: torch.dtype) -> Tensor:
+    """norm(x + f) of rows (R, D), in `dtype`; without gradients."""
+    rows = None if f is None else f.rows
+    return add_layer_norm_forward(x, rows, layer.weight, layer.bias, layer.eps, dtype)[1]
+
+
+class _Close(torch.autograd.Function):
+    """The last addition and the final norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, bias: Tensor, layer: nn.LayerNorm, dtype: torch.dtype
+    ) -> Tensor:
+        parameters = layer.weight, layer.bias
+        x1, y, mean, rstd = add_layer_norm_forward(x, rows, *parameters, layer.eps, dtype)
+        ctx.save_for_backward(x1, mean, rstd)
+        ctx.parameters, ctx.bias, ctx.eps = parameters, bias, layer.eps
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Grads:
+        gain, shift = ctx.parameters
+        dx, df, sums, _, dgain, dshift = add_layer_norm_backward(
+            dy, None, *ctx.saved_tensors, gain, shift, ctx.eps, low_dtype=dy.dtype
         )
-        return grads[0].to(x.dtype), grads[1], grads[2], None, grad.t() @ normed, grad.sum(0)
+        for parameter, grad in ((ctx.bias, sums), (gain, dgain), (shift, dshift)):
+            _give(parameter, grad)
+        return dx, df, None, None, None
 
 
-class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)) that keeps h only."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(h, weight)
-        return F.linear(F.gelu(h), weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, weight = ctx.saved_tensors
-        inner = torch.ops.aten.gelu_backward(grad @ weight, h)
-        return inner, grad.t() @ F.gelu(h), grad.sum(0)
+_close: Callable[..., Tensor] = _Close.apply
 
 
-_norm_linear: Callable[..., Tensor] = _NormLinear.apply
-_gelu_linear: Callable[..., Tensor] = _GeluLinear.apply
+def close(layer: nn.LayerNorm, x: Tensor, f: Branch, dtype: torch.dtype) -> Tensor:
+    """norm(x + f) of rows (R, D), in `dtype`."""
+    return _close(x, f.rows, f.bias, layer, dtype)
 
 
-# --- the parts of a block ------------------------------------------------------------------------
+# --- the block -----------------------------------------------------------------------------------
 
 
-def _normed_linear(
-    first: nn.LayerNorm, layer: nn.Linear, x: Tensor, dtype: torch.dtype, lean: bool
-) -> Tensor:
-    if not lean:
-        return linear(layer, norm(first, x, dtype), dtype)
-    gain, shift = first.weight.float(), first.bias.float()
-    return _norm_linear(x, gain, shift, first.eps, *operands(layer, dtype))
+class _Task(NamedTuple):
+    """What a block does, besides its input.
+
+    Attributes:
+        w: norm1's, qkv's, proj's, norm2's, fc1's and fc2's weight and bias, to compute with.
+        parameters: whose gradients these get.
+        heads, eps, settings: of the block.
+        pair: the sequences; its queries are the taken rows where there are any.
+        take: the U rows that are wanted, none twice; the others are keys and values only.
+        source: the distinct rows that the R rows of the block's input are copies of.
+    """
+
+    w: tuple[Tensor, ...]
+    parameters: tuple[nn.Parameter, ...]
+    heads: int
+    eps: float
+    settings: Settings
+    pair: Pair
+    take: Gather | None
+    source: Gather | None
 
 
-def _before(block: Block, x: Tensor, dtype: torch.dtype, lean: bool) -> Tensor:
-    """First norm and QKV product: (R, D) to (R, 3 * D)."""
-    return _normed_linear(block.norm1, block.attn.qkv, x, dtype, lean)
+def _forward(
+    x: Tensor, f: Tensor | None, task: _Task, grad: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Any, ...]]:
+    """New residual and branch, the tensors that the backward pass needs, and what attention keeps.
 
-
-def _after(block: Block, x: Tensor, mixed: Tensor, dtype: torch.dtype, lean: bool) -> Tensor:
-    """Everything behind attention: residual rows and attention's output (R, D) to (R, D)."""
-    x = x + linear(block.attn.proj, mixed, dtype)
-    hidden = _normed_linear(block.norm2, block.mlp.fc1, x, dtype, lean)
-    if lean:
-        out = _gelu_linear(hidden, *operands(block.mlp.fc2, dtype))
+    Args:
+        x: (R, D), or the distinct rows (Q, D).
+        f: to be added to it.
+        task: the rest.
+        grad: whether a backward pass follows.
+    """
+    w, take, source = task.w, task.take, task.source
+    first, y, *stats = add_layer_norm_forward(x, f, w[0], w[1], task.eps, task.settings.dtype)
+    x = first if source is None else gather_rows(first, source.index)
+    if take is not None and source is None:
+        width = x.shape[1]
+        q = F.linear(gather_rows(y, take.index), w[2][:width], w[3][:width])
+        q = q.view(len(q), task.heads, -1)
+        kv = F.linear(y, w[2][width:], w[3][width:])
+        k, v = kv.view(len(y), 2, *q.shape[1:]).unbind(1)
     else:
-        out = linear(block.mlp.fc2, F.gelu(hidden), dtype)
-    return x + out
+        qkv = F.linear(y, w[2], w[3])
+        if source is not None:
+            qkv = gather_rows(qkv, source.index)
+        q, k, v = qkv.view(len(qkv), 3, task.heads, -1).unbind(1)
+        if take is not None:
+            q = gather_rows(qkv[:, : first.shape[1]], take.index).view(-1, *k.shape[1:])
+    if take is not None:
+        x = gather_rows(x, take.index)
+    backend = task.settings.attention.of(task.pair)
+    out, attended = backend.forward(q, k, v, task.pair, grad)
+    x2, branch, kept = _finish(x, out, task)
+    return x2, branch, (first, *stats, q, k, v, out, *kept), attended
+
+
+def _finish(x: Tensor, out: Tensor, task: _Task) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Everything behind attention, of x and attention's output: see `_forward`."""
+    w = task.w
+    branch = F.linear(out.flatten(1), w[4], w[5])
+    x2, y2, *stats = add_layer_norm_forward(x, branch, w[6], w[7], task.eps, task.settings.dtype)
+    h = F.linear(y2, w[8], w[9])
+    return x2, F.linear(F.gelu(h), w[10], w[11]), (x2, *stats, h)
+
+
+class _Block(torch.autograd.Function):
+    """`_forward` with its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, f: Tensor | None, bias: nn.Parameter | None, task: _Task
+    ) -> tuple[Tensor, Tensor]:
+        full = task.settings.memory == "full"
+        x2, branch, kept, attended = _forward(x, f, task, not full)
+        ctx.task, ctx.bias, ctx.full = task, bias, full
+        if full:
+            ctx.save_for_backward(x, f)
+        else:
+            # apart, for x2 is an output: as an attribute it would be a cycle
+            ctx.tensors = sum(isinstance(t, Tensor) for t in attended) == len(attended)
+            saved = (*kept, *attended) if ctx.tensors else kept
+            ctx.attended = () if ctx.tensors else attended
+            ctx.save_for_backward(*saved)
+        return x2, branch
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dx: Tensor, df: Tensor) -> Grads:
+        task = ctx.task
+        if ctx.full:
+            kept, attended = _forward(*ctx.saved_tensors, task, True)[2:]
+        else:
+            kept, attended = ctx.saved_tensors[:11], ctx.attended or ctx.saved_tensors[11:]
+        dx, dlow, sums = _backward(dx, df, task, kept, attended)
+        _give(ctx.bias, sums)
+        needs = ctx.needs_input_grad
+        return dx if needs[0] else None, dlow if needs[1] else None, None, None
+
+
+def _backward(
+    dx: Tensor, df: Tensor, task: _Task, kept: tuple[Tensor, ...], attended: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the block's input, of its branch, and the latter's column sums. The bias of fc2
+    is left to whoever adds the branch.
+    """
+    first, mean1, rstd1, q, k, v, out, x2, mean2, rstd2, h = kept
+    w, p, take, source = task.w, task.parameters, task.take, task.source
+    width, dtype, low = first.shape[1], p[2].dtype, df.dtype
+
+    dh, db1, g = gelu_backward(torch.mm(df, w[10]), h)
+    _give(p[10], _outer(df, g, dtype))
+    del g
+    dx, dp, dbp, y2, dgain2, dshift2 = add_layer_norm_backward(
+        torch.mm(dh, w[8]), dx, x2, mean2, rstd2, w[6], w[7], task.eps, low_dtype=low
+    )
+    _give(p[8], _outer(dh, y2, dtype))
+    del dh, y2
+    _give(p[4], _outer(dp, out.flatten(1), dtype))
+    backend = task.settings.attention.of(task.pair)
+    dout = torch.mm(dp, w[4]).view_as(out)
+    dq, dk, dv = backend.backward(dout, q, k, v, out, attended, task.pair)
+    rows = len(k)
+    if take is not None:  # nobody else's residual goes on
+        dx = sum_rows(dx, take, rows)
+    apart = take is not None and source is None
+    if apart:
+        dq, dbq = join_heads((dq,))
+        dkv, dbkv = join_heads((dk, dv))
+        dy = torch.mm(dkv, w[2][width:])
+        dy += sum_rows(torch.mm(dq, w[2][:width]), take, rows)
+    else:
+        if take is not None:
+            dq = sum_rows(dq.flatten(1), take, rows).view_as(k)
+        dqkv, dbqkv = join_heads((dq, dk, dv))
+        if source is not None:
+            # what was copied gets the sum of the copies' gradients, and passes it on by itself
+            dqkv = sum_rows(dqkv, source, len(first))
+            dx = sum_rows(dx, source, len(first))
+        dy = torch.mm(dqkv, w[2])
+    dx, dlow, sums, y, dgain1, dshift1 = add_layer_norm_backward(
+        dy, dx, first, mean1, rstd1, w[0], w[1], task.eps, low_dtype=low
+    )
+    if apart:
+        grad = torch.cat([_outer(dq, gather_rows(y, take.index), dtype), _outer(dkv, y, dtype)])
+        dbqkv = torch.cat([dbq, dbkv])
+    else:
+        grad = _outer(dqkv, y, dtype)
+    _give(p[2], grad)
+    small = {0: dgain1, 1: dshift1, 3: dbqkv, 5: dbp, 6: dgain2, 7: dshift2, 9: db1}
+    for number, grad in small.items():
+        _give(p[number], grad)
+    return dx, dlow, sums
+
+
+# mypy does not know what `apply` takes
+_block: Callable[..., tuple[Tensor, Tensor]] = _Block.apply
 
 
 class PackedBlock(Block):
-    """`Block` over packed rows; `parts` from `Settings.parts`, the same for a network's blocks."""
+    """`Block` over packed rows; same parameters and names. Not to be run under autocast."""
 
     settings: Settings
-    parts: Parts
 
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
+        f: Branch | None,
         pair: Pair,
-        take: Take | None = None,
-        distinct: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        take: Gather | None = None,
+        source: Gather | None = None,
+    ) -> tuple[Tensor, Branch]:
         """One block.
 
         Args:
             x: (R, D), in the residual's dtype.
+            f: to be added to it; None for nothing.
             pair: the sequences; its queries are the rows that `take` picks, if it is given.
-            take: picks the rows that are wanted; the others serve as keys and values only.
-            distinct: rows (Q, D) and an index (R,): row r of x equals row index[r] of these, so
-                that norm and QKV product need to see only them.
+            take: the U rows that are wanted, none twice; the others serve as keys and values only.
+            source: x is (Q, D), and the R rows of the block's input are copies of its rows: norm
+                and QKV product then see only these.
 
         Returns:
-            The wanted rows, all by default.
+            Residual and branch of the wanted rows, all by default.
         """
-        if self.settings.memory == "full" and torch.is_grad_enabled():
-            return checkpoint(self._run, x, pair, take, distinct, use_reentrant=False)
-        return self._run(x, pair, take, distinct)
+        task = self._task(pair, take, source)
+        rows, bias = (None, None) if f is None else f
+        if torch.is_grad_enabled():
+            x2, branch = _block(x, rows, bias, task)
+        else:
+            x2, branch = _forward(x, rows, task, False)[:2]
+        return x2, Branch(branch, task.parameters[11])
 
-    def _run(
-        self, x: Tensor, pair: Pair, take: Take | None, distinct: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        if take is not None and distinct is None:
-            return self.finish(take(x), *self.keys_values(x), pair, take)
-        rows, index = (x, None) if distinct is None else distinct
-        qkv = self._call(0, rows)
-        if index is not None:
-            qkv = gather_tokens(qkv, index)
-        q, k, v = self._heads(qkv)
-        if take is not None:
-            x, q = take(x), self._heads(take(q.flatten(1)))[0]
-        return self._mix(x, q, k, v, pair)
+    @torch.no_grad()
+    def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum and its normalised rows (R, D), and their keys and values (R, 2 * D)."""
+        task = self._task(pair)
+        w, rows = task.w, None if f is None else f.rows
+        x, y, _, _ = add_layer_norm_forward(x, rows, w[0], w[1], task.eps, task.settings.dtype)
+        width = x.shape[1]
+        return x, y, F.linear(y, w[2][width:], w[3][width:])
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised rows (R, D), and their keys and values (R, 2 * D)."""
-        dtype, width = self.settings.dtype, x.shape[1]
-        normed = norm(self.norm1, x, dtype)
-        weight, bias = operands(self.attn.qkv, dtype)
-        return normed, F.linear(normed, weight[width:], bias[width:])
-
+    @torch.no_grad()
     def finish(
-        self, x: Tensor, normed: Tensor, keys_values: Tensor, pair: Pair, take: Take
-    ) -> Tensor:
+        self, x: Tensor, normed: Tensor, keys_values: Tensor, pair: Pair, take: Tensor
+    ) -> tuple[Tensor, Branch]:
         """The rest of the block, for the wanted rows alone.
 
         Args:
-            x: the wanted rows of the block's input.
-            normed, keys_values: what `keys_values` returned, of all rows.
+            x, normed, keys_values: what `keys_values` returned.
             pair: wanted rows as queries, all rows as keys.
-            take: picks the wanted rows.
+            take: the wanted rows.
         """
-        weight, bias = operands(self.attn.qkv, self.settings.dtype)
-        width = x.shape[1]
-        q = F.linear(take(normed), weight[:width], bias[:width])
-        (q,), (k, v) = self._heads(q), self._heads(keys_values)
-        return self._mix(x, q, k, v, pair)
+        task = self._task(pair)
+        w, width = task.w, x.shape[1]
+        q = F.linear(gather_rows(normed, take), w[2][:width], w[3][:width])
+        q = q.view(len(q), task.heads, -1)
+        k, v = keys_values.view(len(keys_values), 2, *q.shape[1:]).unbind(1)
+        out, _ = task.settings.attention.of(pair).forward(q, k, v, pair, False)
+        x2, branch, _ = _finish(gather_rows(x, take), out, task)
+        return x2, Branch(branch, None)
 
-    def _mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pair: Pair) -> Tensor:
-        mixed = attend_packed(self.settings.attention, q, k, v, pair).flatten(1)
-        return self._call(1, x, mixed)
-
-    def _call(self, part: int, *rows: Tensor) -> Tensor:
-        settings = self.settings
-        # in compiled code the compiler does it
-        lean = settings.memory == "selective" and not settings.compiled
-        if settings.compiled and torch.is_grad_enabled():
-            for tensor in rows:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return self.parts[part](self, *rows, settings.dtype, lean and torch.is_grad_enabled())
-
-    def _heads(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """(R, n * D) to n times (R, H, E)."""
-        count = rows.shape[1] // self.attn.proj.in_features
-        return rows.unflatten(1, (count, self.attn.heads, -1)).unbind(1)
+    def _task(self, pair: Pair, take: Gather | None = None, source: Gather | None = None) -> _Task:
+        fixed = self.__dict__.get("_fixed")
+        if fixed is None:
+            attn, mlp, settings = self.attn, self.mlp, self.settings
+            layers = (self.norm1, attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2)
+            parameters = tuple([p for layer in layers for p in (layer.weight, layer.bias)])
+            w = tuple(
+                [
+                    t
+                    for layer in layers
+                    for t in (
+                        (layer.weight.detach(), layer.bias.detach())
+                        if isinstance(layer, nn.LayerNorm)
+                        else operands(layer, settings.dtype)
+                    )
+                ]
+            )
+            fixed = (w, parameters, attn.heads, self.norm1.eps, settings)
+            if not settings.sharded:
+                self.__dict__["_fixed"] = fixed
+        return _Task(*fixed, pair, take, source)

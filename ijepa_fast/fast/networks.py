@@ -12,43 +12,37 @@ ends. Work that cannot reach the loss is left out, without changing a result:
   image: the sequences' queries, keys and values are copies of these.
 
 Shape letters: R packed rows, D encoder width, B images, N grid patches, U rows that some target
-needs, S context sequences, and C, M, T as in `layout.py`.
+needs, and C, M, T as in `layout.py`.
 """
 
 import copy
-from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast.fast.attention import Pair
-from ijepa_fast.fast.block import PackedBlock, Settings, linear, norm, operands
+from ijepa_fast.fast.block import Branch, PackedBlock, Settings, add_norm, close, linear
 from ijepa_fast.fast.layout import Layout
 from ijepa_fast.model import Block, Predictor, VisionTransformer
-from ijepa_kernels import gather_tokens, patchify, predictor_tokens, take_targets
+from ijepa_kernels import patchify
+from ijepa_kernels.gather_tokens import gather_rows
 
 __all__ = ["ContextEncoder", "PackedPredictor", "TargetEncoder", "repack"]
-
-Take = Callable[[Tensor], Tensor]
 
 
 class _PackedEncoder(VisionTransformer):
     settings: Settings
 
-    def rows(self, images: Tensor, mean: Tensor, std: Tensor, index: Tensor | None) -> Tensor:
+    def rows(self, images: Tensor, mean: Tensor, std: Tensor, index: Tensor | None) -> Branch:
         """Pixels to the embedding's rows, in the dtype of products: (B, height, width, C) uint8 to
         (R, D), without positions.
         """
-        dtype, proj = self.settings.dtype, self.patch_embed.proj
+        proj = self.patch_embed.proj
         height, width = proj.kernel_size
+        dtype = self.settings.dtype
         pixels = patchify(images, (height, width), index, mean, std, dtype, layout="BHWC")
-        weight, bias = operands(proj, dtype)
-        flat = weight.flatten(1)
-        if pixels.shape[1] != flat.shape[1]:
-            flat = F.pad(flat, (0, pixels.shape[1] - flat.shape[1]))
-        return F.linear(pixels, flat, bias)
+        return Branch(linear(proj, pixels, own_bias=False), proj.bias)
 
 
 class ContextEncoder(_PackedEncoder):
@@ -65,13 +59,11 @@ class ContextEncoder(_PackedEncoder):
         Returns:
             (R, D) after the final norm, in the dtype of products.
         """
-        settings = self.settings
-        embedded = self.rows(images, mean, std, layout.masks.context_index)
-        positions = self.pos_embed[0].index_select(0, layout.context_patch)
-        x = (embedded + positions).to(settings.residual)
+        f = self.rows(images, mean, std, layout.context_index)
+        x = gather_rows(self.pos_embed[0], layout.context_patch).to(self.settings.residual)
         for block in self.blocks:
-            x = block(x, layout.context)
-        return norm(self.norm, x, settings.dtype)
+            x, f = block(x, f, layout.context)
+        return close(self.norm, x, f, self.settings.dtype)
 
 
 class TargetEncoder(_PackedEncoder):
@@ -92,16 +84,7 @@ class TargetEncoder(_PackedEncoder):
         Returns:
             float32 (U, D) after the final norm.
         """
-        x = self.embedded(images, mean, std)
-        for block in self._all_but_last():
-            x = block(x, grid)
-        take = _needed(layout)
-        return self._normed(self._last(x, layout.last_target, take))
-
-    def embedded(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Position-coded rows of all patches (B * N, D)."""
-        rows = self.rows(images, mean, std, None).unflatten(0, (len(images), -1))
-        return (rows + self.pos_embed).to(self.settings.residual).flatten(0, 1)
+        return self.head(*self.trunk(images, mean, std, grid), layout)
 
     @torch.no_grad()
     def trunk(
@@ -110,34 +93,22 @@ class TargetEncoder(_PackedEncoder):
         """The part whose shapes never change: the last block's input, normalised rows, and keys and
         values, of all rows.
         """
-        x = self.embedded(images, mean, std)
-        for block in self._all_but_last():
-            x = block(x, grid)
-        normed, keys_values = self._last.keys_values(x)
-        return x, normed, keys_values
+        rows, _ = self.rows(images, mean, std, None)
+        x = (rows.unflatten(0, (len(images), -1)) + self.pos_embed).flatten(0, 1)
+        x, f = x.to(self.settings.residual), None
+        *first, last = self.blocks
+        for block in first:
+            x, f = block(x, f, grid)
+        assert isinstance(last, PackedBlock)
+        return last.keys_values(x, f, grid)
 
     @torch.no_grad()
     def head(self, x: Tensor, normed: Tensor, keys_values: Tensor, layout: Layout) -> Tensor:
         """The rest, after `trunk`: what `forward` returns."""
-        take = _needed(layout)
-        rows = self._last.finish(take(x), normed, keys_values, layout.last_target, take)
-        return self._normed(rows)
-
-    @property
-    def _last(self) -> PackedBlock:
-        block = self.blocks[-1]
-        assert isinstance(block, PackedBlock)
-        return block
-
-    def _all_but_last(self) -> Iterable[nn.Module]:
-        return list(self.blocks)[:-1]
-
-    def _normed(self, rows: Tensor) -> Tensor:
-        return norm(self.norm, rows, torch.float32)
-
-
-def _needed(layout: Layout) -> Take:
-    return lambda rows: gather_tokens(rows, layout.needed, unique=True)
+        last = self.blocks[-1]
+        assert isinstance(last, PackedBlock)
+        rows, f = last.finish(x, normed, keys_values, layout.last_target, layout.needed)
+        return add_norm(self.norm, rows, f, torch.float32)
 
 
 class PackedPredictor(Predictor):
@@ -153,38 +124,23 @@ class PackedPredictor(Predictor):
             layout: of these images.
 
         Returns:
-            (M * C * B * T, D), in the dtype of products.
+            (M * C * B * T, D), in the dtype of products; with fillers, a row of each too.
         """
-        settings, masks = self.settings, layout.masks
-        table = self.predictor_pos_embed[0]
-        context = linear(self.predictor_embed, context_z, settings.dtype)
-        x, cu = predictor_tokens(
-            context,
-            self.mask_token,
-            table,
-            masks.context_index,
-            masks.target_index,
-            masks.context_cu,
-            out_dtype=settings.residual,
-        )
-        placed = context + table.index_select(0, layout.context_patch)
-        rows = torch.cat([placed, self.mask_token[0] + table]).to(settings.residual)
-        length = layout.target_length
-
-        def take(rows: Tensor) -> Tensor:
-            return take_targets(rows, cu, length)
-
+        settings, table = self.settings, self.predictor_pos_embed[0]
+        context = linear(self.predictor_embed, context_z)
+        placed = context + gather_rows(table, layout.context_patch)
+        # the sequences are copies of these rows, which the first block makes
+        x, f = torch.cat([placed, self.mask_token[0] + table]).to(settings.residual), None
         last = len(self.predictor_blocks) - 1
         for number, block in enumerate(self.predictor_blocks):
-            x = block(
+            x, f = block(
                 x,
+                f,
                 layout.last_predictor if number == last else layout.predictor,
-                take if number == last else None,
-                (rows, layout.source) if number == 0 else None,
+                layout.taken if number == last else None,
+                layout.source if number == 0 else None,
             )
-        return linear(
-            self.predictor_proj, norm(self.predictor_norm, x, settings.dtype), settings.dtype
-        )
+        return linear(self.predictor_proj, close(self.predictor_norm, x, f, settings.dtype))
 
 
 # --- from plain networks -------------------------------------------------------------------------
@@ -201,11 +157,11 @@ def repack(plain: nn.Module, kind: type[Network], settings: Settings) -> Network
         settings: how it computes.
     """
     shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
-    network, parts = copy.deepcopy(plain, shared), settings.parts()
+    network = copy.deepcopy(plain, shared)
     for module in network.modules():
         if isinstance(module, Block):
             module.__class__ = PackedBlock
-            module.__dict__ |= {"settings": settings, "parts": parts}
+            module.settings = settings
     assert issubclass(kind, type(plain))
     network.__class__ = kind
     assert isinstance(network, kind)

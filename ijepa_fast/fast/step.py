@@ -25,7 +25,7 @@ from ijepa_fast.config import OptimConfig
 from ijepa_fast.distributed import all_reduce_max_, all_reduce_sum_
 from ijepa_fast.fast.attention import Pair, choose_attention
 from ijepa_fast.fast.block import Memory, Settings, attach_copies
-from ijepa_fast.fast.layout import Layout, grid_sequences
+from ijepa_fast.fast.layout import Layout, grid_sequences, pack, views
 from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor, TargetEncoder, repack
 from ijepa_fast.fast.sharding import shard
 from ijepa_fast.masks import Masks
@@ -35,36 +35,11 @@ from ijepa_fast.schedules import StepValues
 from ijepa_kernels import latent_loss
 from ijepa_kernels.optim import AdamWEMA
 
-__all__ = ["FastStep", "wants_compile"]
+__all__ = ["FastStep"]
 
 _logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def wants_compile(requested: str, device: torch.device) -> bool:
-    """Whether to compile the blocks.
-
-    Args:
-        requested: `auto` (on CUDA), `on` or `off`.
-        device: where the step runs.
-
-    Raises:
-        ValueError: compilation is asked for (or `auto` on CUDA), and there is no compiler.
-    """
-    if requested == "off" or (requested == "auto" and device.type != "cuda"):
-        return False
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError):
-        raise ValueError(
-            f"compile must be off where there is no C++ compiler, got {requested!r}: install g++, "
-            "or name another compiler in CXX"
-        ) from None
-    return True
 
 
 class FastStep:
@@ -77,7 +52,6 @@ class FastStep:
         config: loss, betas, eps, precision and residual.
         mean, std: of the image channels, in 0-1 units.
         attention: back end of packed attention, or `auto`.
-        compiled: compile the blocks.
         memory: what is recomputed in the backward pass, see `block.Settings`.
         mesh: shard all networks over it (FSDP2); None keeps them whole.
 
@@ -94,25 +68,27 @@ class FastStep:
         mean: Iterable[float],
         std: Iterable[float],
         attention: str = "auto",
-        compiled: bool = False,
         memory: Memory = "none",
         mesh: DeviceMesh | None = None,
     ) -> None:
         self.config = config
         self.device = next(encoder.parameters()).device
         dtype = DTYPES[config.precision]
+        self.num_patches = encoder.pos_embed.shape[1]
         firsts: list[Any] = [encoder.blocks[0], predictor.predictor_blocks[0]]
-        head_dims = tuple(b.attn.proj.in_features // b.attn.heads for b in firsts)
-        backend, self._why = choose_attention(attention, self.device, dtype, head_dims)
+        shapes = [
+            (self.num_patches // part, b.attn.heads, b.attn.proj.in_features // b.attn.heads)
+            for part, b in enumerate(firsts, 1)
+        ]
         self.settings = Settings(
-            attention=backend,
+            attention=choose_attention(attention, self.device, dtype, shapes),
             dtype=dtype,
             residual=DTYPES[config.residual],
             memory=memory,
-            compiled=compiled,
+            sharded=mesh is not None,
         )
+        self._padded = self.settings.attention.packed.name == "sdpa"
         self.mesh = mesh
-        self.num_patches = encoder.pos_embed.shape[1]
         self.mean = torch.tensor(tuple(mean), device=self.device)
         self.std = torch.tensor(tuple(std), device=self.device)
         plain_target = copy.deepcopy(encoder).requires_grad_(False)
@@ -154,22 +130,19 @@ class FastStep:
         settings = self.settings
         shape = "whole on every rank" if self.mesh is None else f"sharded over {self.mesh.shape}"
         return (
-            f"fast path: attention {settings.attention} ({self._why}), "
-            f"blocks {'compiled' if settings.compiled else 'not compiled'}, "
+            f"fast path: attention {settings.attention} ({settings.attention.why}), "
             f"memory {settings.memory}, weights {shape}"
         )
-
-    @property
-    def graphs(self) -> int:
-        """Graphs compiled in this process so far."""
-        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
     # --- one step --------------------------------------------------------------------------------
 
     def prepare(self, masks: Masks) -> Layout:
         """Masks as sampled, on the CPU, to what a step takes; does not wait for the device."""
-        padded = self.settings.attention == "sdpa"
-        return Layout.of(masks, self.num_patches, self.device, padded=padded)
+        flat, key = pack(masks, self.num_patches, padded=self._padded)
+        tensor = torch.from_numpy(flat)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return views(tensor, key)
 
     def forward(self, images: Tensor, batch: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Both sides of the loss.
@@ -183,10 +156,14 @@ class FastStep:
             features of the needed rows (U, D).
         """
         features, prediction = self._both(images, batch)
-        blocks, length = batch.masks.target_index.shape[1:]
-        prediction = prediction.view(blocks, -1, batch.num_images, length, prediction.shape[-1])
-        target = F.layer_norm(features, features.shape[-1:], eps=TARGET_NORM_EPS)
-        target = target.index_select(0, batch.loss_index).view_as(prediction)
+        key, width = batch.key, features.shape[-1]
+        real = key.contexts * key.images * key.length  # before the fillers, if any
+        target = F.layer_norm(features, (width,), eps=TARGET_NORM_EPS)
+        target = target.index_select(0, batch.loss_index)
+        shape = (key.blocks, key.contexts, key.images, key.length, width)
+        prediction, target = (
+            t.view(key.blocks, -1, width)[:, :real].view(shape) for t in (prediction, target)
+        )
         return prediction, target[:, 0], features
 
     def reduce_gradients(self, wanted: bool) -> None:
@@ -212,6 +189,11 @@ class FastStep:
             features over the rows that some target needs, mean over channels: scalars on the
             device.
         """
+        loss, std = self._backward(images, batch, elements)
+        self._loss += loss
+        return loss, std
+
+    def _backward(self, images: Tensor, batch: Layout, elements: int) -> tuple[Tensor, Tensor]:
         features, prediction = self._both(images, batch)
         loss = latent_loss(
             prediction,
@@ -219,12 +201,11 @@ class FastStep:
             batch.loss_index,
             kind=self.config.loss,
             eps=TARGET_NORM_EPS,
+            weight=batch.loss_weight,
             count=float(elements),
         )
         loss.backward()
-        loss = loss.detach()
-        self._loss = self._loss + loss
-        return loss, features.std(dim=0).mean()
+        return loss.detach(), _std(features, batch)
 
     def _both(self, images: Tensor, batch: Layout) -> tuple[Tensor, Tensor]:
         """Features of the needed rows, and the prediction's rows."""
@@ -263,15 +244,23 @@ class FastStep:
         norms = torch.stack([*torch._foreach_norm(shards), self._loss])
         bad = (~torch.isfinite(norms).all()).float()
         all_reduce_max_(bad)
+        self._set(values.lr, values.weight_decay, values.momentum)
+        self._update(bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss.zero_()
+
+    def _set(
+        self, lr: float | Tensor, weight_decay: float | Tensor, momentum: float | Tensor
+    ) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = values.lr
-            group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
-            group["momentum"] = values.momentum
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
+            group["momentum"] = momentum
+
+    def _update(self, bad: Tensor) -> None:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler sets it
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._loss = torch.zeros_like(self._loss)
-        self.skipped = count_skip(self.skipped, bad)
+        self.skipped.copy_(count_skip(self.skipped, bad))
 
     # --- what a checkpoint holds -----------------------------------------------------------------
 
@@ -298,6 +287,14 @@ class FastStep:
             target.copy_(self.optimizer.state[parameter]["ema"])
         for parameter, rounded in self.copies:
             rounded.copy_(parameter)
+
+
+def _std(features: Tensor, batch: Layout) -> Tensor:
+    """Standard deviation over the rows that some target needs, mean over channels."""
+    weight = batch.counted[:, None]
+    count = weight.sum()
+    centred = (features - (features * weight).sum(dim=0) / count) * weight
+    return (centred.square().sum(dim=0) / (count - 1)).sqrt().mean()
 
 
 class _TrunkGraph:

@@ -17,7 +17,7 @@ Shape letters: B images, N patches of an image, K picked patches of an image, R 
 width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,14 @@ from ijepa_kernels._segments import (
     take_rows,
 )
 
-__all__ = ["gather_tokens", "gather_tokens_bytes", "gather_tokens_ref"]
+__all__ = [
+    "Gather",
+    "gather_rows",
+    "gather_tokens",
+    "gather_tokens_bytes",
+    "gather_tokens_ref",
+    "sum_rows",
+]
 
 
 def gather_tokens_ref(
@@ -264,3 +271,51 @@ def gather_tokens(
             )
         check_shape("table", table, (table.shape[0], x.shape[-1]), x)
     return _fwd_op(x, index, table, unique)
+
+
+class Gather(NamedTuple):
+    """Which rows are picked, and, the other way round, which picked ones each row has become.
+
+    Attributes:
+        index: int32 (R,), the row of each picked one.
+        listed: int32; with `starts` the picked rows 0 .. R - 1 in the order of what they are copies
+            of, else (rows,) the picked one that each row has become, or -1.
+        starts: int32 (rows + 1,), where each row's copies begin in `listed`; None where no row is
+            picked twice.
+    """
+
+    index: Tensor
+    listed: Tensor
+    starts: Tensor | None
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows x[index], (R, D), for code that differentiates itself: no checks, no autograd."""
+    if x.device.type == "cpu":
+        return x.index_select(0, index.long())  # four times as fast as with int32
+    return take_rows(x, index, len(x), None, nan_if_invalid=False)
+
+
+def sum_rows(grad: Tensor, gather: Gather, rows: int) -> Tensor:
+    """Gradient of what `gather_rows` picked from: each row gets the sum of its copies' gradients,
+    in a fixed order; no checks, no autograd.
+
+    Args:
+        grad: (R, D).
+        gather: how the rows were picked.
+        rows: how many there were.
+
+    Returns:
+        (rows, D), contiguous, in grad's dtype.
+    """
+    if grad.device.type == "cpu":
+        index, wide = gather.index.long(), torch.promote_types(grad.dtype, torch.float32)
+        if gather.starts is None:
+            return grad.new_zeros((rows, grad.shape[1])).index_copy_(0, index, grad)
+        total = grad.new_zeros((rows, grad.shape[1]), dtype=wide).index_add_(
+            0, index, grad.to(wide)
+        )
+        return total.to(grad.dtype)
+    out = grad.new_empty((rows, grad.shape[1]))
+    sum_segments(grad.contiguous(), gather.listed, gather.starts, out, images=rows)
+    return out

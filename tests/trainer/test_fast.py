@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
-from ijepa_fast.fast import FastStep, wants_compile
-from ijepa_fast.fast.attention import Pair, Sequences, attend_packed
-from ijepa_fast.fast.block import PackedBlock
-from ijepa_fast.fast.layout import Layout, grid_sequences
+from ijepa_fast.fast import FastStep, attention, block
+from ijepa_fast.fast.attention import Pair, Sequences
+from ijepa_fast.fast.layout import grid_sequences, pack, views
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
@@ -155,12 +154,11 @@ def test_every_shape_of_network(shape):
     _assert_same(_steps(networks), [_batch(networks[0], step=step) for step in range(2)])
 
 
-@pytest.mark.parametrize("memory", ["selective", "full"])
 @pytest.mark.parametrize("group", [1, 4])
-def test_recomputation_changes_nothing(memory, group):
+def test_recomputation_changes_nothing(group):
     networks = _networks()
     plain = _steps(networks)[1]
-    lean = _steps(networks, memory=memory)[1]
+    lean = _steps(networks, memory="full")[1]
     images, masks = _batch(networks[0], group=group)
     for step in (plain, lean):
         step.accumulate(images, step.prepare(masks), _elements(masks, step.encoder))
@@ -189,12 +187,10 @@ def _saved_bytes(step, images, masks):
 def test_recomputation_saves_memory():
     networks = _networks(width=64, depth=4, predictor=32)
     images, masks = _batch(networks[0], group=4)
-    none, selective, full = (
-        _saved_bytes(_steps(networks, memory=memory)[1], images, masks)
-        for memory in ("none", "selective", "full")
-    )
-    assert selective < 0.75 * none
-    assert full < 0.4 * none
+    reference, fast = (_saved_bytes(step, images, masks) for step in _steps(networks))
+    full = _saved_bytes(_steps(networks, memory="full")[1], images, masks)
+    assert fast < 0.7 * reference
+    assert full < 0.4 * fast
 
 
 @pytest.mark.parametrize("kind", ["smooth_l1", "l2", "l1"])
@@ -315,8 +311,8 @@ def test_bfloat16_residual():
     _, narrow = _steps(networks, optim=_half(residual="bfloat16"))
     images, masks = _batch(networks[0])
     seen = []
-    for block in narrow.encoder.blocks:
-        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    for each in narrow.encoder.blocks:
+        each.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     losses = [
         step.accumulate(images, step.prepare(masks), _elements(masks, networks[0]))[0].item()
         for step in (fast, narrow)
@@ -404,20 +400,20 @@ def test_predictor_shares_first_rows_and_ends_on_target_rows(group):
     _, masks = _batch(networks[0], group=group)
     batch = fast.prepare(masks)
     sizes = []
-    original = PackedBlock._call
+    original = block.add_layer_norm_forward
 
-    def call(self, part, *rows):
-        sizes.append(len(rows[0]))
-        return original(self, part, *rows)
+    def normed(x, *rest):
+        sizes.append(len(x))
+        return original(x, *rest)
 
     z = torch.randn(len(masks.context_index), 24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackedBlock, "_call", call)
+        patch.setattr(block, "add_layer_norm_forward", normed)
         fast.predictor(z, batch)
     rows, targets = len(masks.context_index), masks.target_index.numel()
     every = 4 * rows + targets
-    # norm and QKV of the first block, its rest; both of the second; the last one's rest
-    assert sizes == [rows + 36, every, every, every, targets]
+    # both norms of three blocks, and the final one
+    assert sizes == [rows + 36, every, every, every, every, targets, targets]
 
 
 def test_packed_predictor_is_the_plain_one():
@@ -430,11 +426,11 @@ def test_packed_predictor_is_the_plain_one():
         actual = fast.predictor(z, batch).view(4, 4, -1, 24)
         for image in range(4):
             here = slice(*masks.context_cu[image : image + 2].tolist())
-            for block in range(4):
+            for number in range(4):
                 patches = masks.context_index[here].long()[None] % 36
-                target = masks.target_index[image, block].long()[None]
+                target = masks.target_index[image, number].long()[None]
                 expected = networks[1](z[here][None], patches, target)
-                torch.testing.assert_close(actual[block, image], expected[0], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(actual[number, image], expected[0], rtol=1e-4, atol=1e-5)
 
 
 # --- layout and attention ------------------------------------------------------------------------
@@ -448,12 +444,17 @@ def test_layout_by_hand():
         max_context=3,
         target_index=torch.tensor([[[1, 2], [2, 3]], [[4, 5], [2, 3]]], dtype=torch.int32),
     )
-    layout = Layout.of(masks, 6, torch.device("cpu"), padded=True)
+    flat, key = pack(masks, 6, padded=True)
+    layout = views(torch.from_numpy(flat), key)
     assert layout.context_patch.tolist() == [0, 5, 0, 1, 5]
     assert layout.needed.tolist() == [1, 2, 3, 8, 9, 10, 11]
+    assert layout.counted.tolist() == [1.0] * 7
     assert layout.loss_index.tolist() == [0, 1, 5, 6, 1, 2, 3, 4]
     # rows 0..4 are the context's, 5 + patch those of mask tokens
-    assert layout.source.tolist() == [0, 1, 6, 7, 2, 3, 4, 9, 10, 0, 1, 7, 8, 2, 3, 4, 7, 8]
+    assert layout.source.index.tolist() == [0, 1, 6, 7, 2, 3, 4, 9, 10, 0, 1, 7, 8, 2, 3, 4, 7, 8]
+    assert layout.taken.index.tolist() == [2, 3, 7, 8, 11, 12, 16, 17]
+    for gather in (layout.source, layout.taken):
+        _assert_inverse(gather)
     assert layout.predictor.queries.cu.tolist() == [0, 4, 9, 13, 18]
     assert layout.last_predictor.queries.cu.tolist() == [0, 2, 4, 6, 8]
     assert layout.last_target.queries.cu.tolist() == [0, 3, 7]
@@ -465,21 +466,72 @@ def test_layout_by_hand():
     assert layout.context.queries.bucket == 32
 
 
+def _assert_inverse(gather):
+    """What a GPU sums by lists of copies is what a CPU sums by index."""
+    index, listed = gather.index.tolist(), gather.listed.tolist()
+    if gather.starts is None:
+        assert {i: row for row, i in enumerate(listed) if i >= 0} == dict(enumerate(index))
+        return
+    starts = gather.starts.tolist()
+    for row in range(len(starts) - 1):
+        copies = listed[starts[row] : starts[row + 1]]
+        assert copies == [i for i, source in enumerate(index) if source == row]
+    assert starts[-1] == len(index)
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("few", [False, True])
+def test_layout_of_sampled_masks(few, group, contexts):
+    networks = _networks()
+    _, masks = _batch(networks[0], group=group, contexts=contexts)
+    flat, key = pack(masks, 36, padded=False, few=few)
+    layout = views(torch.from_numpy(flat), key)
+    for gather in (layout.source, layout.taken):
+        _assert_inverse(gather)
+    rows, real = len(layout.context_index), len(masks.context_index)
+    fillers = rows - real
+    assert bool(fillers) == bool(key.fillers) == (few and group == 1)
+    assert layout.context_index[:real].tolist() == masks.context_index.tolist()
+    # every row of every kind belongs to one sequence, and none is longer than is said
+    for pair, count in ((layout.context, rows), (layout.predictor, len(layout.source.index))):
+        assert pair.keys.cu[0] == 0
+        assert pair.keys.cu[-1] == count
+        assert pair.keys.cu.diff().max() <= pair.keys.longest
+        assert pair.keys.cu.diff().min() >= 1
+    assert layout.last_predictor.queries.cu[-1] == len(layout.taken.index)
+    # the rows that targets need are marked once, the others not at all
+    needed = layout.needed[layout.counted > 0].tolist()
+    images = torch.arange(4)[:, None, None] * 36
+    assert needed == sorted(set((masks.target_index + images).flatten().tolist()))
+    assert len(set(layout.needed.tolist())) == len(layout.needed)
+    blocks, length = masks.target_index.shape[1:]
+    place = layout.loss_index.view(blocks, -1)[:, : 4 * contexts * length]
+    target = layout.needed[place.long()].view(blocks, contexts, 4, length)
+    expected = (masks.target_index + images).transpose(0, 1)[:, None].expand_as(target)
+    assert torch.equal(target.long(), expected.long())
+    if few and group == 1:
+        assert rows % 256 == 0
+        weight = layout.loss_weight.view(blocks, -1)
+        assert weight.sum() == masks.target_index.numel() * contexts
+        assert not weight[:, 4 * contexts * length :].any()
+
+
 def _sequences(lengths, device="cpu"):
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    longest = max(lengths)
+    longest, count = max(lengths), len(lengths)
     cu = torch.tensor(starts, device=device)
     if len(set(lengths)) == 1:
-        return Sequences(cu, starts, longest, True)
+        return Sequences(cu, count, longest, True)
     pad = [s + min(c, n - 1) for s, n in zip(starts, lengths, strict=False) for c in range(longest)]
     unpad = [i * longest + c for i, n in enumerate(lengths) for c in range(n)]
     places = (torch.tensor(x, device=device) for x in (pad, unpad))
-    return Sequences(cu, starts, longest, False, *places)
+    return Sequences(cu, count, longest, False, *places)
 
 
 BACKENDS = [
     "sdpa",
-    *(pytest.param(name, marks=pytest.mark.gpu) for name in ("xformers", "varlen")),
+    *(pytest.param(name, marks=pytest.mark.gpu) for name in ("xformers", "varlen", "cudnn")),
 ]
 
 
@@ -496,13 +548,15 @@ def test_attention_is_one_sequence_at_a_time(backend, lengths, head_dim):
     pair = Pair(*(_sequences(side, device) for side in lengths))
     torch.manual_seed(0)
     # as views of one product, as in the step
-    q = torch.randn(sum(lengths[0]), 2, head_dim, dtype=dtype, device=device, requires_grad=True)
+    q = torch.randn(sum(lengths[0]), 2, head_dim, dtype=dtype, device=device)
     kv = torch.randn(sum(lengths[1]), 2, 2, head_dim, dtype=dtype, device=device)
-    kv.requires_grad_()
     k, v = kv.unbind(1)
-    out = attend_packed(backend, q, k, v, pair)
+    mine = attention.CUDNN if backend == "cudnn" else attention.BACKENDS[backend]
+    if backend == "cudnn" and not pair.equal:
+        pytest.skip("for equal lengths")
+    out, kept = mine.forward(q, k, v, pair, True)
     weight = torch.randn(out.shape, device=device, dtype=dtype)
-    (out * weight).sum().backward()
+    dq, dk, dv = mine.backward(weight, q, k, v, out, kept, pair)
     wide_q, wide_kv = (t.detach().double().requires_grad_() for t in (q, kv))
     pieces = []
     for own, (k, v) in zip(
@@ -514,8 +568,8 @@ def test_attention_is_one_sequence_at_a_time(backend, lengths, head_dim):
     (expected * weight.double()).sum().backward()
     limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
     assert _error(out, expected) < limit
-    assert _error(q.grad, wide_q.grad) < limit
-    assert _error(kv.grad, wide_kv.grad) < limit
+    assert _error(dq, wide_q.grad) < limit
+    assert _error(torch.stack([dk, dv], 1), wide_kv.grad) < limit
 
 
 def test_attention_that_cannot_run_here():
@@ -528,76 +582,6 @@ def test_attention_that_cannot_run_here():
             _steps(networks, optim=_half(), attention="varlen")
     with pytest.raises(ValueError, match=r"attention must be one of auto, .*got 'flash'"):
         _steps(networks, attention="flash")
-
-
-# --- compilation ---------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks
-def test_compiled_without_inductor(monkeypatch):
-    """The parts that are compiled are whole graphs, few, and change nothing; what Inductor makes of
-    them is not looked at here.
-    """
-    original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **o: original(f, backend="aot_eager", **o))
-    torch._dynamo.reset()
-    for optim in (OptimConfig(precision="float32"), _half()):
-        torch._dynamo.utils.counters.clear()
-        networks = _networks(depth=2, predictor_depth=2)
-        _, plain = _steps(networks, optim=optim)
-        _, compiled = _steps(networks, optim=optim, compiled=True)
-        for step in range(4):
-            images, masks = _batch(networks[0], group=(1, 4)[step % 2], step=step)
-            elements = _elements(masks, networks[0])
-            losses = [
-                s.accumulate(images, s.prepare(masks), elements)[0].item()
-                for s in (plain, compiled)
-            ]
-            assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-            for s in (plain, compiled):
-                s.update(VALUES)
-        # of three networks, before and after attention: for any number of rows, few variants
-        assert 6 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
-    torch._dynamo.reset()
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_compiled_recomputation_saves_memory(monkeypatch):
-    """By the partition of forward and backward that Inductor makes too."""
-    original = torch.compile
-    backend = "aot_eager_decomp_partition"
-    monkeypatch.setattr(torch, "compile", lambda f, **o: original(f, backend=backend, **o))
-    networks = _networks(width=64, depth=2, predictor_depth=2, predictor=32)
-    images, masks = _batch(networks[0], group=4)
-    gradients, kept = [], []
-    for memory in ("none", "selective"):
-        torch._dynamo.reset()
-        _, step = _steps(networks, memory=memory, compiled=True)
-        kept.append(_saved_bytes(step, images, masks))
-        step.accumulate(images, step.prepare(masks), _elements(masks, networks[0]))
-        gradients.append(_gradients(step))
-    torch._dynamo.reset()
-    assert kept[1] < 0.8 * kept[0]
-    for name, grad in gradients[0].items():
-        assert _error(gradients[1][name], grad) < 2e-6, name
-
-
-def test_compile_is_off_on_the_cpu():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert not wants_compile("auto", cpu)
-    assert not wants_compile("off", cuda)
-    assert wants_compile("on", cpu)
-    assert wants_compile("auto", cuda)
-    # not by monkeypatch, which deletes the setting in the end
-    search = torch._inductor.cpp_builder.cpp_compiler_search
-    search.cache_clear()
-    with (
-        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(ValueError, match="compile must be off where there is no C"),
-    ):
-        wants_compile("on", cpu)
-    search.cache_clear()
-    assert wants_compile("on", cpu)
 
 
 # --- skipped steps -------------------------------------------------------------------------------
