@@ -19,7 +19,7 @@ from benchmarks.released_style import ReleasedStyleStep
 from ijepa_fast.config import BatchConfig, Config, ModelConfig
 from ijepa_fast.fast import FastStep, Memory
 from ijepa_fast.keyed_random import Stream, torch_generator
-from ijepa_fast.masks import sample_masks
+from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.presets import preset
 from ijepa_fast.reference import ReferenceStep
@@ -80,6 +80,12 @@ class Case:
     def precision(self) -> str:
         """Of matrix products."""
         return self.config.optim.precision
+
+    def masks(self, step: int) -> Masks:
+        """Of one step, as sampled."""
+        positions = np.arange(self.batch)
+        grid = self.config.grid
+        return sample_masks(self.config.masks, grid=grid, seed=0, step=step, positions=positions)
 
     def __str__(self) -> str:
         return f"{self.name}, batch {self.batch}, {self.precision}, {self.mode}"
@@ -143,12 +149,7 @@ class Workload:
             0, 256, (case.batch, height, width, 3), dtype=torch.uint8, generator=generator
         )
         self.images = images.to(device)
-        self.masks = [
-            sample_masks(
-                config.masks, grid=config.grid, seed=0, step=step, positions=np.arange(case.batch)
-            )
-            for step in range(case.steps)
-        ]
+        self.masks = [case.masks(step) for step in range(case.steps)]
         schedules = Schedules.of(config.optim, global_batch=case.batch, steps_per_epoch=1000)
         self.values: list[StepValues] = [schedules.at(step + 1) for step in range(case.steps)]
         contexts = config.masks.num_contexts

@@ -13,7 +13,7 @@ from benchmarks.gpu_check.files import write_json
 from benchmarks.harness import machine
 from benchmarks.step_parts import PARTS
 from benchmarks.step_providers import FAST, REFERENCE, RELEASED, SELECTIVE, Case
-from ijepa_fast.estimate import estimate, measured_flops
+from ijepa_fast.estimate import Rows, estimate, measured_flops
 from ijepa_fast.metrics import peak_flops
 
 __all__ = ["ROWS", "Row", "markdown", "matrix_rate", "new_row", "table", "write"]
@@ -50,10 +50,15 @@ def matrix_rate(device: torch.device, precision: str) -> float | None:
 
 @functools.lru_cache(maxsize=8)
 def _arithmetic(case: Case, path: str, memory: str) -> tuple[float, float]:
-    """GFLOP of an image, and GiB of a step, by arithmetic."""
+    """GFLOP of an image in a run, and GiB that the case's own steps allocate, by arithmetic."""
     config = replace(case.config, path=path, memory=memory)
-    needed = estimate(config, batch=case.batch)
-    return needed.flops / 1e9, needed.memory(case.batch) / 2**30
+    rows = [
+        rows
+        for step in range(case.steps)
+        for rows in Rows.of(case.masks(step), config.grid[0] * config.grid[1], case.batch)
+    ]
+    needed = estimate(config, batch=case.batch, steps=rows)
+    return estimate(config, batch=case.batch).flops / 1e9, needed.allocated(case.batch) / 2**30
 
 
 def new_row(case: Case, provider: str) -> Row:

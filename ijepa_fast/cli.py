@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 import yaml
 
-from ijepa_fast.config import Config
+from ijepa_fast.config import Config, largest_divisor
 from ijepa_fast.presets import PRESETS, preset
 from ijepa_fast.released_yaml import Conversion, convert, is_released
 
@@ -43,6 +43,8 @@ DESCRIPTION = f"""Trains I-JEPA.
 # read before the configuration's own flags
 _LONGEST_YAML = 1 << 20
 _DEEPEST_YAML = 20
+# fitted to the global batch where it is not given
+GROUP = "masks.truncation_group"
 OWN_OPTIONS = ("preset", "config", "data", "print-config", "dry-run")
 
 
@@ -58,7 +60,7 @@ class Invocation:
     print_config: bool
     dry_run: bool
     notes: tuple[str, ...] = ()
-    """What the keys of a released trainer's file became, a line each."""
+    """What the keys of a released trainer's file became, and what was fitted; a line each."""
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
@@ -236,11 +238,16 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     try:
         known, rest = first.parse_known_args(arguments)
         start = preset(known.preset or "demo")
+        group = start.masks.truncation_group
     except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from None
-    batch_given = any(argument.partition("=")[0] == "--batch.global" for argument in rest)
+    names = {
+        argument.partition("=")[0].lstrip("-").replace("-", "_")
+        for argument in rest
+        if argument.startswith("-")
+    }
     notes: tuple[str, ...] = ()
-    read = read_yaml(known.config, batch_given=batch_given) if known.config else {}
+    read = read_yaml(known.config, batch_given="batch.global" in names) if known.config else {}
     if isinstance(read, Conversion):
         if known.preset:
             raise UsageError(
@@ -249,12 +256,26 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
             )
         # the published recipe, and data that must be given
         start = Config(data=replace(Config().data, root=""), out=f"runs/{known.config.stem}")
-        settings, notes = read.settings, read.notes
+        group = start.masks.truncation_group
+        settings, notes = dict(read.settings), read.notes
+        # of its GPUs' batch, and as little asked for by the user as a preset's
+        group = settings.pop(GROUP, group)
     else:
         settings = read
     _check_flags(rest)
     shorthand = [] if known.data is None else ["--data.root", *known.data]
+    # fitted when the batch is known; until then the group is 1, which divides any
+    fits = GROUP not in settings and names.isdisjoint({GROUP, "help", "h"})
+    start = replace(start, masks=replace(start.masks, truncation_group=1 if fits else group))
     config = _parse_config(start, [*_as_arguments(settings), *shorthand, *rest])
+    if fits:
+        fitted = largest_divisor(config.batch.global_, group)
+        config = replace(config, masks=replace(config.masks, truncation_group=fitted))
+        if fitted != group:
+            notes += (
+                f"{GROUP} {fitted} instead of {group}: the largest that divides batch.global "
+                f"{config.batch.global_}, as none is given",
+            )
     return Invocation(
         config=config, print_config=known.print_config, dry_run=known.dry_run, notes=notes
     )

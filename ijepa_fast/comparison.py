@@ -1,15 +1,38 @@
 """What parity holds against what, and how far apart they may be."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["FAST_LIMITS", "LIMITS", "RATIOS", "Limits", "Ratios", "Report", "Row", "relative"]
+from ijepa_fast.config import OptimConfig
+from ijepa_fast.schedules import StepValues
+
+__all__ = [
+    "FAST_LIMITS",
+    "LIMITS",
+    "RATIOS",
+    "Limits",
+    "Ratios",
+    "Report",
+    "Row",
+    "key_bias_bounds",
+    "relative",
+]
 
 KEY_THIRD = "(key third, absolute)"
+KEY_GRADIENT, KEY_BIAS = "key gradient", "final key bias"
 RATIO, TENSOR_RATIO = "against reference bf16", "against reference bf16, each"
+# what stands above the rows of a kind, where its name does not say it
+HEADINGS = {
+    RATIO: "errors as multiples of those of the reference path in bfloat16:",
+    KEY_BIAS: (
+        "final key bias: zero true gradient, so Adam makes steps of rounding noise; the limit is\n"
+        "what they can add up to on both sides. Shows another start or longer steps, no less"
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +41,7 @@ class Limits:
 
     Attributes:
         loss, schedule, forward, gradient, weights: of the entries so named.
-        key_bias: absolute, for the key third of qkv biases, whose true gradient is zero.
+        key_gradient: absolute, for the gradient of qkv biases' key third, which is truly zero.
         target_movement: error of the target encoder, as a share of its own movement from the start.
     """
 
@@ -27,7 +50,7 @@ class Limits:
     forward: float
     gradient: float
     weights: float
-    key_bias: float
+    key_gradient: float
     target_movement: float
 
 
@@ -38,7 +61,7 @@ LIMITS = {
         forward=1e-6,
         gradient=5e-6,
         weights=1e-5,
-        key_bias=1e-6,
+        key_gradient=1e-6,
         target_movement=1e-3,
     ),
     # wide enough for bf16 products on small networks, narrow enough to notice a wrong formula
@@ -48,7 +71,7 @@ LIMITS = {
         forward=3e-2,
         gradient=1.5e-1,
         weights=3e-2,
-        key_bias=1e-2,
+        key_gradient=1e-2,
         target_movement=3e-1,
     ),
 }
@@ -97,7 +120,7 @@ class Row:
         numbers = (
             f"{self.error:10.2f} {self.limit:9.1f}"
             if ratio
-            else f"{self.error:10.2e} {self.limit:9.0e}"
+            else f"{self.error:10.2e} {self.limit:9.1e}"
         )
         return f"{self.name:<58} {numbers}  {'ok' if self.ok else 'FAIL'}"
 
@@ -121,16 +144,18 @@ class Report:
         self.rows.append(Row(kind=kind, name=name, error=error, limit=limit))
 
     def add_weights(
-        self, kind: str, name: str, actual: Tensor, expected: Tensor, limits: Limits
+        self, kind: str, name: str, actual: Tensor, expected: Tensor, limit: float, key_limit: float
     ) -> None:
-        """Appends a gradient or a weight; the key third of qkv biases for itself."""
-        limit = limits.gradient if kind == "gradient" else limits.weights
+        """Appends a gradient or a weight; the key third of qkv biases for itself, with a limit of
+        its own.
+        """
         if name.endswith("attn.qkv.bias") and actual.shape == expected.shape:
             # softmax does not see a constant added to all keys: only rounding noise is left here
             q, k, v = actual.detach().chunk(3)
             q_, k_, v_ = expected.chunk(3)
             difference = float((k.double().cpu() - k_.double()).abs().max())
-            self.add(kind, f"{name} {KEY_THIRD}", difference, limits.key_bias)
+            key_kind = KEY_GRADIENT if kind == "gradient" else KEY_BIAS
+            self.add(key_kind, f"{name} {KEY_THIRD}", difference, key_limit)
             actual, expected = torch.cat([q, v]), torch.cat([q_, v_])
         self.add(kind, name, relative(actual, expected), limit)
 
@@ -164,11 +189,7 @@ class Report:
             ("final weights", exact.weights, "all final weights"),
         ):
             mine, theirs = (
-                {
-                    row.name: row.error
-                    for row in report.rows
-                    if row.kind == kind and not row.name.endswith(KEY_THIRD)
-                }
+                {row.name: row.error for row in report.rows if row.kind == kind}
                 for report in (self, reference)
             )
             assert mine.keys() == theirs.keys()
@@ -186,9 +207,9 @@ class Report:
         for kind in dict.fromkeys(row.kind for row in self.rows):
             rows = [row for row in self.rows if row.kind == kind]
             shown = rows
-            if kind == RATIO:
-                lines.append("errors as multiples of those of the reference path in bfloat16:")
-            elif kind not in ("loss", "schedule", "forward"):
+            if kind in HEADINGS:
+                lines.append(HEADINGS[kind])
+            if kind not in ("loss", "schedule", "forward", RATIO):
                 worst = max(rows, key=lambda r: r.error / r.limit if r.error == r.error else 1e99)
                 shown = [r for r in rows if not r.ok or r is worst]
                 lines.append(f"{kind}: {len(rows)} tensors, worst:")
@@ -201,6 +222,35 @@ class Report:
             f"{failed} failed, {len(self.unused)} tensors unused"
         )
         return "\n".join(lines)
+
+
+def key_bias_bounds(steps: Sequence[StepValues], config: OptimConfig) -> tuple[float, float]:
+    """How far apart the final key biases of two right runs of AdamW can be, in exact arithmetic.
+
+    The true gradient is zero, so each run follows its own rounding noise g, and biases do not
+    decay. Step t moves a bias by at most lr_t * c_t: with m and v the moments, by Cauchy-Schwarz,
+
+        |m_t| = (1 - b1) |sum_k b1^k g_(t-k)|
+             <= (1 - b1) sqrt(sum_k (b1^2 / b2)^k) sqrt(v_t / (1 - b2)),     k = 0 .. t - 1,
+
+    and c_t is that over sqrt(v_t), bias corrections included (1 in the first step, 1.03 in the
+    eighth, 7.3 in the end). Two runs may move in opposite directions.
+
+    Args:
+        steps: learning rate and momentum of every step.
+        config: betas.
+
+    Returns:
+        Of the context encoder and the predictor, and of the target encoder, which averages them.
+    """
+    b1, b2 = config.beta1, config.beta2
+    trained = averaged = overlap = 0.0
+    for t, values in enumerate(steps, 1):
+        overlap = 1 + overlap * b1**2 / b2
+        longest = (1 - b1) / (1 - b1**t) * math.sqrt(overlap * (1 - b2**t) / (1 - b2))
+        trained += 2 * values.lr * longest
+        averaged = values.momentum * averaged + (1 - values.momentum) * trained
+    return trained, averaged
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

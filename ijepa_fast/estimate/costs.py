@@ -8,6 +8,7 @@ letters: D encoder width, F its MLPs' width, P predictor width, M target blocks,
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,6 +76,49 @@ def _block_flops(tokens: float, width: int, hidden: int) -> float:
     return qkv + _attention(tokens, tokens, width) + _behind(tokens, width, hidden)
 
 
+# --- what one block keeps for its backward pass ---------------------------------------------------
+
+
+class Kept(NamedTuple):
+    """Bytes of a row of width D, where a block sees all rows.
+
+    Attributes:
+        before: by the first norm and the QKV product.
+        inside: by attention, of queries, keys and values.
+        after: by what stands behind attention, and by attention of its output.
+    """
+
+    before: float
+    inside: float
+    after: float
+
+
+def reference_block(width: int, hidden: int, small: int) -> Kept:
+    """`model.Block` under autocast. Both norms keep their input in float32; both norms' output,
+    attention's output, and the GELU's input and output are kept in the products' dtype.
+
+    36 D bytes in bfloat16 with F = 4 D.
+    """
+    norm_input = 4 * width
+    after = norm_input + small * (2 * width + 2 * hidden)
+    return Kept(before=norm_input + small * width, inside=3 * small * width, after=after)
+
+
+def fast_block(width: int, hidden: int, small: int, residual: int, memory: str) -> Kept:
+    """`fast.block.PackedBlock`, plain or compiled. `memory` none keeps what the reference's block
+    does; `selective` neither the norms' nor the GELU's output, and the norms' input as it is.
+
+    36 D bytes in bfloat16 with F = 4 D, selective 24 D. Another block is another function here; the
+    predictor's first and last block, which see fewer rows, are put together in
+    `Costs._predictor`.
+    """
+    if memory == "none":
+        # plain norms widen their input to float32 and keep that (compiled ones do not)
+        return reference_block(width, hidden, small)
+    after = residual * width + small * (width + hidden)
+    return Kept(before=residual * width, inside=3 * small * width, after=after)
+
+
 class Costs:
     """FLOPs and bytes of one image, of the rows that it has."""
 
@@ -95,8 +139,6 @@ class Costs:
         # no flash attention takes float32: unequal sequences are padded, and what is padded kept
         self.pads = self.fast and self.small == 4
         self.memory = config.memory
-        # plain norms widen their input to float32 and keep that (compiled ones do not)
-        self.norm_input = 4 if self.memory == "none" else self.residual
 
     # --- FLOPs -----------------------------------------------------------------------------------
 
@@ -140,37 +182,32 @@ class Costs:
 
     # --- bytes -----------------------------------------------------------------------------------
 
-    def _before(self, rows: float, width: int) -> float:
-        """Kept by a block's first norm and QKV product."""
-        if self.memory == "none":
-            return rows * width * (self.norm_input + self.small)
-        return rows * width * self.norm_input
+    def _kept(self, width: int, hidden: int) -> Kept:
+        """Of a row, by one block of the path."""
+        if self.fast:
+            return fast_block(width, hidden, self.small, self.residual, self.memory)
+        return reference_block(width, hidden, self.small)
 
-    def _after(self, rows: float, width: int, hidden: int) -> float:
-        """Kept by what stands behind attention, and by attention of its output."""
-        if self.memory == "none":
-            return rows * (self.norm_input * width + self.small * (2 * width + 2 * hidden))
-        return rows * (self.norm_input * width + self.small * (width + hidden))
-
-    def _inside(self, rows: float, padded: float, width: int) -> float:
+    def _inside(self, kept: Kept, rows: float, padded: float, width: int) -> float:
         """Kept by attention of queries, keys and values, and of its output where that is padded."""
         if self.pads and padded > rows:
             return self.small * 4 * padded * width
-        return self.small * 3 * rows * width
+        return kept.inside * rows
 
     def _block(self, rows: float, padded: float, width: int, hidden: int) -> float:
         """Kept by a block that sees all rows."""
         if self.memory == "full":
             return rows * width * self.residual
-        inside = self._inside(rows, padded, width)
-        return self._before(rows, width) + inside + self._after(rows, width, hidden)
+        kept = self._kept(width, hidden)
+        return rows * (kept.before + kept.after) + self._inside(kept, rows, padded, width)
 
     def _predictor(self, context: float, all_rows: float, padded: float, wanted: float) -> float:
         """Kept by the blocks of the fast path's predictor."""
         p, hidden, small = self.narrow, self.narrow_hidden, self.small
         if self.memory == "full":
             return self.residual * p * (self.narrow_depth * all_rows + context)
-        first, last = self._before(context, p), self._after(wanted, p, hidden)
+        kept = self._kept(p, hidden)
+        first, last = context * kept.before, wanted * kept.after
         unequal = self.pads and padded > all_rows
         keys = padded if unequal else all_rows
         if self.narrow_depth == 1:
@@ -179,7 +216,7 @@ class Costs:
         # queries and what they are made of, lie apart
         last += p * (all_rows * (4 + small) + small * 2 * keys + small * 2 * wanted)
         middle = (self.narrow_depth - 2) * self._block(all_rows, padded, p, hidden)
-        first += self._inside(all_rows, padded, p) + self._after(all_rows, p, hidden)
+        first += self._inside(kept, all_rows, padded, p) + all_rows * kept.after
         return first + middle + last
 
     def activations(self, rows: Rows) -> float:
@@ -203,26 +240,42 @@ class Costs:
         wide = self.depth * self._block(context, longest, d, self.hidden)
         return wide + embedded + predicted + inner
 
+    def graph(self) -> tuple[float, float]:
+        """Of one image, what the target encoder's CUDA graph holds: its outputs (residual rows,
+        normed rows, keys and values), and memory of its own that nothing else gets meanwhile (two
+        residual streams, queries, keys, values, attention's output, and the MLP twice, less the
+        outputs).
+        """
+        outputs = self.patches * self.width * (self.residual + 3 * self.small)
+        inner = self.width * (2 * self.residual + 4 * self.small) + 2 * self.small * self.hidden
+        return outputs, self.patches * inner - outputs
+
     def working(self, rows: Rows, copies: int, graph: bool) -> float:
         """Of one image beside that, at the height of a step.
 
         Args:
             rows: of the step.
             copies: device batches of pixels.
-            graph: whether the target encoder runs as a CUDA graph, whose memory is its own.
+            graph: whether the target encoder runs as a CUDA graph.
         """
         d, p, small, n = self.width, self.narrow, self.small, self.patches
         wanted = self.pairs * rows.target
         size: float = copies * n * self.pixels
         if not self.fast:
-            # features, prediction, and its gradients
-            return size + 4 * n * d + wanted * d * (8 + (2 if small == 2 else 0))
+            half = small == 2
+            # backward: features, prediction, and its gradients
+            backward = 4 * n * d + wanted * d * (8 + (2 if half else 0))
+            # end of the forward pass: the encoders' rows; under autocast the float32 pixels and
+            # contexts (repeated, too) beside their rounded copies; not yet a float32 prediction
+            contexts = self.contexts * rows.longest
+            forward = 8 * n * d + 4 * contexts * d
+            if half:
+                forward += 4 * (n * self.pixels + self.targets * contexts * d - wanted * d)
+            return size + max(forward, backward)
         size += small * wanted * d
         if self.memory == "full":
             every = self.targets * rows.context + wanted
             width = self.narrow_hidden
             # one block again, and the gradient of its GELU
             size += every * ((8 - self.residual) * p + small * (6 * p + 3 * width))
-        if graph:
-            size += n * (d * (2 * self.residual + 4 * small) + 2 * small * self.hidden)
-        return size
+        return size + (sum(self.graph()) if graph else 0)

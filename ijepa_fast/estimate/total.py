@@ -39,12 +39,16 @@ class Estimate:
         executed_flops: of one image, without the work that the fast path leaves out as it cannot
             reach the loss. What `memory` recomputes does not count, nor do the positions of mask
             tokens, which a device batch sees once.
-        fixed_bytes: weights, gradients, optimiser state and averages on one rank.
-        accumulation_bytes: more of them where several micro-steps accumulate: sharded gradients
-            add up whole.
+        fixed_bytes: weights, optimiser state and averages on one rank.
+        gradient_bytes: gradients on one rank when the update runs. The backward pass allocates them
+            while it frees activations: at its beginning, the height of a step, there are none.
+        accumulation_bytes: gradients that are there already where a micro-step is not the first;
+            sharded ones add up whole.
         activation_bytes: kept for the backward pass, of each image of the device batch.
         working_bytes: of each image of the device batch beside them: pixels waiting, what passes
             by at the height of a step, the target encoder's CUDA graph.
+        graph_bytes: of them, memory of the graph's own, which torch reserves and does not count as
+            allocated.
         update_bytes: what an update needs for a while, when the activations are gone.
     """
 
@@ -57,9 +61,11 @@ class Estimate:
     predictor_flops: float
     executed_flops: float
     fixed_bytes: float
+    gradient_bytes: float
     accumulation_bytes: float
     activation_bytes: float
     working_bytes: float
+    graph_bytes: float
     update_bytes: float
 
     @property
@@ -78,7 +84,12 @@ class Estimate:
 
     def memory(self, batch: int, accumulated: int = 1) -> float:
         """Bytes of a step with this device batch and number of micro-steps."""
-        return self.state(accumulated) + max(batch * self.image_bytes, self.update_bytes)
+        update = self.fixed_bytes + self.gradient_bytes + self.update_bytes
+        return max(self.state(accumulated) + batch * self.image_bytes, update)
+
+    def allocated(self, batch: int) -> float:
+        """Bytes that `torch.cuda.max_memory_allocated` shows of a step of one micro-step."""
+        return self.memory(batch) - batch * self.graph_bytes
 
 
 @functools.lru_cache(maxsize=8)
@@ -123,17 +134,27 @@ def _state(
             for m in n.modules()
             if isinstance(m, Block)
         )
-        # weights, gradients and moments; gathered weights stay until the backward pass; one block's
-        # gradients on their way, as computed and as sent
-        fixed = (16 * trained + target) / ways + size * trained + (size + 4) * block + tables
-        return {"fixed_bytes": fixed, "accumulation_bytes": 4 * trained, "update_bytes": 0}
+        # weights and moments; gathered weights stay until the backward pass; one block's gradients
+        # on their way, as computed and as sent
+        fixed = (12 * trained + target) / ways + size * trained + (size + 4) * block + tables
+        return {
+            "fixed_bytes": fixed,
+            "gradient_bytes": 4 * trained / ways,
+            "accumulation_bytes": 4 * trained,
+            "update_bytes": 0,
+        }
     # rounded copies, the optimiser's or autocast's
-    fixed = 16 * trained + target + (2 * rounded if half else 0) + tables
+    fixed = 12 * trained + target + (2 * rounded if half else 0) + tables
     # the bucket of the reduction; the reference's EMA computes into a temporary copy
     update = 4 * min(trained, BUCKET_ELEMENTS) if world > 1 else 0
     if config.path == "reference":
         update = max(update, 4 * own)
-    return {"fixed_bytes": fixed, "accumulation_bytes": 0, "update_bytes": update}
+    return {
+        "fixed_bytes": fixed,
+        "gradient_bytes": 4 * trained,
+        "accumulation_bytes": 4 * trained,
+        "update_bytes": update,
+    }
 
 
 def _parameters(module: nn.Module) -> int:
@@ -186,6 +207,7 @@ def estimate(
         executed_flops=costs.executed(context, target, needed) if costs.fast else sum(parts),
         activation_bytes=activation,
         working_bytes=working,
+        graph_bytes=costs.graph()[1] if graph else 0,
         **_state(config, encoder, predictor, world, ways),
     )
 

@@ -65,20 +65,36 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_not_worse(
-    name: str, actual: Tensor, same_dtype: Tensor, truth: Tensor, *, slack: float = 1.0
+    name: str,
+    actual: Tensor,
+    same_dtype: Tensor,
+    truth: Tensor,
+    *,
+    terms: Tensor | None = None,
+    slack: float = 1.0,
 ) -> None:
     """Asserts an error of at most max(2 x the error of the same-dtype torch code, 2 ulp).
+
+    Where large terms cancel, the truth may be as small as zero, and the torch code right by chance.
+    Each of the terms is rounded all the same, so that an error of one ulp of their sum is allowed.
 
     Args:
         name: for the message.
         actual: result under test.
         same_dtype: what plain torch code gives in the same dtypes.
         truth: computed in float64.
+        terms: of each element, the sum of the magnitudes that are added up to it. The ulp is that
+            of float32 in half precision, in which the result alone is rounded.
         slack: multiplies the limit; 1 is the rule, more is for single draws of a few elements,
             whose rounding errors differ by chance.
     """
     assert actual.dtype == same_dtype.dtype, (name, actual.dtype, same_dtype.dtype)
     assert actual.shape == same_dtype.shape == truth.shape, (name, actual.shape, truth.shape)
     error, reference = relative_error(actual, truth), relative_error(same_dtype, truth)
-    limit = slack * max(2 * reference, 2 * torch.finfo(actual.dtype).eps)
+    limit = max(2 * reference, 2 * torch.finfo(actual.dtype).eps)
+    if terms is not None:
+        ulp = torch.finfo(torch.promote_types(actual.dtype, torch.float32)).eps
+        norm = torch.linalg.vector_norm(truth.double()).item()
+        limit = max(limit, ulp * torch.linalg.vector_norm(terms.double()).item() / (norm or 1.0))
+    limit *= slack
     assert error <= limit, f"{name}: error {error:.2e}, torch {reference:.2e}, limit {limit:.2e}"

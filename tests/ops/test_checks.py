@@ -1,10 +1,11 @@
-"""Checks of arguments that the ops share."""
+"""Checks of arguments that the ops share, and the rule for errors."""
 
 import pytest
 import torch
 
 from ijepa_kernels import add_layer_norm, gather_tokens, latent_loss
 from ijepa_kernels._checks import check_range, debug_checks, debugging
+from ijepa_kernels.testing import assert_not_worse
 
 
 def test_the_first_index_out_of_range_is_named():
@@ -38,6 +39,20 @@ def test_debug_checks_nest_and_end_with_errors():
     with pytest.raises(RuntimeError, match="within"):
         fail()
     assert not debugging()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_an_error_may_be_an_ulp_of_the_terms_that_cancel(dtype, truth):
+    """In units of float32, whatever the dtype of the result; and no more than that."""
+    truth, terms = torch.full((4,), truth).double(), torch.full((4,), 1e6).double()
+    plain, noise = truth.to(dtype), 1e6 * 2**-23
+    near, far = ((truth + share * noise).to(dtype) for share in (0.9, 1.1))
+    assert_not_worse("near", near, plain, truth, terms=terms)
+    with pytest.raises(AssertionError, match="far: error"):
+        assert_not_worse("far", far, plain, truth, terms=terms)
+    with pytest.raises(AssertionError, match="near: error"):
+        assert_not_worse("near", near, plain, truth)
 
 
 def test_what_is_no_tensor_is_named():

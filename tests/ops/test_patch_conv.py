@@ -1,10 +1,14 @@
 """PatchConv2d against nn.Conv2d, in every lane."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ijepa_kernels.nn import PatchConv2d
+from ijepa_kernels.testing import assert_not_worse
 
 # every byte / 255 has to be told from its neighbours
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,6 +23,22 @@ def _as_rows(features):
     return features.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
+def _truth(conv, images, magnitudes=False):
+    """The convolution's rows in float64, and its weights there; optionally all without signs."""
+    conv, images = copy.deepcopy(conv).double(), images.double()
+    if magnitudes:
+        images = images.abs()
+        for parameter in conv.parameters():
+            parameter.data.abs_()
+    return _as_rows(conv(images)), list(conv.parameters())
+
+
+def _plain(conv, images):
+    """The same in float32, as a matrix product: cuDNN's convolutions round factors to TF32."""
+    patches = F.unfold(images, conv.kernel_size, stride=conv.stride).transpose(1, 2).flatten(0, 1)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias), list(conv.parameters())
+
+
 def _bytes(device, patch=14, channels=3):
     generator = torch.Generator().manual_seed(0)
     shape = (2, 2 * patch, 3 * patch, channels)
@@ -31,18 +51,21 @@ def test_patch_conv_is_the_convolution(patch, bias, device):
     conv = _conv(device, patch, bias=bias)
     module = PatchConv2d.from_conv(conv)
     images = torch.randn(2, 3, 2 * patch, 3 * patch, device=device)
-    ours, theirs = module(images), _as_rows(conv(images))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert [id(p) for p in module.parameters()] == [id(p) for p in conv.parameters()]
     index = torch.tensor([7, 0, 7, 11], dtype=torch.int32, device=device)
-    torch.testing.assert_close(module(images, index), theirs[index.long()], rtol=1e-4, atol=1e-5)
-    grad = torch.randn_like(theirs)
-    parameters = list(conv.parameters())
-    assert [id(p) for p in module.parameters()] == [id(p) for p in parameters]
-    ours_grads = torch.autograd.grad(ours, parameters, grad)
-    for actual, expected in zip(
-        ours_grads, torch.autograd.grad(theirs, parameters, grad), strict=True
-    ):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    grad = torch.randn(12, 24, device=device)
+
+    def results(rows, weights, grad=grad):
+        grads = torch.autograd.grad(rows, weights, grad.to(rows.dtype))
+        return {"rows": rows, "picked": rows[index.long()], **dict(enumerate(grads))}
+
+    ours = results(module(images), list(conv.parameters()))
+    ours["picked"] = module(images, index)
+    plain, truth = results(*_plain(conv, images)), results(*_truth(conv, images))
+    rows, weights = _truth(conv, images, magnitudes=True)
+    terms = results(rows, weights, grad.abs())
+    for name, value in ours.items():
+        assert_not_worse(str(name), value, plain[name], truth[name], terms=terms[name])
 
 
 @pytest.mark.parametrize("layout", ["BHWC", "BCHW"])
@@ -50,10 +73,14 @@ def test_patch_conv_takes_bytes(layout, device):
     conv = _conv(device)
     images = _bytes(device)
     mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))
-    floats = (images.movedim(3, 1) / 255 - mean[:, None, None]) / std[:, None, None]
+    numbers = images.movedim(3, 1).double() / 255
+    floats = (numbers - mean[:, None, None]) / std[:, None, None]
+    magnitudes = (numbers + mean[:, None, None]) / std[:, None, None]
     given = images if layout == "BHWC" else images.movedim(3, 1).contiguous()
     ours = PatchConv2d.from_conv(conv)(given, mean=mean, std=std)
-    torch.testing.assert_close(ours, _as_rows(conv(floats)), rtol=1e-4, atol=1e-5)
+    plain, truth = _plain(conv, floats.float())[0], _truth(conv, floats)[0]
+    terms = _truth(conv, magnitudes, magnitudes=True)[0]
+    assert_not_worse("rows", ours, plain, truth, terms=terms)
 
 
 def test_patch_conv_state_dict(device):

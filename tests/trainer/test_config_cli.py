@@ -432,6 +432,69 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "group"),
+    [
+        (["--preset", "vitb16_in1k", "--batch.global", "64"], 64),
+        (["--preset", "vitb16_in1k", "--batch.global=96"], 96),
+        (["--preset", "vitb16_in1k", "--batch.global", "192"], 96),
+        (["--preset", "vitb16_in1k", "--batch.global", "1024"], 128),
+        (["--preset", "vith16_448_in1k", "--batch.global", "40"], 10),
+        # a prime beyond the preset's: contexts whole
+        (["--preset", "vitb16_in1k", "--batch.global", "131"], 1),
+        (["--batch.global", "48", "--batch.device", "auto"], 48),
+    ],
+)
+def test_a_group_that_is_not_given_fits_the_batch(arguments, group, tmp_path):
+    (tmp_path / "batch.yaml").write_text("batch: {global: 7}\nmasks: {min_keep: 5}\n")
+    start = preset(arguments[1] if arguments[0] == "--preset" else "demo").masks.truncation_group
+    for more, keep in (([], None), (["--config", str(tmp_path / "batch.yaml")], 5)):
+        invocation = parse([*arguments, *more])
+        config = invocation.config
+        assert config.masks.truncation_group == group
+        assert keep is None or config.masks.min_keep == keep
+        assert config.batch.global_ % group == 0
+        said = [note for note in invocation.notes if f"truncation_group {group} instead" in note]
+        assert invocation.notes == tuple(said)
+        assert len(said) == (group != start)
+        # what a run writes down and reads again says the group, and needs no note
+        (tmp_path / "config.yaml").write_text(dump_yaml(config))
+        again = parse(["--config", str(tmp_path / "config.yaml")])
+        assert (again.config, again.notes) == (config, ())
+
+
+@pytest.mark.parametrize(
+    "flag", ["--masks.truncation-group=16", "--masks.truncation_group", "--masks.truncation-group"]
+)
+def test_a_group_that_is_given_stays(flag, tmp_path, capsys):
+    given = [flag] if "=" in flag else [flag, "16"]
+    asked = ["--preset", "vitb16_in1k", "--batch.global"]
+    invocation = parse([*asked, "64", *given])
+    assert (invocation.config.masks.truncation_group, invocation.notes) == (16, ())
+    (tmp_path / "group.yaml").write_text("masks: {truncation_group: 16}\n")
+    for way in (given, ["--config", str(tmp_path / "group.yaml")]):
+        message = _refused([*asked, "72", *way], capsys)
+        assert "masks.truncation_group (16): give a multiple of it, or a masks." in message
+        assert message.endswith("(such as 12), got 72")
+
+
+def test_a_fitted_group_is_said(tmp_path, capsys):
+    said = "masks.truncation_group 48 instead of 64: the largest that divides batch.global 48"
+    arguments = ["--batch.global", "48", "--batch.device", "auto"]
+    assert train.main([*arguments, "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"# {said}")
+    assert yaml.safe_load(text)["masks"]["truncation_group"] == 48
+    assert train.main([*arguments, "--dry-run", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(said)
+    assert "(truncation group 48)" in text
+    # the preset's own is what help shows
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert re.search(r"truncation-group INT.*?default: 64", capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
@@ -447,8 +510,9 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "batch.device must be a divisor of batch.global (64), got 48",
         ),
         (
-            ["--batch.global", "96", "--batch.device", "auto"],
-            "batch.global must be divisible by masks.truncation_group (64), got 96",
+            ["--batch.global", "96", "--batch.device", "auto", "--masks.truncation-group", "64"],
+            "batch.global must be divisible by masks.truncation_group (64): give a multiple of it, "
+            "or a masks.truncation_group that divides batch.global (such as 48), got 96",
         ),
         (
             ["--optim.warmup", "7"],

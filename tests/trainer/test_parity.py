@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ijepa_fast import model, parity, reference
+from ijepa_fast.comparison import key_bias_bounds
+from ijepa_fast.config import OptimConfig
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Attention, Mlp, Predictor, VisionTransformer
 from ijepa_fast.parity import LIMITS, main, replay
@@ -68,8 +70,10 @@ def test_the_recording_passes_and_prints_a_table(capsys):
         for value in ("loss", "lr", "wd", "momentum"):
             assert any(line.startswith(f"step{step}.{value} ") for line in lines)
     # 28 + 31 tensors, and the key third of each of the 4 qkv biases; the target encoder's 28 + 2
-    assert "gradient: 63 tensors, worst:" in lines
-    assert "final weights: 93 tensors, worst:" in lines
+    assert "gradient: 59 tensors, worst:" in lines
+    assert "key gradient: 4 tensors, worst:" in lines
+    assert "final weights: 87 tensors, worst:" in lines
+    assert "final key bias: 6 tensors, worst:" in lines
     assert "target movement: 28 tensors, worst:" in lines
 
 
@@ -100,7 +104,7 @@ def test_float32_limits_are_the_agreed_ones():
     limits = LIMITS["float32"]
     assert (limits.loss, limits.schedule, limits.forward) == (1e-6, 1e-9, 1e-6)
     assert (limits.gradient, limits.weights) == (5e-6, 1e-5)
-    assert (limits.key_bias, limits.target_movement) == (1e-6, 1e-3)
+    assert (limits.key_gradient, limits.target_movement) == (1e-6, 1e-3)
 
 
 def test_bfloat16_passes_its_own_limits_and_not_those_of_float32(capsys):
@@ -207,7 +211,7 @@ ENTRIES: list[tuple[str, Callable[[float], Callable[[dict[str, Tensor]], None]],
     (
         "gradient of a key bias",
         lambda x: _add(f"step0.grad.{QKV}", 24, 1e-6 * x),
-        "gradient",
+        "key gradient",
         f"step0.grad.{QKV} (key third, absolute)",
     ),
     *(
@@ -219,11 +223,15 @@ ENTRIES: list[tuple[str, Callable[[float], Callable[[dict[str, Tensor]], None]],
         )
         for name in ("encoder.blocks.0.mlp.fc1.weight", "predictor.predictor_proj.weight")
     ),
-    (
-        "final key bias",
-        lambda x: _add(f"final.{QKV}", 24, 1e-6 * x),
-        "final weights",
-        f"final.{QKV} (key third, absolute)",
+    *(
+        (
+            f"final key bias of the {name}",
+            partial(lambda n, bound, x: _add(n, 24, bound * x), f"final.{name}", bound),
+            "final key bias",
+            f"final.{name} (key third, absolute)",
+        )
+        # twice the learning rates, 4.7e-4 and 7.3e-4; of the average momentum 0.2 and 0.27 are left
+        for name, bound in ((QKV, 2.40e-3), (f"target_{QKV}", 1.95e-3))
     ),
 ]
 
@@ -261,6 +269,101 @@ def test_target_weights_are_held_to_their_own_movement(small, tmp_path):
     assert main([path]) == 1
     path = _changed(small, tmp_path, _scale(name, 1.5e-5))
     assert failures(path)["final weights"] == {name}
+
+
+# --- key biases ----------------------------------------------------------------------------------
+
+STEPS = [StepValues(lr=1e-3 * (1 + t), weight_decay=0.1, momentum=0.5 + t / 40) for t in range(20)]
+
+
+def _adamw(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """A bias from 0 and its average after AdamW's steps, in float64."""
+    bias = nn.Parameter(torch.zeros(gradients.shape[1:], dtype=torch.float64))
+    average = torch.zeros_like(bias)
+    optimizer = torch.optim.AdamW([bias], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for values, gradient in zip(STEPS, gradients, strict=True):
+        optimizer.param_groups[0]["lr"] = values.lr
+        bias.grad = gradient.clone()
+        optimizer.step()
+        average = values.momentum * average + (1 - values.momentum) * bias.detach()
+    return bias.detach(), average
+
+
+def test_noise_stays_within_the_bound_of_key_biases_and_reaches_it():
+    bounds = key_bias_bounds(STEPS, OptimConfig())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((2, 20, 10_000), generator=generator, dtype=torch.float64)
+    # of any size, also far below and above Adam's eps
+    noise *= 10 ** torch.linspace(-14, 2, 10_000, dtype=torch.float64)
+    # all one way, and growing so that a step is the longest; the other run goes the other way
+    growing = (0.999 / 0.9) ** torch.arange(20.0, dtype=torch.float64)
+    noise[:, :, 0] = torch.stack([growing, -growing])
+    noise[:, :, 1] = torch.stack([growing, -growing]).sign()
+    for bound, first, second in zip(bounds, *map(_adamw, noise), strict=True):
+        apart = (first - second).abs()
+        assert apart.max() <= bound
+        assert apart[0] > 0.9 * bound
+        assert apart[1] > 0.9 * bound
+
+
+def test_the_longest_step_is_exactly_the_bound():
+    """In the last of 20 steps, all learning rates before it 0."""
+    last = [replace(values, lr=0.0) for values in STEPS[:-1]] + STEPS[-1:]
+    bound, averaged = key_bias_bounds(last, OptimConfig())
+    assert averaged == pytest.approx((1 - STEPS[-1].momentum) * bound)
+    bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimizer = torch.optim.AdamW([bias], betas=(0.9, 0.999), eps=0.0, weight_decay=0.0)
+    for t, values in enumerate(last):
+        optimizer.param_groups[0]["lr"] = values.lr
+        bias.grad = torch.tensor((0.999 / 0.9) ** -(19 - t), dtype=torch.float64)
+        optimizer.step()
+    assert 2 * abs(float(bias.detach())) == pytest.approx(bound, rel=1e-9)
+
+
+def _key_thirds(step: ReferenceStep) -> list[Tensor]:
+    modules = [*step.encoder.modules(), *step.predictor.modules()]
+    return [m.qkv.bias.detach().chunk(3)[1] for m in modules if isinstance(m, Attention)]
+
+
+def _key_bias_from_zero(patch: pytest.MonkeyPatch) -> None:
+    start = ReferenceStep.__init__
+
+    def forgetful(self: ReferenceStep, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        for third in _key_thirds(self):
+            third.zero_()
+
+    patch.setattr(ReferenceStep, "__init__", forgetful)
+
+
+def _key_bias_moves(rates: float, patch: pytest.MonkeyPatch) -> None:
+    update = ReferenceStep.update
+
+    def longer(self: ReferenceStep, values: StepValues) -> None:
+        update(self, values)
+        for third in _key_thirds(self):
+            third.add_(rates * values.lr)
+
+    patch.setattr(ReferenceStep, "update", longer)
+
+
+@pytest.mark.parametrize(
+    ("make", "fails"),
+    [
+        (_key_bias_from_zero, True),
+        (partial(_key_bias_moves, 2.2), True),
+        # as far as noise may go, each run its way
+        (partial(_key_bias_moves, 1.9), False),
+    ],
+    ids=["from zero", "longer steps", "noise"],
+)
+def test_a_wrong_key_bias_fails_and_noise_does_not(make, fails, monkeypatch):
+    make(monkeypatch)
+    failed = failures(GOLDEN)
+    assert failed.keys() == ({"final key bias"} if fails else set())
+    trained = [f"{n}.attn.qkv.bias" for n in ("encoder.blocks.1", "predictor.predictor_blocks.1")]
+    for name in trained if fails else ():
+        assert f"final.{name} (key third, absolute)" in failed["final key bias"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -254,6 +254,17 @@ def test_flags_win_and_a_given_global_batch_is_not_guessed(tmp_path):
     assert any("batch.global as given" in line for line in invocation.notes)
 
 
+def test_the_group_of_a_released_file_fits_a_smaller_batch(tmp_path):
+    """The file's batch is its GPUs', as a preset's group is."""
+    invocation = _convert(tmp_path, "--batch.global", "96")
+    config = invocation.config
+    assert (config.batch.global_, config.masks.truncation_group) == (96, 96)
+    assert "masks.truncation_group 96 instead of 128" in invocation.notes[-1]
+    assert _convert(tmp_path, "--batch.global", "512").config.masks.truncation_group == 128
+    message = _refused(tmp_path, "--batch.global", "96", "--masks.truncation-group", "128")
+    assert message.startswith("batch.global must be divisible by masks.truncation_group (128): ")
+
+
 def test_a_preset_beside_a_released_file_is_refused(tmp_path):
     message = _refused(tmp_path, "--preset", "demo")
     assert message.startswith("--preset must be left out, got demo")
