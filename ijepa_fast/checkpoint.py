@@ -382,7 +382,7 @@ def load_latest(folder: Path) -> State | None:
 
 
 def rotate(folder: Path, *, newest: int, keep: int, keep_every_steps: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints (and those at multiples of
+    """Deletes all but the newest `keep` checkpoints (and the first at or after each multiple of
     `keep_every_steps`), and what interrupted writes left behind.
 
     Args:
@@ -394,6 +394,10 @@ def rotate(folder: Path, *, newest: int, keep: int, keep_every_steps: int | None
     """
     _sweep(folder)
     steps = {path: int(path.name.removeprefix(PREFIX)) for path in checkpoint_folders(folder)}
-    for path in [path for path, step in steps.items() if step <= newest][keep:]:
-        if keep_every_steps is None or steps[path] % keep_every_steps:
+    past = [path for path, step in steps.items() if step <= newest]
+    # newest first, so that the oldest of a stretch is the one that stays in the table
+    every = keep_every_steps
+    firsts = {steps[path] // every: path for path in past if steps[path] >= every} if every else {}
+    for path in past[keep:]:
+        if path not in firsts.values():
             _remove(path)

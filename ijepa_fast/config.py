@@ -335,11 +335,11 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
     minutes: float = 10.0
-    """Write one after this many minutes (and at each epoch's end, and at the run's)."""
+    """Write one after this many minutes (and at the run's end, and on a signal)."""
     keep: int = 3
     """Newest checkpoints kept."""
     keep_every: int | None = None
-    """Also keep the checkpoint at every so many epochs."""
+    """Also write and keep one at every so many epochs, once the one before it is written."""
 
     def __post_init__(self) -> None:
         _require(self.minutes > 0, "checkpoint.minutes", "positive", self.minutes)

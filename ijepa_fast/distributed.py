@@ -282,9 +282,13 @@ class Agreement:
 
     Each step every rank hands in its wishes; what it gets back is the maximum over ranks of the
     step before, whose reduction has had a whole step to finish.
+
+    Attributes:
+        delay: steps from a wish to its agreement: 1, or 0 with one rank.
     """
 
     def __init__(self) -> None:
+        self.delay = int(_active())
         self._values: Tensor | None = None
         self._work: dist.Work | None = None
 

@@ -78,7 +78,6 @@ class Looks:
 
     def __init__(self, config: Config, index: Index, device: torch.device) -> None:
         self.config, self.index, self.device = config, index, device
-        self.seconds = 0.0
         self._images: Tensor | None = None
         self._views: list[Tensor] = []
         self._splits: tuple[Split, Split] | None = None
@@ -90,13 +89,15 @@ class Looks:
         """Context encoder, target encoder and predictor of a run's whole weights, on the device."""
         built = []
         for name in ("encoder", "target_encoder", "predictor"):
-            pair = build_models(self.config.model, self.config.data.crop_size)
+            # without memory and without drawing weights that are replaced
+            with torch.device("meta"):
+                pair = build_models(self.config.model, self.config.data.crop_size)
             network = pair[1] if name == "predictor" else pair[0]
             prefix = f"{name}."
-            network.load_state_dict(
+            network.to_empty(device=self.device).load_state_dict(
                 {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             )
-            built.append(network.to(self.device).eval().requires_grad_(False))
+            built.append(network.eval().requires_grad_(False))
         context, target, predictor = built
         assert isinstance(context, VisionTransformer)
         assert isinstance(target, VisionTransformer)
@@ -135,7 +136,6 @@ class Looks:
                 encoders = {UNTRAINED: evaluate.untrained(self.config).to(self.device), **encoders}
             row["knn"] = evaluate.knn_scores(encoders, splits, self.config, with_pixels=baselines)
         seconds = time.perf_counter() - started
-        self.seconds += seconds
         return {**row, "timing": {"look_seconds": round(seconds, 3)}}
 
     def _labelled(self, root: str) -> tuple[Split, Split]:

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ijepa_fast import checkpoint, distributed, evaluate
+from ijepa_fast.allowance import Allowance
 from ijepa_fast.cli import UsageError, as_dict
 from ijepa_fast.config import Config
-from ijepa_fast.data import Batch, Quarantine, steps_per_epoch
+from ijepa_fast.data import Quarantine, steps_per_epoch
 from ijepa_fast.dataset import load_index
 from ijepa_fast.durable import require_room
 from ijepa_fast.fast import CapturedStep, FastStep, make_mesh
@@ -29,6 +29,8 @@ from ijepa_fast.metrics import (
 )
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.monitors import collapse_warning
+from ijepa_fast.pictures import Pictures
+from ijepa_fast.preparation import Preparation
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.sample_log import SampleLog
@@ -72,6 +74,7 @@ class Run:
         ranks: this rank.
         folder: the run's folder on rank 0, None on the others.
         device_batch: images of one forward pass.
+        preparation: is told what is done before the first step.
 
     Raises:
         ValueError: the data set cannot be used, or is not the one that the run was started with.
@@ -85,9 +88,13 @@ class Run:
         ranks: distributed.Ranks,
         folder: RunFolder | None,
         device_batch: int,
+        preparation: Preparation,
     ) -> None:
         self.config, self.ranks, self.folder = config, ranks, folder
-        self.device_batch = device_batch
+        self.device_batch, self.preparation = device_batch, preparation
+        self.allowance = Allowance()
+        self.pictures = Pictures(folder.path if folder else None, self.allowance)
+        preparation.begin("table of the data")
         self.index = load_index(config, ranks)
         self.digest = self.index.digest()
         self.schedules = Schedules.of(
@@ -96,9 +103,11 @@ class Run:
             steps_per_epoch=steps_per_epoch(len(self.index), config.batch.global_),
         )
         self.end = min(self.schedules.run_steps, config.max_steps or self.schedules.run_steps)
+        preparation.begin("networks")
         generator = torch_generator(config.seed, Stream.INIT)
         encoder, predictor = build_models(config.model, config.data.crop_size, generator)
         self.training = _training(config, ranks, encoder, predictor)
+        preparation.begin("checkpoints")
         self.step = self._resume()
         # a smaller max_steps than is done already asks for nothing more
         self.end = max(self.end, self.step)
@@ -226,27 +235,59 @@ class Run:
         self, images: Tensor, masks: Masks, elements: int, *, last: bool
     ) -> tuple[Tensor, Tensor]:
         """One micro-step, see `ReferenceStep.accumulate`; `last` of its optimiser step."""
+        self.preparation.begin("first step")
         training = self.training
         if isinstance(training, FastStep):
             training.reduce_gradients(last)
             return training.accumulate(images, training.prepare(masks), elements)
         return training.accumulate(images, training.prepare(masks), elements)
 
-    def save(self) -> None:
-        """Writes what is queued for the log and copies the state; rank 0 writes the copy to the
-        disk, and deletes the oldest checkpoint, while training goes on.
+    def tell_first_step(self, loss: Tensor) -> None:
+        """Says what it took until the first step was done, which is waited for; then nothing."""
+        if not self.preparation.done:
+            loss.item()
+            self.preparation.finish()
+
+    def wishes(self, ahead: int) -> list[int]:
+        """What rank 0 wants: a checkpoint (1), and not to look at features (1).
+
+        A checkpoint is due `checkpoint.minutes` after the last one and at every so many epochs;
+        while one is being written the next one waits, and training goes on. Looks that `eval.every`
+        does not ask for are left out once their time is used up.
+
+        Args:
+            ahead: steps until all ranks act on it.
         """
-        self.journal.flush()
-        self.saved_step, self.saved_at = self.step, time.monotonic()
-        # the copy before is this one's memory
-        self.saver.wait()
-        meta = {"config": as_dict(self.config), "data": self.digest, "images": len(self.index)}
-        state = self.snapshot.take(self.training, step=self.step, meta=meta)
+        if not self.ranks.is_main:
+            return [0, 0]
+        late = time.monotonic() - self.saved_at >= 60 * self.config.checkpoint.minutes
+        every = self._keep_every_steps()
+        kept = every and (self.step + ahead) // every > self.saved_step // every
+        no_look = self.config.eval.every is None and not self.allowance.covers("look")
+        return [int((late or bool(kept)) and not self.saver.busy), int(no_look)]
+
+    def _keep_every_steps(self) -> int | None:
+        epochs = self.config.checkpoint.keep_every
+        return epochs * self.schedules.steps_per_epoch if epochs else None
+
+    def save(self, *, last: bool) -> None:
+        """Writes what is queued for the log and copies the state; rank 0 writes the copy to the
+        disk, deletes the oldest checkpoint and draws the curves while training goes on.
+
+        Args:
+            last: no step follows.
+        """
+        with self.allowance.spend("save"):
+            self.journal.flush()
+            self.saved_step, self.saved_at = self.step, time.monotonic()
+            # the copy before is this one's memory; only the last save finds one being written
+            self.saver.wait()
+            meta = {"config": as_dict(self.config), "data": self.digest, "images": len(self.index)}
+            state = self.snapshot.take(self.training, step=self.step, meta=meta)
         if not self.folder:
             return
         folder, file, options = self.folder.checkpoints, self.journal.file, self.config.checkpoint
-        every = options.keep_every
-        kept = every * self.schedules.steps_per_epoch if every else None
+        kept, rows = self._keep_every_steps(), file.rows if file else []
 
         def write() -> bool:
             # a checkpoint counts once the rows before it are on the disk
@@ -261,6 +302,8 @@ class Run:
                 return False
             checkpoint.write(folder, state)
             checkpoint.rotate(folder, newest=state.step, keep=options.keep, keep_every_steps=kept)
+            if not last:
+                self.pictures.curves_at_times(rows)
             return True
 
         self.saver.start(self.step, write)
@@ -285,7 +328,18 @@ class Run:
                 known = "none was written" if last is None else f"the last good one is step {last}"
                 raise OSError(f"cannot write the checkpoint at step {self.step}: {error}; {known}")
 
-        distributed.on_main(self.ranks, wait)
+        with self.allowance.spend("save"):
+            distributed.on_main(self.ranks, wait)
+
+    def look_between(self, *, refused: bool) -> None:
+        """Looks at the features while training, unless there is no time for it."""
+        if not refused:
+            self.look(ends=False)
+            return
+        _logger.info(
+            "no look at step %d: saves, pictures and looks have taken %.1f s of %.0f s",
+            *(self.step, self.allowance.spent, self.allowance.elapsed),
+        )
 
     def look(self, *, ends: bool) -> None:
         """Looks at the features, once for each step, if the run is to; see `looks.py`.
@@ -293,8 +347,12 @@ class Run:
         Args:
             ends: before the first step or after the last.
         """
-        if not self.look_every:
-            return
+        if self.look_every:
+            self.preparation.begin("first look")
+            with self.allowance.spend("look"):
+                self._look(ends=ends)
+
+    def _look(self, *, ends: bool) -> None:
         weights = checkpoint.gather(self.training.masters(), keep=self.ranks.is_main)
         file, root = self.journal.file, self.config.eval.data
         whole = ends and self.config.eval.whole
@@ -354,26 +412,7 @@ class Run:
     def draw_curves(self) -> None:
         """Draws the metrics so far."""
         if self.journal.file:
-            rows = self.journal.file.rows
-            self._draw("curves.png", lambda v, path: v.draw_curves(path, rows))
-
-    def draw_masks(self, batch: Batch, masks: Masks) -> None:
-        """Draws the masks of a batch's first images over them."""
-        images = batch.images[:4].cpu().numpy()
-        self._draw("masks.png", lambda v, path: v.draw_masks(path, images, masks, self.config.grid))
-
-    def _draw(self, name: str, draw: Callable[[ModuleType, Path], None]) -> None:
-        if not self.folder:
-            return
-        try:
-            from ijepa_fast import visualize
-
-            draw(visualize, self.folder.path / name)
-        except ModuleNotFoundError as error:
-            _logger.warning("%s is not drawn: %s (pip install 'ijepa-fast[viz]')", name, error)
-        except OSError as error:
-            # a picture is no reason to lose a run
-            _logger.warning("%s is not drawn: %s", name, error)
+            self.pictures.curves(self.journal.file.rows)
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written; closes the metrics and the progress bar."""

@@ -28,6 +28,7 @@ from ijepa_fast.faults import Faults
 from ijepa_fast.masks import check_masks, sample_masks
 from ijepa_fast.metrics import Meter, NonFiniteError, id_hash, peak_flops
 from ijepa_fast.nonfinite import name_samples
+from ijepa_fast.preparation import Preparation
 from ijepa_fast.run import Run
 from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.schedules import StepValues
@@ -69,6 +70,7 @@ def train(run: Run, signals: Signals) -> int:
     received = 0
     # the ranks of one machine share its cores
     threads = config.data.threads or default_threads(ranks.local_world)
+    run.preparation.begin("first batch")
     with Loader(
         run.index,
         replace(config.data, threads=threads),
@@ -92,6 +94,7 @@ def train(run: Run, signals: Signals) -> int:
             faults.gradients(run.step + 1, run.training)
             run.training.update(values)
             run.step += 1
+            run.tell_first_step(sums.loss)
             ends = run.step == run.end
             broken = run.watch.look(run.step, run.training.skipped, last=ends)
             if run.step % config.log.interval == 0 or ends or broken:
@@ -99,20 +102,15 @@ def train(run: Run, signals: Signals) -> int:
             if broken:
                 run.journal.flush()
                 raise broken
-            # one at a time: a save that outlasts the interval delays the next
-            late = time.monotonic() - run.saved_at >= 60 * config.checkpoint.minutes
-            due = ranks.is_main and late and not run.saver.busy
             run.saver.check()
-            received, save = agreement.exchange([signals.received, int(due)])
-            epoch_ends = run.step % run.schedules.steps_per_epoch == 0
-            # an agreement is a step old: what was saved meanwhile is not due any more
-            due_here = save and run.step - run.saved_step > 1
-            if received or due_here or epoch_ends or ends:
-                run.save()
-            if received or epoch_ends:
-                run.draw_curves()
+            wishes = [signals.received, *run.wishes(agreement.delay)]
+            received, save, no_look = agreement.exchange(wishes)
+            # an agreement may be a step old: what was saved meanwhile is not due any more
+            due = save and run.step - run.saved_step > agreement.delay
+            if received or due or ends:
+                run.save(last=bool(received or ends))
             if run.look_every and run.step % run.look_every == 0 and not (received or ends):
-                run.look(ends=False)
+                run.look_between(refused=bool(no_look))
                 meter.restart(run.step, loader.wait_seconds)
             if received:
                 break
@@ -135,7 +133,8 @@ def _forward_backward(run: Run, loader: Loader) -> _Sums:
             config.masks, grid=config.grid, seed=config.seed, step=run.step, positions=own
         )
         if run.step == micro_step == 0:
-            run.draw_masks(batch, masks)
+            run.preparation.begin("masks.png")
+            run.pictures.masks(batch, masks, config.grid)
         _, num_targets, target_length = masks.target_index.shape
         # of the whole global batch: its images share one target size
         rows = config.batch.global_ * config.masks.num_contexts * num_targets * target_length
@@ -195,8 +194,8 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
     for note in invocation.notes:
         _logger.info("%s", note)
     try:
-        with Signals() as signals:
-            run = Run(config, ranks, folder, device_batch)
+        with Signals() as signals, Preparation() as preparation:
+            run = Run(config, ranks, folder, device_batch, preparation)
             try:
                 run.announce()
                 if run.step == 0:
@@ -213,6 +212,7 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
                         raise name_samples(run, error) from error
                     _logger.info("trained for %.0f s", time.perf_counter() - started)
                 if received:
+                    run.draw_curves()
                     _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
                     return 128 + received
                 run.look(ends=True)

@@ -21,6 +21,7 @@ PACKAGES = [*TRAINER, *KERNELS]
 # from the ground up; a module imports from its own floor or from lower ones, and never in a circle
 FLOORS = (
     (
+        "allowance",
         "keyed_random",
         "config",
         "comparison",
@@ -33,6 +34,7 @@ FLOORS = (
         "knn",
         "metrics",
         "monitors",
+        "preparation",
         "rendezvous",
         "sample_log",
         "saving",
@@ -45,7 +47,7 @@ FLOORS = (
     ("fast", "weights", "finetune"),
     ("encoder", "model_card"),
     ("bench", "dataset", "evaluate", "export", "run_folder", "visualize", "parity"),
-    ("looks",),
+    ("looks", "pictures"),
     ("run",),
     ("nonfinite", "doctor"),
     ("replay", "train"),

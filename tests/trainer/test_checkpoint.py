@@ -272,6 +272,13 @@ def test_rotation_keeps_the_newest_and_every_nth(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000011", "step-00000012"}
 
 
+def test_rotation_keeps_the_first_after_every_nth_too(tmp_path):
+    """At 8 another one was being written, so that one was written at 9."""
+    for step in (3, 4, 7, 9, 10, 12, 13, 14):
+        _save(tmp_path, step, keep=1, keep_every_steps=4)
+    assert [int(p.name[5:]) for p in checkpoint.checkpoint_folders(tmp_path)] == [14, 12, 9, 4]
+
+
 def test_rotation_never_deletes_what_was_just_written(tmp_path):
     # the run went on from 8 because 12 is damaged
     for step in (8, 12):

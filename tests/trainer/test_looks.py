@@ -1,6 +1,7 @@
 """Looks at features while a run trains: what they compute, when, and what they change: nothing."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -254,6 +255,23 @@ def test_a_collapse_is_said(data, tmp_path, monkeypatch):
     rows = _looks(tmp_path / "run")
     assert [first for _, first in seen] == [rows[0]["monitors"]] * 3
     assert [now for now, _ in seen] == [row["monitors"] for row in rows[1:]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval__every": 4}], ids=["planned", "asked for"])
+def test_looks_that_take_too_long_are_left_out_unless_asked_for(
+    settings, data, tmp_path, monkeypatch
+):
+    """Those of 15 short steps take far more than 1 % of the run."""
+    monkeypatch.setattr("ijepa_fast.run.look_interval", lambda *_: 4)
+    out = tmp_path / "run"
+    assert tiny.run(data, out, eval__data=data, **settings) == 0
+    left_out = [int(n) for n in re.findall(r"no look at step (\d+): saves,", _log(out))]
+    assert left_out == ([] if settings else [4, 8, 12])
+    assert [row["step"] for row in _looks(out)] == sorted({0, 4, 8, 12, 15} - set(left_out))
+
+
+def _log(run):
+    return (run / "train.log").read_text()
 
 
 def test_a_look_that_fails_does_not_end_the_run(data, tmp_path, monkeypatch):

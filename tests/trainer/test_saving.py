@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_fast import checkpoint, saving
+from ijepa_fast import checkpoint, pictures, saving
+from ijepa_fast.allowance import Allowance
 from ijepa_fast.checkpoint import State
+from ijepa_fast.fast import FastStep
 from ijepa_fast.saving import Saver
 from tests.trainer import tiny
 
@@ -22,6 +24,13 @@ from tests.trainer import tiny
 @pytest.fixture
 def at_once(monkeypatch):
     monkeypatch.setattr(saving, "BACKOFF", (0.0, 0.0))
+
+
+@pytest.fixture
+def at_epochs(monkeypatch):
+    """Settings of a run that saves at each epoch's end exactly, however slow the disk is."""
+    monkeypatch.setattr(Saver, "busy", False)
+    return {"checkpoint__keep_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -132,27 +141,105 @@ def test_what_is_not_the_disks_fault_is_raised():
     assert saver.wait() is None
 
 
-def test_a_save_that_outlasts_the_interval_delays_the_next(data, tmp_path, monkeypatch):
-    """Every step is due, a write lasts for some: fewer checkpoints, all whole, the same result."""
-    write, during = checkpoint.write, []
+@pytest.fixture
+def slow_until(monkeypatch):
+    """A disk on which a write lasts until the update of a step (counted from 1) has come."""
+    write, update, written = checkpoint.write, FastStep.update, []
+    until, free = [0], threading.Event()
 
     def slow(folder, state):
-        during.append(state.step)
-        time.sleep(0.15)
+        written.append(state.step)
+        # steps that waited for the disk would wait in vain
+        assert free.wait(20)
         return write(folder, state)
 
+    def counted(self, values):
+        update(self, values)
+        until[0] -= 1
+        if until[0] == 0:
+            free.set()
+            for thread in threading.enumerate():
+                if thread.name == "ijepa-save":
+                    thread.join()
+
     monkeypatch.setattr(checkpoint, "write", slow)
-    out = tmp_path / "run"
+    monkeypatch.setattr(FastStep, "update", counted)
+
+    def start(step):
+        until[0] = step
+        return written
+
+    return start
+
+
+def test_a_save_that_is_due_waits_for_the_writer_and_no_step_does(data, tmp_path, slow_until):
+    """Every step is due, a write lasts for eight: fewer checkpoints, all whole, the same result."""
+    out, written = tmp_path / "run", slow_until(9)
     assert tiny.run(data, out, checkpoint__minutes=1e-9, checkpoint__keep=50) == 0
-    assert {5, 10, 15} <= set(during)
-    assert len(during) < 15
-    assert during == sorted(set(during))
-    monkeypatch.undo()
+    assert written[:2] == [1, 9]
+    assert written[-1] == 15
+    assert written == sorted(set(written))
     assert tiny.run(data, tmp_path / "whole") == 0
     tiny.assert_same_state(out, tmp_path / "whole")
 
 
-def test_training_outlives_a_full_disk(data, tmp_path, monkeypatch, at_once, caplog):
+def test_a_kept_checkpoint_that_waits_is_kept_too(data, tmp_path, slow_until):
+    """Of epochs that end at 5, 10, 15 the second ends while the first is written, until step 12."""
+    out, written = tmp_path / "run", slow_until(12)
+    assert tiny.run(data, out, checkpoint__keep=1, checkpoint__keep_every=1) == 0
+    assert written == [5, 12, 15]
+    kept = sorted(int(p.name.removeprefix("step-")) for p in (out / "checkpoints").iterdir())
+    assert kept == written
+
+
+def test_curves_are_drawn_while_training_goes_on(data, tmp_path, monkeypatch):
+    """By the thread that writes, every few minutes; once more at the end."""
+    drawn = []
+
+    def draw(self, name, _):
+        drawn.append((name, threading.current_thread().name))
+
+    settings = {"checkpoint__minutes": 1e-9, "max_steps": 8}
+    for minutes, share, between in ((0.0, 1.0, True), (0.0, 0.0, False), (60.0, 1.0, False)):
+        drawn.clear()
+        monkeypatch.setattr(pictures, "_MINUTES", minutes)
+        monkeypatch.setattr(Allowance.__init__, "__defaults__", (share,))
+        with monkeypatch.context() as patch:
+            patch.setattr(Saver, "busy", False)
+            patch.setattr(pictures.Pictures, "_draw", draw)
+            out = tmp_path / f"{minutes}-{share}"
+            assert tiny.run(data, out, pictures=True, **settings) == 0
+        main = threading.main_thread().name
+        assert drawn[0] == ("masks.png", main)
+        assert drawn[-1] == ("curves.png", main)
+        # after each save but the last
+        assert drawn[1:-1] == [("curves.png", "ijepa-save")] * (7 if between else 0)
+
+
+def test_what_an_allowance_covers(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ijepa_fast.allowance.time.monotonic", lambda: now[0])
+    allowance = Allowance(0.01)
+
+    def work(kind, seconds):
+        with allowance.spend(kind):
+            now[0] += seconds
+
+    work("look", 2.0)
+    assert not allowance.covers("look")
+    assert not allowance.covers("picture")
+    now[0] = 201.0
+    # the time is earned back, but not that of another look
+    assert allowance.covers("picture")
+    assert not allowance.covers("look")
+    now[0] = 401.0
+    assert allowance.covers("look")
+    work("save", 1.0)
+    assert (allowance.spent, allowance.last) == (3.0, {"look": 2.0, "save": 1.0})
+    assert not allowance.covers("look")
+
+
+def test_training_outlives_a_full_disk(data, tmp_path, monkeypatch, at_once, at_epochs, caplog):
     """Full at step 5, free again at 10: one checkpoint less, the same weights."""
     write = checkpoint.write
 
@@ -164,7 +251,7 @@ def test_training_outlives_a_full_disk(data, tmp_path, monkeypatch, at_once, cap
     monkeypatch.setattr(checkpoint, "write", full)
     out = tmp_path / "run"
     with caplog.at_level(logging.WARNING, "ijepa_fast"):
-        assert tiny.run(data, out) == 0
+        assert tiny.run(data, out, **at_epochs) == 0
     steps = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert steps == ["step-00000010", "step-00000015"]
     log = (out / "train.log").read_text()
@@ -174,7 +261,7 @@ def test_training_outlives_a_full_disk(data, tmp_path, monkeypatch, at_once, cap
 
 
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
-    data, tmp_path, monkeypatch, at_once, capsys
+    data, tmp_path, monkeypatch, at_once, at_epochs, capsys
 ):
     write = checkpoint.write
 
@@ -185,7 +272,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
 
     monkeypatch.setattr(checkpoint, "write", full)
     out = tmp_path / "run"
-    assert tiny.run(data, out) == 5
+    assert tiny.run(data, out, **at_epochs) == 5
     error = capsys.readouterr().err
     assert error == (
         "error: cannot write the checkpoint at step 15: [Errno 28] No space left on device; "
@@ -198,6 +285,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(
 
 def test_a_state_that_is_not_finite_is_not_written(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
+    assert tiny.run(data, out, max_steps=10) == 0
     # the last two steps only: too few to end the run as three in a row do
     monkeypatch.setenv("IJEPA_FAST_FAULT", "0:14:nan-weight")
     assert tiny.run(data, out) == 4

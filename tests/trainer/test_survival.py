@@ -52,7 +52,8 @@ def out(tmp_path):
 def test_usr1_to_one_rank_saves_on_all(data, out):
     """As Slurm warns before the time is up."""
     output = out.parent / "output.txt"
-    argv = tiny.arguments(data, out, batch__device=4, optim__epochs=400)
+    settings = {"batch__device": 4, "optim__epochs": 400, "checkpoint__minutes": 1e-9}
+    argv = tiny.arguments(data, out, **settings)
     children = [tiny.start(argv, output, e) for e in tiny.rank_environments(2)]
     while not any((out / "checkpoints").glob("step-*")) and children[0].is_alive():
         children[0].join(0.005)
@@ -185,7 +186,7 @@ def test_a_store_that_is_cut_off_is_noticed(address):
 def test_torchrun_restarts_after_a_killed_rank(data, tmp_path):
     """And goes on to the same result; the pictures too."""
     out, settings = tmp_path / "run", {"batch__device": 4, "log__interval": 1}
-    argv = tiny.arguments(data, out, **settings)
+    argv = tiny.arguments(data, out, **settings, checkpoint__keep_every=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "--max-restarts=3", "-m", "ijepa_fast.train", *argv]
     result = subprocess.run(

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from ijepa_fast import distributed, train
 from ijepa_fast.cli import parse
 from ijepa_fast.fast import FastStep
-from ijepa_fast.run import Run
+from ijepa_fast.pictures import Pictures
 
 __all__ = [
     "RECIPE",
@@ -137,7 +137,7 @@ def run(data: Path, out: Path, *, pictures: bool = False, **settings) -> int:
 def _main(argv: list[str], pictures: bool) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    no_pictures = mock.patch.object(Run, "_draw", return_value=None)
+    no_pictures = mock.patch.object(Pictures, "_draw", return_value=None)
     try:
         with contextlib.nullcontext() if pictures else no_pictures:
             return train.main(argv)
