@@ -1,10 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
-PART ?= ops
+PART ?= first
 OUT ?= gpu-check
 
-.PHONY: venv demo test torture lint format bench bench-accept static-accept gpu-check clean
+.PHONY: venv demo test torture lint format bench bench-accept static-accept gpu-check gpu-bundle clean
 
 venv: $(VENV)/.installed
 
@@ -45,10 +45,14 @@ bench-accept: venv
 static-accept: venv
 	$(IN_VENV) -m benchmarks.static --accept
 
-# parts ops, sanitize, step, tune; on a CUDA machine, with its own Python: make gpu-check PART=ops OUT=dir PYTHON=python3
-# ARGS goes on to the part, e.g. PART=tune ARGS='--op latent_loss'
+# parts first, step, ops, data, train, sanitize, tune; on a CUDA machine, with its own Python: make gpu-check PART=first OUT=dir PYTHON=python3
+# ARGS goes on to the part, e.g. PART=step ARGS='--presets vitb16_in1k --seconds 120'
 gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT) $(ARGS)
+
+# what such a machine needs if it has no network, into gpu-bundle/; ARGS=--dali adds DALI
+gpu-bundle: venv
+	PYTHONPATH=.:kernels $(IN_VENV) -m benchmarks.gpu_check.bundle $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -37,6 +37,7 @@ EXTRAS = {
         "ruff>=0.9",
         "transformers>=5.0",
         "types-PyYAML",
+        "zstandard>=0.23",
     ],
 }
 EXTRAS["all"] = [requirement for extra in EXTRAS.values() for requirement in extra]

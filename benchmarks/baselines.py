@@ -52,7 +52,7 @@ def compare(
     """Holds our own times against the device's baseline.
 
     Returns:
-        What was compared, and a line for every case more than 10 % slower.
+        What was compared, and a line for every case 10 % slower or more.
     """
     path = path_of(str(machine["device"]), folder)
     if not path.is_file():
@@ -65,7 +65,7 @@ def compare(
             continue
         compared += 1
         before = old[result.key]["median_us"]
-        if result.median_us > LIMIT * before:
+        if result.median_us >= LIMIT * before:
             slower.append(
                 f"{result.key}: {result.median_us:.2f} us, baseline {before:.2f} us "
                 f"({result.median_us / before:.2f} x, limit {LIMIT:.2f} x)"

@@ -3,12 +3,12 @@
 ``python -m benchmarks.bench_step --full --out DIR`` measures the models at their full depth; under
 pytest a machine without a GPU gets small ones. A step goes from masks as sampled, on the host, to
 updated weights. Every provider first runs all steps, and its losses and final weights are held
-against the reference's; then they take turns over the same steps, in changing order, and every turn
-is compared with the others' of its round. Where not all providers fit the GPU at once, each of them
-takes turns with `fast` alone.
+against the reference's; then it and `fast` take turns over the same steps, in changing order, and
+every turn is compared with the other's of its round.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from benchmarks import step_report, targets
+from benchmarks.gpu_check.files import OutOfTime, stopped_after
 from benchmarks.harness import device as default_device
 from benchmarks.step_contest import REPEATS, measure, names_on
 from benchmarks.step_providers import MODES, PROVIDERS, Case, make_case
 from benchmarks.step_report import ROWS, Row
+from ijepa_fast.presets import PRESETS
 
 GPU_MODELS = ("vith14_in1k", "vitb16_in1k", "vitl16_in1k")
 
@@ -66,10 +68,10 @@ def bench_step(case: Case, request: pytest.FixtureRequest) -> None:
 # --- as a command --------------------------------------------------------------------------------
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench_step", description=__doc__.split("\n\n")[0])
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What is measured; where, for how long and into which folder is the caller's."""
     parser.add_argument("--full", action="store_true", help="on a CPU: full depth, float32")
-    parser.add_argument("--presets", nargs="+", help="instead of the machine's")
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), metavar="PRESET")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS))
@@ -77,14 +79,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int, default=8, help="different steps of a turn")
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--device", type=torch.device, default=default_device())
-    parser.add_argument("--out", type=Path, help="step.json and step.md, as they come")
-    return parser.parse_args(argv)
+    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 1 if something could not be measured."""
-    args = _arguments(argv)
+def run(args: argparse.Namespace) -> int:
+    """Measures what was asked for; the exit code is 1 if something could not be measured."""
     cuda = args.device.type == "cuda"
     depths = {} if args.full or cuda else {"depth": 4, "predictor_depth": 2}
     cases = [
@@ -102,19 +101,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     wanted = args.providers or names_on(args.device, compiled=args.compile)
     names = [name for name in PROVIDERS if name in wanted]
-    rows: list[Row] = []
-    for case in cases:
-        done = list(rows)
+    late = {"error": "out of time"}
+    rows = {(c, n): {**step_report.new_row(c, n), **late} for c in cases for n in names}
 
-        def flush(new: Sequence[Row], done: list[Row] = done) -> None:
-            step_report.write(args.out, args.device, [*done, *new])
+    def flush(case: Case, new: Sequence[Row]) -> None:
+        rows.update({(case, row["provider"]): row for row in new})
+        step_report.write(args.out, args.device, list(rows.values()))
 
-        rows += measure(case, names, device=args.device, repeats=args.repeats, flush=flush)
-        step_report.write(args.out, args.device, rows)
-        print(step_report.table(rows[len(done) :]) + "\n", flush=True)
-    for line in targets.missed_steps(rows):
+    try:
+        with stopped_after(args.seconds):
+            for case in cases:
+                keep = functools.partial(flush, case)
+                new = measure(case, names, device=args.device, repeats=args.repeats, flush=keep)
+                print(step_report.table(new) + "\n", flush=True)
+    except OutOfTime:
+        for row in rows.values():
+            if args.repeats and "ms" not in row:
+                row.setdefault("error", "out of time")
+        print(f"stopped after {args.seconds:.0f} s\n{step_report.table(list(rows.values()))}\n")
+    step_report.write(args.out, args.device, list(rows.values()))
+    for line in targets.missed_steps(rows.values()):
         print(f"TARGET MISSED {line}")
-    return int(any("error" in row for row in rows))
+    return int(any("error" in row for row in rows.values()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="bench_step", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--out", type=Path, help="step.json and step.md, as they come")
+    return run(add_options(parser).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """JPEG files of ImageNet's size, cut from the photographs in the scikit-image wheel."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
-import skimage
 from PIL import Image
 
-__all__ = ["SIZE", "write_photographs"]
+__all__ = ["SIZE", "write_copies", "write_photographs"]
 
 SIZE = (500, 375)
 _MOST_BYTES = 118_000
@@ -33,6 +33,8 @@ def write_photographs(folder: Path, count: int = 256) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if len(list(folder.glob("*.jpg"))) == count:
         return folder
+    import skimage
+
     data = Path(skimage.__file__).parent / "data"
     sources = [Image.open(data / name).convert("RGB") for name in _NAMES]
     width, height = SIZE
@@ -51,4 +53,19 @@ def write_photographs(folder: Path, count: int = 256) -> Path:
             if buffer.tell() <= _MOST_BYTES:
                 break
         (folder / f"{number:05d}.jpg").write_bytes(buffer.getvalue())
+    return folder
+
+
+def write_copies(source: Path, folder: Path, count: int) -> Path:
+    """Writes `count` files, copies of those of `source` in turn.
+
+    Raises:
+        ValueError: there are none.
+    """
+    pictures = sorted(source.glob("*.jpg"))
+    if not pictures:
+        raise ValueError(f"{source} must hold photographs (*.jpg), found none")
+    folder.mkdir(parents=True)
+    for number in range(count):
+        shutil.copyfile(pictures[number % len(pictures)], folder / f"{number:05d}.jpg")
     return folder

@@ -7,7 +7,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +26,10 @@ from benchmarks.step_providers import (
     check_weights,
 )
 from benchmarks.step_report import Row
-from ijepa_fast.estimate import estimate
 
 __all__ = ["REPEATS", "compiled_graphs", "measure", "names_on"]
 
 REPEATS = 5
-# of the device's memory, for all providers' weights and the activations of one
-MEMORY_SHARE = 0.8
 
 Flush = Callable[[Sequence[Row]], None]
 
@@ -52,65 +48,45 @@ def measure(
     device: torch.device,
     repeats: int = REPEATS,
     seconds: float = float("inf"),
-    deadline: float = float("inf"),
     flush: Flush = lambda rows: None,
 ) -> list[Row]:
-    """Measures the providers on one case.
+    """Measures the providers on one case, one after the other: each is built, verified and then
+    takes turns with `fast` (the first to come, where there is no `fast`), before the next is built.
+    So two at most are in memory, and a time that is cut short has whole results.
 
     Args:
         case: what to run.
         names: of the providers.
         device: where.
         repeats: rounds; 0 verifies only.
-        seconds: after so many no round is begun but the first.
-        deadline: `time.monotonic()` after which no provider is begun.
-        flush: gets the rows whenever some have changed.
+        seconds: after so many no round of a provider is begun but its first.
+        flush: gets the rows after every turn, and whenever else some have changed.
 
     Returns:
         A row for each provider. What could not be measured says why, under "error".
     """
     torch._dynamo.reset()
-    contest, began = _Contest(case, device), time.monotonic()
-    for group in _groups(case, names, device):
-        for name in [n for n in contest.alive if n not in group]:
-            contest.dismiss(name)
-        for name in group:
-            if time.monotonic() > deadline:
-                contest.out_of_time(name)
-            else:
-                contest.admit(name)
-        contest.play(group, repeats, began + seconds)
-        flush(contest.rows)
+    contest, began = _Contest(case, device, flush), time.monotonic()
+    for name in names:
+        partner = FAST if FAST in contest.alive else next(iter(contest.alive), None)
+        for other in [n for n in contest.alive if n != partner]:
+            contest.dismiss(other)
+        contest.admit(name)
         if repeats:
-            for name in group:
-                contest.examine(name)
-            flush(contest.rows)
+            # alone it is timed once, so that there is something to see
+            alone = len(contest.alive) < 2 and name != names[-1]
+            contest.play(1 if alone else repeats, began + seconds)
+            contest.examine(name)
     for name in list(contest.alive):
         contest.dismiss(name)
     return contest.rows
 
 
-def _groups(case: Case, names: Sequence[str], device: torch.device) -> list[list[str]]:
-    """Who takes turns with whom: all, or where they do not fit each with `fast`. On a GPU first
-    those that are compiled soon.
-    """
-    if device.type != "cuda" or len(names) < 3 or FAST not in names:
-        return [list(names)]
-    # of the providers the one that needs most
-    need = estimate(replace(case.config, path="reference"), batch=case.batch)
-    total = torch.cuda.get_device_properties(device).total_memory
-    # the released style keeps attention matrices beyond the estimate
-    active = 1.3 * (need.memory(case.batch) - need.memory(0))
-    if len(names) * need.memory(0) + active <= MEMORY_SHARE * total:
-        return [[n for n in names if n not in (COMPILE, SELECTIVE)], list(names)]
-    return [[name, FAST] for name in names if name != FAST]
-
-
 class _Contest:
     """The providers of a case that are alive, what is known of all, and the rounds played."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
+    def __init__(self, case: Case, device: torch.device, flush: Flush) -> None:
+        self.case, self.device, self._flush = case, device, flush
         self.workload = Workload(case, device)
         self.alive: dict[str, Contestant] = {}
         self._rows: dict[str, Row] = {}
@@ -135,11 +111,6 @@ class _Contest:
             self._rows[name]["error"] = failure
             self.dismiss(name)
 
-    def out_of_time(self, name: str) -> None:
-        if name not in self._rows:
-            self._rows[name] = step_report.new_row(self.case, name)
-            self._rows[name]["error"] = "out of time"
-
     def dismiss(self, name: str) -> None:
         self.alive.pop(name, None)
         gc.collect()
@@ -150,9 +121,10 @@ class _Contest:
         """Builds a provider, verifies it on all steps, which also warms it up, and measures its
         memory.
         """
-        if name not in self._rows:
-            self._rows[name] = step_report.new_row(self.case, name)
-            self._guarded(name, lambda: self._verify(name))
+        self._rows[name] = step_report.new_row(self.case, name)
+        self._flush(self.rows)
+        self._guarded(name, lambda: self._verify(name))
+        self._flush(self.rows)
 
     def _verify(self, name: str) -> None:
         row, cuda = self._rows[name], self.device.type == "cuda"
@@ -177,22 +149,20 @@ class _Contest:
             row["saved_mib"] = saved.largest / 2**20
         row["graphs"] = compiled_graphs() - graphs
 
-    def play(self, names: Sequence[str], repeats: int, until: float) -> None:
-        """Rounds in which each takes one turn; every second round in reverse."""
+    def play(self, repeats: int, until: float) -> None:
+        """Rounds in which each that is alive takes one turn; every second round in reverse."""
         graphs = compiled_graphs()
-        alone = {n for r in self._rounds for n in r}.issuperset(n for n in names if n in self.alive)
-        for repeat in range(0 if alone else repeats):
+        for repeat in range(repeats):
             if repeat and time.monotonic() > until:
                 break
             self._rounds.append({})
-            present = [n for n in names if n in self.alive]
-            for name in present[:: -1 if repeat % 2 else 1]:
+            for name in list(self.alive)[:: -1 if repeat % 2 else 1]:
                 self._guarded(name, lambda name=name: self._turn(name))  # type: ignore[misc]
+                self._summarise(name)
+                self._flush(self.rows)
         if recompiled := compiled_graphs() - graphs:
-            for name in names:
+            for name in self.alive:
                 self._rows[name]["graphs_while_timed"] = recompiled
-        for name in names:
-            self._summarise(name)
 
     def _turn(self, name: str) -> None:
         contestant = self.alive[name]
@@ -229,21 +199,27 @@ class _Contest:
                 self._rows[one]["speed"][other] = ratio
 
     def _ratio(self, name: str, other: str) -> float | None:
-        """How many times as fast as the other: median over rounds; by way of `fast` where they
-        never played together.
+        """How many times as fast as the other: median over rounds; where they never played together
+        by way of one whom both have played.
         """
-        direct = [r[other] / r[name] for r in self._rounds if name in r and other in r]
-        if direct:
-            return statistics.median(direct)
-        if FAST in (name, other):
-            return None
-        legs = self._ratio(name, FAST), self._ratio(FAST, other)
-        return None if legs[0] is None or legs[1] is None else legs[0] * legs[1]
+
+        def direct(one: str, two: str) -> float | None:
+            rounds = [r[two] / r[one] for r in self._rounds if one in r and two in r]
+            return statistics.median(rounds) if rounds else None
+
+        if (ratio := direct(name, other)) is not None:
+            return ratio
+        for partner in self._rows:
+            legs = direct(name, partner), direct(partner, other)
+            if legs[0] is not None and legs[1] is not None:
+                return legs[0] * legs[1]
+        return None
 
     def examine(self, name: str) -> None:
         """Where its time goes, and what else there is to know of a provider that is warm."""
-        if name in self.alive and "parts" not in self._rows[name]:
+        if name in self.alive:
             self._guarded(name, lambda: self._examine(name))
+            self._flush(self.rows)
 
     def _examine(self, name: str) -> None:
         row, contestant = self._rows[name], self.alive[name]

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import signal
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ import torch.nn.functional as F
 
 from benchmarks import step_contest, step_providers, step_report, targets
 from benchmarks.bench_step import main
-from benchmarks.gpu_check import step as part
 from benchmarks.released_style import ExplicitAttention
-from benchmarks.step_contest import measure, names_on
+from benchmarks.step_contest import measure
 from benchmarks.step_parts import PARTS, SavedBytes, Timeline, attribute, kernel_table, profiled
 from benchmarks.step_providers import (
     COMPILE,
@@ -32,7 +30,6 @@ from benchmarks.step_providers import (
     check_weights,
     make_case,
 )
-from ijepa_fast import parity
 
 CPU = torch.device("cpu")
 ALL = [REFERENCE, FAST, RELEASED]
@@ -188,7 +185,8 @@ def test_the_command_reports_every_row(tmp_path, monkeypatch, capsys):
     assert [(r["mode"], r["provider"]) for r in found] == [(m, p) for m in MODES for p in ALL]
     text, printed = (tmp_path / "step.md").read_text(), capsys.readouterr().out
     for row in found:
-        assert row["repeats"] == len(row["turns_ms"]) == 2
+        turns = {REFERENCE: 1 + 2, FAST: 2 + 2, RELEASED: 2}[row["provider"]]
+        assert row["repeats"] == len(row["turns_ms"]) == turns
         assert row["images_per_second"] == pytest.approx(2e3 / row["ms"])
         assert set(row["speed"]) == set(ALL) - {row["provider"]}
         assert row["utilisation"] > 0
@@ -210,9 +208,7 @@ def test_a_provider_that_fails_does_not_end_the_others(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory\nlong text")
 
     monkeypatch.setattr(step_providers, "PROVIDERS", {**PROVIDERS, REFERENCE: build})
-    flushed = []
-    rows = measure(_case(), ALL, device=CPU, repeats=1, flush=lambda r: flushed.append(len(r)))
-    assert flushed == [3, 3]
+    rows = measure(_case(), ALL, device=CPU, repeats=1)
     assert rows[0]["error"] == "OutOfMemoryError: CUDA out of memory"
     assert [row["held_against"] for row in rows[1:]] == [FAST, FAST]
     table = step_report.table(rows).splitlines()
@@ -220,36 +216,58 @@ def test_a_provider_that_fails_does_not_end_the_others(monkeypatch):
     assert len({line.count("|") for line in table}) == 1
 
 
-def test_nothing_is_begun_after_the_deadline():
-    rows = measure(_case(), ALL, device=CPU, repeats=1, deadline=time.monotonic() - 1)
-    assert [row["error"] for row in rows] == ["out of time"] * 3
+def test_what_is_built_is_timed_before_the_next_one_is_built(monkeypatch):
+    """Two at most are in memory, and the rows are flushed after every turn."""
+    told = []
+    verify, turn = step_contest._Contest._verify, step_contest._Contest._turn
 
-
-def test_providers_that_do_not_fit_at_once_take_turns_with_the_fast_step(monkeypatch):
-    case, names = _case(), names_on(torch.device("cuda"))
-    memory = SimpleNamespace(total_memory=2**40)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
-    assert step_contest._groups(case, names, torch.device("cuda")) == [ALL, names]
-    memory.total_memory = 2**20
-    pairs = step_contest._groups(case, names, torch.device("cuda"))
-    assert pairs == [[REFERENCE, FAST], [RELEASED, FAST], [COMPILE, FAST], [SELECTIVE, FAST]]
-
-    groups = [[REFERENCE, FAST], [RELEASED, FAST]]
-    monkeypatch.setattr(step_contest, "_groups", lambda *args: groups)
-    alive = []
-    verify = step_contest._Contest._verify
-
-    def noting(contest, name):
+    def verifying(contest, name):
         verify(contest, name)
-        alive.append(set(contest.alive))
+        told.append(("built", *contest.alive))
 
-    monkeypatch.setattr(step_contest._Contest, "_verify", noting)
-    rows = {row["provider"]: row for row in measure(case, ALL, device=CPU, repeats=2)}
-    assert alive == [{REFERENCE}, {REFERENCE, FAST}, {FAST, RELEASED}]
-    assert rows[FAST]["repeats"] == 4
+    def turning(contest, name):
+        turn(contest, name)
+        told.append(name)
+
+    def flush(rows):
+        told.append(sum(row.get("repeats", 0) for row in rows))
+
+    monkeypatch.setattr(step_contest._Contest, "_verify", verifying)
+    monkeypatch.setattr(step_contest._Contest, "_turn", turning)
+    found = measure(_case(), ALL, device=CPU, repeats=1, flush=flush)
+    # zeros: a row begun, and verified; a number again: examined
+    first = [0, ("built", REFERENCE), 0, REFERENCE, 1, 1]
+    second = [1, ("built", REFERENCE, FAST), 1, REFERENCE, 2, FAST, 3, 3]
+    third = [3, ("built", FAST, RELEASED), 3, FAST, 4, RELEASED, 5, 5]
+    assert told == first + second + third
+    rows = {row["provider"]: row for row in found}
     speed = rows[RELEASED]["speed"]
     by_way = speed[FAST] * rows[FAST]["speed"][REFERENCE]
     assert speed[REFERENCE] == pytest.approx(by_way)
+
+
+def test_a_command_that_runs_out_of_time_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.bench_step.make_case", lambda *a, mode, **kw: _case(mode))
+    monkeypatch.setattr(step_report, "matrix_rate", lambda device, precision: 1e9)
+
+    def stuck(work):
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        time.sleep(30)
+
+    monkeypatch.setattr(step_providers, "PROVIDERS", {**PROVIDERS, FAST: stuck})
+    assert main(["--repeats", "1", "--seconds", "60", "--out", str(tmp_path)]) == 1
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    errors = [(row["mode"], row["provider"], row.get("error")) for row in rows]
+    late = "out of time"
+    assert errors[:3] == [
+        ("published", REFERENCE, None),
+        ("published", FAST, late),
+        ("published", RELEASED, late),
+    ]
+    assert errors[3:] == [("whole", name, late) for name in ALL]
+    assert rows[0]["ms"] > 0
+    assert "stopped after 60 s" in capsys.readouterr().out
 
 
 # --- parts ---------------------------------------------------------------------------------------
@@ -370,62 +388,3 @@ def test_targets_of_the_step(monkeypatch):
     slow = [_row(FAST, 2.0, reference=0.98), _row(FAST, 2.0, model="S/16", reference=1.0)]
     (line,) = targets.missed_steps(slow)
     assert line.endswith("0.98 x reference, target 1 x")
-
-
-# --- gpu-check -----------------------------------------------------------------------------------
-
-
-def _parity(device):
-    return [{"path": "fast", "dtype": "float32", "ok": True}]
-
-
-def test_the_part_flushes_and_says_what_it_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(part, "check_parity", _parity)
-    monkeypatch.setattr(part, "make_case", lambda *a, mode, **kw: _case(mode))
-    monkeypatch.setattr(step_report, "matrix_rate", lambda device, precision: 1e9)
-    assert part.run(tmp_path, CPU, ["tiny"], 2, MODES, [REFERENCE, FAST])
-    found = json.loads((tmp_path / "step.json").read_text())
-    assert len(found["rows"]) == 4
-    assert found["left_out"] == []
-    assert found["graphs"] == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"step.json", "step.md"}
-    text = (tmp_path / "step.md").read_text()
-    assert text.startswith("Parity: fast float32 holds\n")
-    assert "Graphs compiled by the whole run: 0." in text
-
-    # stopped in the middle of the second case
-    real = measure
-
-    def slow(case, *args, flush, **kwargs):
-        if case.mode == "whole":
-            flush([{**step_report.new_row(case, FAST), "error": "half way"}])
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            time.sleep(30)
-        return real(case, *args, flush=flush, **kwargs)
-
-    monkeypatch.setattr(part, "measure", slow)
-    assert not part.run(tmp_path, CPU, ["tiny"], 2, MODES, [REFERENCE, FAST])
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    found = json.loads((tmp_path / "step.json").read_text())
-    assert [r.get("error") for r in found["rows"]] == [None, None, "half way"]
-    assert found["left_out"] == ["tiny, batch 2, float32, whole"]
-    assert "out of time: tiny, batch 2" in (tmp_path / "step.md").read_text()
-
-
-def test_a_replay_that_fails_leaves_the_other_path(monkeypatch):
-    def replay(file, *, path, dtype, device):
-        if path == "fast":
-            raise RuntimeError("no such kernel\nlong text")
-        row = SimpleNamespace(kind="loss", error=1e-7)
-        return SimpleNamespace(ok=True, rows=[row], table=lambda: "PASS")
-
-    monkeypatch.setattr(parity, "replay", replay)
-    results = part.check_parity(CPU)
-    assert [(r["path"], r["dtype"], r["ok"]) for r in results] == [
-        ("reference", "float32", True),
-        ("reference", "bfloat16", True),
-        ("fast", "float32", False),
-        ("fast", "bfloat16", False),
-    ]
-    assert results[0]["worst"] == {"loss": 1e-7}
-    assert results[3]["error"] == "RuntimeError: no such kernel"

@@ -1,14 +1,10 @@
 """What the benchmarks would do on a GPU and can be tried without one: compiled providers, wrong
-results that must not pass, targets, and the commands of gpu-check that run out of time or memory.
+results that must not pass, targets.
 """
 
 import dataclasses
 import importlib
-import subprocess
-import sys
-import time
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +13,6 @@ from pytest_benchmark.stats import Stats
 
 from benchmarks import harness, targets
 from benchmarks.discover import benches
-from benchmarks.gpu_check import files, sanitize
 from benchmarks.harness import Bench, Result
 from benchmarks.shapes import SMALL
 
@@ -176,113 +171,3 @@ def test_what_misses_its_target_is_named():
         "ema_update_/H/14/forward: 50.0 us, host 26.0 us, target 25 us",
         "patchify/H/14/forward: 30.0 us, byte floor 12.0 us, target max(2 x, + 5 us)",
     ]
-
-
-# --- gpu-check -----------------------------------------------------------------------------------
-
-SLOW = """
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(child.pid, flush=True)
-try:
-    time.sleep(60)
-except KeyboardInterrupt:
-    print("2 failed so far", flush=True)
-    {then}
-"""
-
-
-@pytest.mark.parametrize("then", ["pass", "time.sleep(60)"])
-def test_what_runs_too_long_says_what_it_knows_and_leaves_no_children(then, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "GRACE", 0.5)
-    log = tmp_path / "log.txt"
-    command = [sys.executable, "-c", SLOW.format(then=then)]
-    began = time.monotonic()
-    result = files.logged(command, log, seconds=1.5)
-    assert time.monotonic() - began < 10
-    assert result["exit_code"] is None
-    lines = [line for line in log.read_text().splitlines() if line]
-    assert lines[-2:] == ["2 failed so far", "stopped after 2 s"]
-    child = Path(f"/proc/{next(line for line in lines if line.isdigit())}/stat")
-    for _ in range(50):
-        if not child.exists() or child.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail("the command's child is still there")
-
-
-def test_the_sanitizer_stays_within_nine_minutes(tmp_path, monkeypatch):
-    """However long each tool takes."""
-    now = [0.0]
-
-    def logged(command, log, *, seconds, environment=None):
-        now[0] += seconds + files.GRACE
-        return {"exit_code": None, "last_line": ""}
-
-    monkeypatch.setattr(sanitize, "logged", logged)
-    monkeypatch.setattr(sanitize, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: "sanitizer")
-    assert not sanitize.run(tmp_path)
-    assert 400 < now[0] <= 540
-
-
-def test_ops_need_no_package_of_the_trainer():
-    code = """
-import sys
-sys.modules["tyro"] = None
-import torch
-from benchmarks.gpu_check import __main__, ops
-(result,) = ops._parity(torch.device("cpu"))
-assert not result["ok"] and "tyro" in result["error"]
-"""
-    root = Path(__file__).parents[1]
-    path = f"{root}:{root / 'kernels'}"
-    subprocess.run([sys.executable, "-c", code], cwd=root, env={"PYTHONPATH": path}, check=True)
-
-
-@pytest.mark.parametrize(
-    ("module", "options", "message"),
-    [
-        ("benchmarks.static", ["--only", "nosuch"], "--only must be among"),
-        ("benchmarks.gpu_check", ["tune", "--op", "nosuch", "--out", "o"], "invalid choice"),
-        (
-            "benchmarks.gpu_check",
-            ["step", "--device", "cpu", "--presets", "nosuch", "--out", "o"],
-            "--presets must be among",
-        ),
-        (
-            "benchmarks.gpu_check",
-            ["step", "--device", "cpu", "--providers", "nosuch", "--out", "o"],
-            "--providers must be among",
-        ),
-    ],
-)
-def test_a_wrong_option_is_one_line(module, options, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [module, *options])
-    with pytest.raises(SystemExit, match="2"):
-        importlib.import_module(f"{module}.__main__").main()
-    lines = capsys.readouterr().err.splitlines()
-    assert message in lines[-1]
-    assert "nosuch" in lines[-1]
-
-
-def test_tuning_without_a_gpu_is_refused(tmp_path):
-    root = Path(__file__).parents[1]
-    for device in ("cpu", "cuda"):
-        if device == "cuda" and torch.cuda.is_available():
-            continue
-        options = ["--device", device, "--out", str(tmp_path / "out")]
-        result = subprocess.run(
-            [sys.executable, "-m", "benchmarks.gpu_check", "tune", *options],
-            cwd=root,
-            env={"PYTHONPATH": f"{root}:{root / 'kernels'}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 2
-        (line,) = result.stderr.splitlines()
-        assert line.startswith("error: ")
-        assert "needs a CUDA device" in line
-        assert not (tmp_path / "out").exists()

@@ -1,22 +1,23 @@
-"""Part `sanitize`: every op under compute-sanitizer's four tools, torch's caching allocator off.
+"""Part `sanitize`: every op under one of compute-sanitizer's tools, torch's caching allocator off.
 
-Only our kernels are instrumented: Triton keeps their Python names, which start with an underscore
-and a small letter. Leaves sanitize.json and a log for each tool.
+``ARGS='--tool racecheck'``. Only our kernels are instrumented: Triton keeps their Python names,
+which start with an underscore and a small letter. Leaves sanitize_exercise.txt and
+sanitize_<tool>.txt. On a CPU only the exercise runs.
 """
 
 import os
 import shutil
 import sys
 import sysconfig
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.gpu_check.files import GRACE, logged, write_json
-from benchmarks.harness import machine
+from benchmarks.gpu_check import files
+from benchmarks.gpu_check.files import left, logged
 
-__all__ = ["find_sanitizer", "run"]
+__all__ = ["find_sanitizer", "main"]
 
+SECONDS = 240
 TOOLS = {
     # bytes between allocations, so that a small step outside is seen
     "memcheck": ["--padding", "256"],
@@ -24,7 +25,6 @@ TOOLS = {
     "initcheck": [],
     "synccheck": [],
 }
-ALL, EACH = 530, 150  # seconds
 
 
 def find_sanitizer() -> str | None:
@@ -41,8 +41,17 @@ def find_sanitizer() -> str | None:
     return None
 
 
-def run(out: Path) -> bool:
-    """The whole part; True if every tool ran and found nothing."""
+def main(argv: Sequence[str]) -> bool:
+    """The whole part; True if the tool ran and found nothing."""
+    parser = files.options("sanitize", __doc__.split("\n\n")[0], SECONDS)
+    parser.add_argument("--tool", choices=list(TOOLS), default="memcheck")
+    args = parser.parse_args(argv)
+    files.start(args)
+    exercise = [sys.executable, "-m", "benchmarks.gpu_check.exercise"]
+    # compile first: under the sanitizer nothing should wait for the compiler
+    result = logged(exercise, args.out / "sanitize_exercise.txt", seconds=args.seconds / 2)
+    if result["exit_code"] or args.device.type == "cpu":
+        return not result["exit_code"]
     sanitizer = find_sanitizer()
     if sanitizer is None:
         print(
@@ -50,21 +59,13 @@ def run(out: Path) -> bool:
             file=sys.stderr,
         )
         return False
-    result: dict[str, Any] = {"machine": machine(), "sanitizer": sanitizer, "tools": {}}
-    end = time.monotonic() + ALL
-    exercise = [sys.executable, "-m", "benchmarks.gpu_check.exercise"]
-    # compile first: under the sanitizer nothing should wait for the compiler
-    result["exercise"] = logged(exercise, out / "sanitize_exercise.txt", seconds=120)
-    write_json(out / "sanitize.json", result)
-    for number, (tool, options) in enumerate(TOOLS.items()):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *options]
-        command += ["--kernel-name", "regex=^_[a-z][a-z0-9_]*_kernel", *exercise]
-        result["tools"][tool] = logged(
-            command,
-            out / f"sanitize_{tool}.txt",
-            seconds=min(EACH, (end - time.monotonic()) / (len(TOOLS) - number) - GRACE),
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-        write_json(out / "sanitize.json", result)
-    codes = [result["exercise"]["exit_code"], *(t["exit_code"] for t in result["tools"].values())]
-    return all(code == 0 for code in codes)
+    result = logged(
+        [
+            *(sanitizer, "--tool", args.tool, "--error-exitcode", "9", *TOOLS[args.tool]),
+            *("--kernel-name", "regex=^_[a-z][a-z0-9_]*_kernel", *exercise),
+        ],
+        args.out / f"sanitize_{args.tool}.txt",
+        seconds=left(args),
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+    return bool(result["exit_code"] == 0 and not result["stopped"])
