@@ -8,6 +8,7 @@ from ijepa_kernels.adamw_ema import adamw_ema_
 from ijepa_kernels.add_layer_norm import add_layer_norm
 from ijepa_kernels.ema_update import ema_update_
 from ijepa_kernels.gather_tokens import gather_tokens
+from ijepa_kernels.gelu import gelu, gelu_backward
 from ijepa_kernels.latent_loss import latent_loss, target_rows
 from ijepa_kernels.patchify import pad_patch_weight, patchify
 from ijepa_kernels.predictor_tokens import predictor_tokens
@@ -20,6 +21,8 @@ __all__ = [
     "debug_checks",
     "ema_update_",
     "gather_tokens",
+    "gelu",
+    "gelu_backward",
     "latent_loss",
     "pad_patch_weight",
     "patchify",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["LAUNCHERS", "ON_CPU", "define"]
+__all__ = ["LAUNCHERS", "ON_CPU", "define", "raw"]
 
 _LIBRARY = torch.library.Library("ijepa_kernels", "DEF")
 # what runs on CUDA and on CPU tensors, by op name; `testing.launch_on_cpu` puts the first in the
@@ -98,3 +98,19 @@ def define(
 
     _LIBRARY.impl(name, with_autograd, "Autograd")
     return op
+
+
+def raw(name: str, *, cuda: Callable[..., Any], cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that no dispatcher and no autograd knows, for code that writes its own derivative.
+
+    Args:
+        name: in `LAUNCHERS` and `ON_CPU`.
+        cuda: the launcher, if the first argument is a CUDA tensor; the current device must be its.
+        cpu: the same with torch operations, else.
+    """
+    LAUNCHERS[name], ON_CPU[name] = cuda, cpu
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        return cuda(first, *rest) if first.is_cuda else ON_CPU[name](first, *rest)
+
+    return call

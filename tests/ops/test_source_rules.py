@@ -5,6 +5,7 @@ and what only some GPUs or some sizes would punish.
 import ast
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +75,16 @@ def kernels_are_called_kernel(tree, _):
     for these names.
     """
     jitted = _jitted(tree)
-    for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript):
-            name = ast.unparse(call.func.value)
-            if name in jitted and not re.fullmatch(r"_\w+_kernel", name):
+    for call in _calls(tree, ".*"):
+        if isinstance(call.func, ast.Subscript):
+            launched = {ast.unparse(call.func.value)}
+        elif ast.unparse(call.func) == "launch":
+            inside = chain.from_iterable(map(ast.walk, call.args))
+            launched = {node.id for node in inside if isinstance(node, ast.Name)}
+        else:
+            continue
+        for name in launched & set(jitted):
+            if not re.fullmatch(r"_\w+_kernel", name):
                 yield f"{name} is launched"
     yield from (name for name in jitted if not name.startswith("_"))
     yield from (n for n in _functions(tree) if n.endswith("_kernel") and n not in jitted)
@@ -383,6 +390,7 @@ def test_a_good_kernel_passes(rule):
         (no_autotuning, "@triton.jit(do", "@triton.autotune([], [])\n@triton.jit(do"),
         (kernels_are_called_kernel, "_op_kernel", "_op_fwd_kernels"),
         (kernels_are_called_kernel, "_op_kernel", "op_kernel"),
+        (kernels_are_called_kernel, "_op_kernel[(1,)](x)", "launch(*(_rows, (1,), x))"),
         (kernels_are_called_kernel, "_op_fwd(", "_op_fwd_kernel("),
         (other_functions_are_annotated, "op_bytes(rows: int)", "op_bytes(rows)"),
         (other_functions_are_annotated, "op_bytes(rows: int) -> int", "op_bytes(rows: int)"),

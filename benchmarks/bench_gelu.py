@@ -1,0 +1,49 @@
+"""GELU of the hidden rows of one block of the context encoder; backward also its fused pass."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Bench
+from benchmarks.shapes import Model
+from ijepa_kernels.gelu import _gelu_bwd, _gelu_bwd_sums, _gelu_fwd, gelu, gelu_bytes, gelu_ref
+
+BF16 = torch.bfloat16
+
+
+def _inputs(model: Model, device: torch.device, generator: torch.Generator) -> tuple[Tensor, ...]:
+    h = torch.randn((model.batch * model.context, 4 * model.width), generator=generator)
+    return (h.to(device, BF16),)
+
+
+def _bytes(model: Model, backward: bool) -> int:
+    return gelu_bytes(model.batch * model.context, 4 * model.width, BF16, backward=backward)
+
+
+BENCH = Bench(
+    name="gelu",
+    inputs=_inputs,
+    providers={"reference": gelu_ref, "ours": gelu},
+    bytes=_bytes,
+    differentiate=(0,),
+)
+
+
+@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
+def bench_gelu(benchmark: Any, provider: str, shape: str, direction: str) -> None:
+    BENCH.run(benchmark, provider, shape, direction)
+
+
+def static_cases(model: Model) -> dict[str, Callable[[], object]]:
+    """Launches of every kernel at its production configuration, on meta tensors."""
+    h = torch.empty((model.batch * model.context, 4 * model.width), dtype=BF16, device="meta")
+    return {
+        "fwd": partial(_gelu_fwd, h),
+        "bwd": partial(_gelu_bwd, h, h),
+        "bwd, sums": partial(_gelu_bwd_sums, h, h, False),
+        "bwd, sums, activation": partial(_gelu_bwd_sums, h, h, True),
+    }
