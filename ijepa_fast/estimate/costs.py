@@ -104,19 +104,15 @@ def reference_block(width: int, hidden: int, small: int) -> Kept:
     return Kept(before=norm_input + small * width, inside=3 * small * width, after=after)
 
 
-def fast_block(width: int, hidden: int, small: int, residual: int, memory: str) -> Kept:
-    """`fast.block.PackedBlock`, plain or compiled. `memory` none keeps what the reference's block
-    does; `selective` neither the norms' nor the GELU's output, and the norms' input as it is.
+def fast_block(width: int, hidden: int, small: int, residual: int, heads: int) -> Kept:
+    """`fast.block.PackedBlock`. Both sums and their norms' statistics, queries, keys, values,
+    attention's output and log-sum-exp, and the GELU's input; no norm's or GELU's output.
 
-    36 D bytes in bfloat16 with F = 4 D, selective 24 D. Another block is another function here; the
-    predictor's first and last block, which see fewer rows, are put together in
-    `Costs._predictor`.
+    24 D + 4 H + 16 bytes in bfloat16 with F = 4 D. The predictor's first and last block, which see
+    fewer rows, are put together in `Costs._predictor`.
     """
-    if memory == "none":
-        # plain norms widen their input to float32 and keep that (compiled ones do not)
-        return reference_block(width, hidden, small)
-    after = residual * width + small * (width + hidden)
-    return Kept(before=residual * width, inside=3 * small * width, after=after)
+    after = residual * width + 8 + small * (width + hidden)
+    return Kept(before=residual * width + 8, inside=3 * small * width + 4 * heads, after=after)
 
 
 class Costs:
@@ -127,7 +123,7 @@ class Costs:
         self.patches = config.grid[0] * config.grid[1]
         self.pixels = 3 * config.model.patch_size**2
         self.width, self.hidden, self.depth = a.width, a.mlp_hidden, a.depth
-        self.narrow = config.model.predictor_width
+        self.heads, self.narrow = a.heads, config.model.predictor_width
         self.narrow_hidden = 4 * self.narrow
         self.narrow_depth = a.predictor_depth
         self.contexts = config.masks.num_contexts
@@ -185,7 +181,7 @@ class Costs:
     def _kept(self, width: int, hidden: int) -> Kept:
         """Of a row, by one block of the path."""
         if self.fast:
-            return fast_block(width, hidden, self.small, self.residual, self.memory)
+            return fast_block(width, hidden, self.small, self.residual, self.heads)
         return reference_block(width, hidden, self.small)
 
     def _inside(self, kept: Kept, rows: float, padded: float, width: int) -> float:
@@ -197,7 +193,7 @@ class Costs:
     def _block(self, rows: float, padded: float, width: int, hidden: int) -> float:
         """Kept by a block that sees all rows."""
         if self.memory == "full":
-            return rows * width * self.residual
+            return rows * width * (self.residual + self.small)
         kept = self._kept(width, hidden)
         return rows * (kept.before + kept.after) + self._inside(kept, rows, padded, width)
 
@@ -205,19 +201,25 @@ class Costs:
         """Kept by the blocks of the fast path's predictor."""
         p, hidden, small = self.narrow, self.narrow_hidden, self.small
         if self.memory == "full":
-            return self.residual * p * (self.narrow_depth * all_rows + context)
+            later = (self.narrow_depth - 1) * all_rows * (self.residual + small)
+            return p * (later + context * self.residual)
         kept = self._kept(p, hidden)
         first, last = context * kept.before, wanted * kept.after
         unequal = self.pads and padded > all_rows
         keys = padded if unequal else all_rows
         if self.narrow_depth == 1:
             return first + small * p * (keys * (2 if unequal else 3) + wanted) + last
-        # the last block's norm is a plain one, and its keys and values, and the wanted rows'
-        # queries and what they are made of, lie apart
-        last += p * (all_rows * (4 + small) + small * 2 * keys + small * 2 * wanted)
+        last += self._last(all_rows, keys, wanted)
         middle = (self.narrow_depth - 2) * self._block(all_rows, padded, p, hidden)
         first += self._inside(kept, all_rows, padded, p) + all_rows * kept.after
         return first + middle + last
+
+    def _last(self, all_rows: float, keys: float, wanted: float) -> float:
+        """Kept by the predictor's last block besides what its wanted rows need after attention: its
+        norm sees all rows; its keys and values, and the wanted rows' queries, lie apart.
+        """
+        before = self._kept(self.narrow, self.narrow_hidden).before
+        return all_rows * before + self.small * self.narrow * (2 * keys + wanted)
 
     def activations(self, rows: Rows) -> float:
         """Kept for the backward pass, of one image."""
@@ -225,8 +227,8 @@ class Costs:
         wanted = self.pairs * rows.target
         if self.fast:
             context, longest = rows.context, self.contexts * rows.longest
-            embedded = context * (small * self.pixels + 4 * d + small * d)
-            predicted = wanted * (4 * p + small * p + small * d) + 4 * rows.needed * d
+            embedded = context * (small * self.pixels + self.residual * d + small * d)
+            predicted = wanted * (self.residual * p + small * (p + d)) + 4 * rows.needed * d
             every, padded = (self.targets * n + wanted for n in (context, longest))
             inner = self._predictor(context, every, padded, wanted)
         else:
@@ -273,9 +275,12 @@ class Costs:
                 forward += 4 * (n * self.pixels + self.targets * contexts * d - wanted * d)
             return size + max(forward, backward)
         size += small * wanted * d
+        every, width = self.targets * rows.context + wanted, self.narrow_hidden
         if self.memory == "full":
-            every = self.targets * rows.context + wanted
-            width = self.narrow_hidden
             # one block again, and the gradient of its GELU
             size += every * ((8 - self.residual) * p + small * (6 * p + 3 * width))
+        elif self.narrow_depth > 1:
+            # the last block but one going back: the GELU and its gradient, residual gradients
+            last = self._last(every, every, wanted) + wanted * self._kept(p, width).after
+            size += max(0.0, every * (2 * small * width + (self.residual + 2 * small) * p) - last)
         return size + (sum(self.graph()) if graph else 0)

@@ -171,8 +171,7 @@ def estimate(
 ) -> Estimate:
     """Arithmetic over a configuration; see `Estimate`.
 
-    Memory is that of the device batch with most rows in 200 steps. Of a bfloat16 residual stream
-    compiled blocks keep up to a tenth less than is estimated for `memory` none.
+    Memory is that of the device batch with most rows in 200 steps.
 
     Args:
         config: the configuration; `device` does not count.

@@ -135,6 +135,7 @@ class Pair:
 # --- back ends -----------------------------------------------------------------------------------
 
 Kept = tuple[Any, ...]
+Grads = tuple[Tensor, Tensor, Tensor]
 
 
 class Backend(NamedTuple):
@@ -144,13 +145,13 @@ class Backend(NamedTuple):
         name: as in `--attention`.
         forward: q, k, v (R, H, E), the pair, and whether a backward pass follows: to the output
             (R, H, E) and what else the backward pass needs.
-        backward: the output's gradient, q, k, v, the output, what was kept, and the pair: to the
-            gradients of q, k and v.
+        backward: the output's gradient, the output, what was kept, and the pair: to the gradients
+            of q, k and v.
     """
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, Pair, bool], tuple[Tensor, Kept]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Kept, Pair], Grads]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
@@ -166,9 +167,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tens
     return out.detach(), (leaves, out) if grad else ()
 
 
-def _sdpa_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sdpa_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
     leaves, attended = kept
     return torch.autograd.grad(attended, leaves, dout)  # type: ignore[return-value]
 
@@ -178,20 +177,19 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Ten
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
         queries.rectangle(q), keys.rectangle(k), keys.rectangle(v), None, grad
     )
-    return queries.rows(out), (lse, seed, offset)
+    return queries.rows(out), (q, k, v, lse, seed, offset)
 
 
-def _cudnn_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cudnn_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
     queries, keys = pair.queries, pair.keys
+    q, k, v, *rest = kept
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         queries.rectangle(dout),
         queries.rectangle(q),
         keys.rectangle(k),
         keys.rectangle(v),
         queries.rectangle(out),
-        *kept,
+        *rest,
         *(None, None, None, queries.longest, keys.longest, 0.0, False),
     )
     return queries.rows(dq), keys.rows(dk), keys.rows(dv)
@@ -202,15 +200,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Te
     out, lse, rng, unused, _ = aten._flash_attention_forward(
         q, k, v, a.cu, b.cu, a.bucket, b.bucket, 0.0, False, False
     )
-    return out, (lse, rng, unused)
+    return out, (q, k, v, lse, rng, unused)
 
 
-def _varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
+def _varlen_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
     a, b = pair.queries, pair.keys
-    lse, rng, unused = kept
-    grads: tuple[Tensor, Tensor, Tensor] = aten._flash_attention_backward(
+    q, k, v, lse, rng, unused = kept
+    grads: Grads = aten._flash_attention_backward(
         dout, q, k, v, out, lse, a.cu, b.cu, a.bucket, b.bucket, 0.0, False, rng, unused
     )
     return grads
@@ -236,15 +232,14 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[
     fmha = _fmha()
     inputs = fmha.Inputs(q[None], k[None], v[None], attn_bias=pair.block_diagonal)
     out, context = fmha.flash.FwOp.apply(inputs, grad)
-    return out[0], (context.lse,) if grad else ()
+    return out[0], (q, k, v, context.lse) if grad else ()
 
 
-def _xformers_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept, pair: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
+def _xformers_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
     fmha = _fmha()
+    q, k, v, lse = kept
     inputs = fmha.Inputs(q[None], k[None], v[None], attn_bias=pair.block_diagonal)
-    context = fmha.common.Context(lse=kept[0], out=out[None])
+    context = fmha.common.Context(lse=lse, out=out[None])
     grads = fmha.flash.BwOp.apply(context, inputs, dout[None])
     return grads.dq[0], grads.dk[0], grads.dv[0]
 
@@ -349,7 +344,7 @@ def _trial(backend: Backend, device: torch.device, heads: int, head_dim: int) ->
     for each, dtype in ((backend, torch.bfloat16), (BACKENDS["sdpa"], torch.float32)):
         q, k, v = qkv.to(dtype).unbind(1)
         out, kept = each.forward(q, k, v, pair, True)
-        grads = each.backward(dout.to(dtype), q, k, v, out, kept, pair)
+        grads = each.backward(dout.to(dtype), out, kept, pair)
         results.append([t.float() for t in (out, *grads)])
     for name, mine, true in zip(("output", "dq", "dk", "dv"), *results, strict=True):
         error = float((mine - true).norm() / true.norm())
@@ -372,7 +367,7 @@ def _milliseconds(
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             out, kept = backend.forward(q, k, v, pair, True)
-            backend.backward(dout, q, k, v, out, kept, pair)
+            backend.backward(dout, out, kept, pair)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))

@@ -278,7 +278,7 @@ def _forward(
     backend = task.settings.attention.of(task.pair)
     out, attended = backend.forward(q, k, v, task.pair, grad)
     x2, branch, kept = _finish(x, out, task)
-    return x2, branch, (first, *stats, q, k, v, out, *kept), attended
+    return x2, branch, (first, *stats, out, *kept), attended
 
 
 def _finish(x: Tensor, out: Tensor, task: _Task) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -317,7 +317,7 @@ class _Block(torch.autograd.Function):
         if ctx.full:
             kept, attended = _forward(*ctx.saved_tensors, task, True)[2:]
         else:
-            kept, attended = ctx.saved_tensors[:11], ctx.attended or ctx.saved_tensors[11:]
+            kept, attended = ctx.saved_tensors[:8], ctx.attended or ctx.saved_tensors[8:]
         dx, dlow, sums = _backward(dx, df, task, kept, attended)
         _give(ctx.bias, sums)
         needs = ctx.needs_input_grad
@@ -330,7 +330,7 @@ def _backward(
     """Gradients of the block's input, of its branch, and the latter's column sums. The bias of fc2
     is left to whoever adds the branch.
     """
-    first, mean1, rstd1, q, k, v, out, x2, mean2, rstd2, h = kept
+    first, mean1, rstd1, out, x2, mean2, rstd2, h = kept
     w, p, take, source = task.w, task.parameters, task.take, task.source
     width, dtype, low = first.shape[1], p[2].dtype, df.dtype
 
@@ -345,8 +345,8 @@ def _backward(
     _give(p[4], _outer(dp, out.flatten(1), dtype))
     backend = task.settings.attention.of(task.pair)
     dout = torch.mm(dp, w[4]).view_as(out)
-    dq, dk, dv = backend.backward(dout, q, k, v, out, attended, task.pair)
-    rows = len(k)
+    dq, dk, dv = backend.backward(dout, out, attended, task.pair)
+    rows = len(dk)
     if take is not None:  # nobody else's residual goes on
         dx = sum_rows(dx, take, rows)
     apart = take is not None and source is None
@@ -357,7 +357,7 @@ def _backward(
         dy += sum_rows(torch.mm(dq, w[2][:width]), take, rows)
     else:
         if take is not None:
-            dq = sum_rows(dq.flatten(1), take, rows).view_as(k)
+            dq = sum_rows(dq.flatten(1), take, rows).view_as(dk)
         dqkv, dbqkv = join_heads((dq, dk, dv))
         if source is not None:
             # what was copied gets the sum of the copies' gradients, and passes it on by itself

@@ -88,8 +88,8 @@ class Layout:
         loss_weight: float32, likewise: 0 for fillers; None without fillers.
         source: for each of the P rows of the predictor's sequences, the row that it is a copy of: r
             of the R context rows, or R + patch of the mask tokens.
-        taken: rows of the predictor's sequences that become the prediction: all targets, and one row
-            of each filler, so that every key is seen by a query.
+        taken: rows of the predictor's sequences that become the prediction: all targets, and one
+            row of each filler, so that every key is seen by a query.
         context: attention within the contexts.
         last_target: attention of the target encoder's last block: needed rows to whole images.
         predictor: attention within the predictor's sequences.

@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -18,13 +18,15 @@ from ijepa_fast.checkpoint import Snapshot
 from ijepa_fast.config import BatchConfig, Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
 from ijepa_fast.distributed import BUCKET_ELEMENTS
 from ijepa_fast.estimate import Costs, Rows, device_batch, estimate, report
-from ijepa_fast.fast import FastStep, attention, block, make_mesh
+from ijepa_fast.fast import FastStep, attention, make_mesh
+from ijepa_fast.fast import step as fast_step
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import attend, build_models
 from ijepa_fast.presets import preset
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
 from tests.trainer import tiny
+from tests.trainer.flash_on_cpu import flash_on_cpu
 
 BATCH = 8
 VALUES = StepValues(lr=1e-3, weight_decay=0.1, momentum=0.9)
@@ -44,7 +46,6 @@ def _config(
     return Config(
         path=path,
         memory=memory,
-        compile="off",
         model=ModelConfig(name="vit_small", **dims),
         masks=MaskConfig(truncation_group=group, num_contexts=contexts, min_keep=4),
         optim=OptimConfig(precision=precision, residual=residual),
@@ -108,13 +109,22 @@ class _Flash(torch.autograd.Function):
         return out
 
 
-def _flash_packed(_backend, q, k, v, pair):
-    return _Flash.apply(q, k, v, lambda q, k, v: attention._sdpa(q, k, v, pair))
-
-
 def _flash_padded(q, k, v, valid):
     out = _Flash.apply(q, k, v, lambda q, k, v: attend(q, k, v, valid))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@contextmanager
+def _flash():
+    """Both paths attend as on CUDA."""
+    varlen = attention.BACKENDS["varlen"]
+    chosen = attention.Attention(varlen, varlen, "here")
+    with (
+        flash_on_cpu(),
+        mock.patch.object(fast_step, "choose_attention", return_value=chosen),
+        mock.patch.object(model, "attend", _flash_padded),
+    ):
+        yield
 
 
 class _Forward(Exception):
@@ -130,33 +140,31 @@ def _until_backward():
         yield
 
 
-def _kept(config, step=0, begin=0):
+def _kept(config, number=0, begin=0):
     """Bytes that autograd keeps for the backward pass, but for weights and inputs; and masks."""
-    training = _step(config)
-    images, masks = _batch(config, step, begin)
-    prepared = training.prepare(masks)
-    known = [images, *vars(prepared).values()]
-    for network in (training.encoder, training.predictor, training.target_encoder):
-        known += [*network.parameters(), *network.buffers()]
-    known += [rounded for _, rounded in getattr(training, "copies", [])]
-    addresses = {t.untyped_storage().data_ptr() for t in known if isinstance(t, torch.Tensor)}
-    found = []
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in addresses:
-            found.append(tensor)
-        return tensor
-
     half = config.optim.precision == "bfloat16"
-    with (
-        mock.patch.object(
-            block, "attend_packed", _flash_packed if half else attention.attend_packed
-        ),
-        mock.patch.object(model, "attend", _flash_padded if half else attend),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        _until_backward(),
-    ):
-        training.accumulate(images, prepared, 1000)
+    with _flash() if half else nullcontext():
+        training = _step(config)
+        images, masks = _batch(config, number, begin)
+        prepared = training.prepare(masks)
+        inputs = [images, prepared.context_index] if config.path == "fast" else vars(prepared)
+        known = [images, *(inputs.values() if isinstance(inputs, dict) else inputs)]
+        for network in (training.encoder, training.predictor, training.target_encoder):
+            known += [*network.parameters(), *network.buffers()]
+        known += [rounded for _, rounded in getattr(training, "copies", [])]
+        addresses = {t.untyped_storage().data_ptr() for t in known if isinstance(t, torch.Tensor)}
+        found = []
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() not in addresses:
+                found.append(tensor)
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            _until_backward(),
+        ):
+            training.accumulate(images, prepared, 1000)
     kept = _size(found)
     if half and config.path == "reference":
         # the weights that autocast rounds are part of `fixed_bytes`
@@ -171,17 +179,16 @@ def _kept(config, step=0, begin=0):
 
 
 KEPT = [
-    *({"memory": memory, "precision": "bfloat16"} for memory in ("none", "selective", "full")),
-    *({"memory": memory, "precision": "float32"} for memory in ("none", "selective", "full")),
+    *({"memory": memory, "precision": "bfloat16"} for memory in ("none", "full")),
+    *({"memory": memory, "precision": "float32"} for memory in ("none", "full")),
     {"memory": "none", "precision": "bfloat16", "group": 1},
-    {"memory": "selective", "precision": "float32", "group": 1},
+    {"memory": "none", "precision": "float32", "group": 1},
     {"memory": "none", "precision": "bfloat16", "residual": "bfloat16"},
-    {"memory": "selective", "precision": "bfloat16", "residual": "bfloat16"},
     {"memory": "full", "precision": "bfloat16", "residual": "bfloat16"},
-    *({"memory": memory, "predictor_depth": 1} for memory in ("none", "selective", "full")),
+    *({"memory": memory, "predictor_depth": 1} for memory in ("none", "full")),
     {"memory": "none", "predictor_depth": 1, "group": 1},
     {"memory": "none", "depth": 2, "predictor_depth": 4},
-    {"memory": "selective", "width": 768, "heads": 12, "depth": 2, "predictor_width": 384},
+    {"memory": "none", "width": 768, "heads": 12, "depth": 2, "predictor_width": 384},
     {"memory": "none", "contexts": 2, "group": 1},
     {"path": "reference", "precision": "float32"},
     {"path": "reference", "precision": "bfloat16", "group": 1},
@@ -205,9 +212,9 @@ def test_the_policies_differ():
     """Else the test above would hold for any of them."""
     kept = [
         estimate(_config(memory=memory, precision="bfloat16")).activation_bytes
-        for memory in ("none", "selective", "full")
+        for memory in ("none", "full")
     ]
-    assert kept[0] > 1.3 * kept[1] > 1.3 * 2 * kept[2]
+    assert kept[0] > 2.5 * kept[1]
 
 
 # torch 2.11 says so of every profile
@@ -547,11 +554,11 @@ def test_flops_are_those_of_a_step(settings):
 
 
 def test_the_report():
-    config = replace(preset("vits16"), memory="selective")
+    config = replace(preset("vits16"), memory="full")
     text = report(config, 8, torch.device("cpu"), 80 * 2**30, None)
     need = estimate(config, batch=256, world=8)
     lines = text.splitlines()
-    assert lines[0].split(maxsplit=1)[1] == "fast, memory selective, bfloat16, shard over 8 ranks"
+    assert lines[0].split(maxsplit=1)[1] == "fast, memory full, bfloat16, shard over 8 ranks"
     left_out = 100 * (1 - need.executed_flops / need.flops)
     assert 2 < left_out < 30
     assert f"of which the fast path leaves out {left_out:.0f} %" in text
