@@ -252,10 +252,9 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
             )
         # the published recipe, and data that must be given
         start = Config(data=replace(Config().data, root=""), out=f"runs/{known.config.stem}")
-        group = start.masks.truncation_group
         settings, notes = dict(read.settings), read.notes
         # of its GPUs' batch, and as little asked for by the user as a preset's
-        group = settings.pop(GROUP, group)
+        group = settings.pop(GROUP, start.masks.truncation_group)
     else:
         settings = read
     _check_flags(rest)
