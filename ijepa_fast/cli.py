@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 import yaml
 
-from ijepa_fast.config import Config, largest_divisor
+from ijepa_fast.config import Config
 from ijepa_fast.presets import PRESETS, preset
 from ijepa_fast.released_yaml import Conversion, convert, is_released
 
@@ -256,10 +256,9 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
             )
         # the published recipe, and data that must be given
         start = Config(data=replace(Config().data, root=""), out=f"runs/{known.config.stem}")
-        group = start.masks.truncation_group
         settings, notes = dict(read.settings), read.notes
         # of its GPUs' batch, and as little asked for by the user as a preset's
-        group = settings.pop(GROUP, group)
+        group = settings.pop(GROUP, start.masks.truncation_group)
     else:
         settings = read
     _check_flags(rest)
@@ -269,12 +268,13 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     start = replace(start, masks=replace(start.masks, truncation_group=1 if fits else group))
     config = _parse_config(start, [*_as_arguments(settings), *shorthand, *rest])
     if fits:
-        fitted = largest_divisor(config.batch.global_, group)
+        batch = config.batch.global_
+        fitted = next(n for n in range(min(batch, group), 0, -1) if batch % n == 0)
         config = replace(config, masks=replace(config.masks, truncation_group=fitted))
         if fitted != group:
             notes += (
-                f"{GROUP} {fitted} instead of {group}: the largest that divides batch.global "
-                f"{config.batch.global_}, as none is given",
+                f"{GROUP} {fitted} instead of {group}: none is given, and it must divide "
+                f"batch.global {batch}",
             )
     return Invocation(
         config=config, print_config=known.print_config, dry_run=known.dry_run, notes=notes

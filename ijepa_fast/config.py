@@ -23,7 +23,6 @@ __all__ = [
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
-    "largest_divisor",
 ]
 
 
@@ -55,11 +54,6 @@ ARCHITECTURES = {
         ("vit_giant", 1408, 40, 16, 6144, 16),
     )
 }
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of a number that is at most `limit`."""
-    return next(n for n in range(min(number, limit), 0, -1) if number % n == 0)
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -155,9 +149,8 @@ class MaskConfig:
     min_keep: int = 10
     """A context must keep more than this many patches."""
     truncation_group: int = 128
-    """Contexts of this many consecutive images of the global batch are cut to their shortest, as
-    the published recipe does within the batch of one GPU; 1 = every context whole. Not given, and
-    no divisor of batch.global: the largest divisor below it."""
+    """Contexts of so many consecutive images of the global batch are cut to their shortest
+    (published: of one GPU's batch); 1 = every context whole. Left out, it fits batch.global."""
 
     def __post_init__(self) -> None:
         _require_choices("masks.", self)
@@ -435,13 +428,9 @@ class Config:
             _require(side % self.model.patch_size == 0, "data.crop", rule, side)
         if self.path == "reference":
             self._check_reference()
-        group, batch = self.masks.truncation_group, self.batch.global_
-        rule = (
-            f"divisible by masks.truncation_group ({group}): give a multiple of it, or a "
-            f"masks.truncation_group that divides batch.global (such as "
-            f"{largest_divisor(batch, group)})"
-        )
-        _require(batch % group == 0, "batch.global", rule, batch)
+        group = self.masks.truncation_group
+        rule = f"divisible by masks.truncation_group ({group}): change either, or give no group"
+        _require(self.batch.global_ % group == 0, "batch.global", rule, self.batch.global_)
 
     def _check_reference(self) -> None:
         """What is asked of the fast path alone must not be ignored in silence."""

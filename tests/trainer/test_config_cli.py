@@ -473,12 +473,12 @@ def test_a_group_that_is_given_stays(flag, tmp_path, capsys):
     (tmp_path / "group.yaml").write_text("masks: {truncation_group: 16}\n")
     for way in (given, ["--config", str(tmp_path / "group.yaml")]):
         message = _refused([*asked, "72", *way], capsys)
-        assert "masks.truncation_group (16): give a multiple of it, or a masks." in message
-        assert message.endswith("(such as 12), got 72")
+        assert "masks.truncation_group (16): change either, or give no group" in message
+        assert message.endswith(", got 72")
 
 
 def test_a_fitted_group_is_said(tmp_path, capsys):
-    said = "masks.truncation_group 48 instead of 64: the largest that divides batch.global 48"
+    said = "masks.truncation_group 48 instead of 64: none is given, and it must divide"
     arguments = ["--batch.global", "48", "--batch.device", "auto"]
     assert train.main([*arguments, "--print-config"]) == 0
     text = capsys.readouterr().out
@@ -511,8 +511,8 @@ def test_a_fitted_group_is_said(tmp_path, capsys):
         ),
         (
             ["--batch.global", "96", "--batch.device", "auto", "--masks.truncation-group", "64"],
-            "batch.global must be divisible by masks.truncation_group (64): give a multiple of it, "
-            "or a masks.truncation_group that divides batch.global (such as 48), got 96",
+            "batch.global must be divisible by masks.truncation_group (64): change either, or give "
+            "no group, got 96",
         ),
         (
             ["--optim.warmup", "7"],
