@@ -84,6 +84,7 @@ def test_killed_at_twenty_moments(data, tmp_path, path, world):
 def test_a_lost_rank_under_torchrun(data, tmp_path, kind):
     out = tmp_path / "run"
     settings = {"batch__device": 4, "log__interval": 1, "rank_timeout": 20}
+    settings["checkpoint__keep_every"] = 1
     argv = tiny.arguments(data, out, **settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "--max-restarts=3", "-m", "ijepa_fast.train", *argv]

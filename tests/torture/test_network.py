@@ -74,6 +74,7 @@ def test_a_cable_that_is_pulled_and_put_back(hosts, tmp_path):
     data = tiny.write_images(tmp_path / "data")
     out, output = tmp_path / "run", [tmp_path / f"host{n}.txt" for n in range(2)]
     settings = {"batch__device": 4, "optim__epochs": 40, "rank_timeout": 10, "log__interval": 5}
+    settings["checkpoint__keep_every"] = 2
     argv = tiny.arguments(data, out, **settings)
 
     def start():

@@ -62,7 +62,7 @@ def _expected(data, step, seed=3):
 
 @pytest.mark.parametrize("path", STEPS)
 def test_three_in_a_row_name_their_samples(data, out, capsys, path):
-    settings = {"path": path, "log__interval": 5}
+    settings = {"path": path, "log__interval": 5, "checkpoint__keep_every": 1}
     with _planted(path, 2, 4, 5, 6):
         assert tiny.run(data, out, **settings) == 4
     # weights, moments and target encoder, of the last checkpoint before the end (step 5)
@@ -108,7 +108,7 @@ def _rank(environment, argv, output, path, steps):
 @pytest.mark.parametrize("path", STEPS)
 def test_nan_on_the_second_rank_alone(data, out, path):
     """Both skip, both leave, and the report names the samples of both."""
-    settings = {"path": path, "batch__device": 4, "log__interval": 5}
+    settings = {"path": path, "batch__device": 4, "log__interval": 5, "checkpoint__keep_every": 1}
     argv, output = tiny.arguments(data, out, **settings), out.parent / "output.txt"
     children = [
         tiny._FORKS.Process(target=_rank, args=(environment, argv, output, path, (6, 7, 8)))

@@ -9,6 +9,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,7 +219,8 @@ def test_curves_are_drawn_while_training_goes_on(data, tmp_path, monkeypatch):
 
 def test_what_an_allowance_covers(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("ijepa_fast.allowance.time.monotonic", lambda: now[0])
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr("ijepa_fast.allowance.time", clock)
     allowance = Allowance(0.01)
 
     def work(kind, seconds):

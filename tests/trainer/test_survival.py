@@ -283,7 +283,8 @@ def test_a_restarted_job_meets_no_fault(data, out, whole, monkeypatch):
 def test_nan_poisons_nothing_and_can_be_replayed(data, out, path, kind, monkeypatch, capsys):
     steps = "6" if kind == "nan-weight" else "678"
     monkeypatch.setenv("IJEPA_FAST_FAULT", ",".join(f"0:{step}:{kind}" for step in steps))
-    assert tiny.run(data, out, path=path, log__interval=1) == 4
+    settings = {"path": path, "log__interval": 1, "checkpoint__keep_every": 1}
+    assert tiny.run(data, out, **settings) == 4
     error = capsys.readouterr().err
     assert "steps 6 to 8" in error
     assert "python -m ijepa_fast.replay" in error
@@ -312,7 +313,7 @@ def test_nan_poisons_nothing_and_can_be_replayed(data, out, path, kind, monkeypa
         assert "The step is finite here" in text
     # the run goes on from the last good checkpoint
     monkeypatch.delenv("IJEPA_FAST_FAULT")
-    assert tiny.run(data, out, path=path, log__interval=1) == 0
+    assert tiny.run(data, out, **settings) == 0
 
 
 def test_a_replay_is_the_step_that_was(data, out, tmp_path, monkeypatch, capsys):
