@@ -48,7 +48,7 @@ static-accept: venv
 # parts first, step, ops, data, train, sanitize, tune; on a CUDA machine, with its own Python: make gpu-check PART=first OUT=dir PYTHON=python3
 # ARGS goes on to the part, e.g. PART=step ARGS='--presets vitb16_in1k --seconds 120'
 gpu-check:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT) $(ARGS)
+	PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m benchmarks.gpu_check $(PART) --out $(OUT) $(ARGS)
 
 # what such a machine needs if it has no network, into gpu-bundle/; ARGS=--dali adds DALI
 gpu-bundle: venv

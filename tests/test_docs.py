@@ -532,7 +532,8 @@ def _requirements() -> dict[str, list[str]]:
     return {**given["extras_require"], "": given["install_requires"]}
 
 
-PIP_SWITCHES = {"-e", "-q", "-y", "-U", "--upgrade", "--no-deps", "--disable-pip-version-check"}
+PIP_SWITCHES = {"-e", "-q", "-y", "-U", "--upgrade", "--no-deps", "--no-index"}
+PIP_SWITCHES |= {"--disable-pip-version-check"}
 
 
 def _pip(words: tuple[str, ...], command: Command, sandbox: Sandbox, making=()) -> None:
@@ -549,6 +550,8 @@ def _pip(words: tuple[str, ...], command: Command, sandbox: Sandbox, making=()) 
                 raise Wrong(f"there is no file {value}")
         elif word == "--index-url":
             assert next(rest).startswith("https://")
+        elif word == "--find-links":
+            assert next(rest) == "gpu-bundle/wheels"
         elif word in PIP_SWITCHES:
             continue
         elif match := re.fullmatch(r"(\.|ijepa-fast)(?:\[([\w,]+)\])?", word):
@@ -560,7 +563,7 @@ def _pip(words: tuple[str, ...], command: Command, sandbox: Sandbox, making=()) 
 
 
 # not ours, named in the documents
-PACKAGES = {"nvidia-dali", "transformers", "timm"}
+PACKAGES = {"nvidia-dali", "transformers", "timm", "typeguard", "docstring-parser"}
 SYSTEM_PACKAGES = {
     *("build-essential", "dataset-fashion-mnist", "g++", "git", "make", "python3"),
     *("python3-dev", "python3-venv", "python3.11", "python3.11-dev", "python3.11-venv"),
@@ -629,6 +632,7 @@ VARIABLES = {
     "OMP_NUM_THREADS": r"\d+",
     "CUDA_VISIBLE_DEVICES": r"\d*(,\d+)*",
     "PYTHONPATH": r"[\w./:]+",
+    "LD_LIBRARY_PATH": r"[\w./:]+",
 }
 
 

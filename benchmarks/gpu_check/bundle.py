@@ -14,8 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import zstandard
-
 from benchmarks.gpu_check.files import ROOT
 from benchmarks.photographs import write_photographs
 
@@ -80,6 +78,8 @@ def prune(tree: Path) -> None:
 
 def pack(tree: Path, folder: Path) -> None:
     """A zstd archive of the tree, in pieces."""
+    import zstandard
+
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with tempfile.TemporaryFile() as whole:
@@ -102,6 +102,8 @@ def unpack(folder: Path, tree: Path) -> None:
     Raises:
         ValueError: a piece is missing.
     """
+    import zstandard
+
     pieces = sorted(folder.glob("dali.tar.zst.*"))
     numbers = [int(piece.suffix[1:]) for piece in pieces]
     if not pieces or numbers != list(range(len(pieces))):

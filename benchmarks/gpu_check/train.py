@@ -30,7 +30,7 @@ __all__ = ["main"]
 SECONDS = 280
 # before a run's first step: imports, the compiler
 STARTING = 60
-FILES = 480
+FILES = 960
 TINY = (
     *("--data.crop", "64", "--model.patch-size", "8"),
     *("--model.width", "32", "--model.depth", "1", "--model.heads", "2"),

@@ -26,7 +26,7 @@ from ijepa_fast.fast.block import Branch, PackedBlock, Settings, add_norm, close
 from ijepa_fast.fast.layout import Layout
 from ijepa_fast.model import Block, Predictor, VisionTransformer
 from ijepa_kernels import patchify
-from ijepa_kernels.gather_tokens import gather_rows
+from ijepa_kernels.gather_tokens import Gather, gather_rows
 
 __all__ = ["ContextEncoder", "PackedPredictor", "TargetEncoder", "repack"]
 
@@ -84,7 +84,21 @@ class TargetEncoder(_PackedEncoder):
         Returns:
             float32 (U, D) after the final norm.
         """
-        return self.head(*self.trunk(images, mean, std, grid), layout)
+        x, f = self._until_last(images, mean, std, grid)
+        # without gradients nobody asks what became of a row
+        take = Gather(layout.needed, layout.needed, None)
+        x, f = self.blocks[-1](x, f, layout.last_target, take)
+        return add_norm(self.norm, x, f, torch.float32)
+
+    def _until_last(
+        self, images: Tensor, mean: Tensor, std: Tensor, grid: Pair
+    ) -> tuple[Tensor, Branch | None]:
+        rows, _ = self.rows(images, mean, std, None)
+        x = (rows.unflatten(0, (len(images), -1)) + self.pos_embed).flatten(0, 1)
+        x, f = x.to(self.settings.residual), None
+        for block in list(self.blocks)[:-1]:
+            x, f = block(x, f, grid)
+        return x, f
 
     @torch.no_grad()
     def trunk(
@@ -93,18 +107,14 @@ class TargetEncoder(_PackedEncoder):
         """The part whose shapes never change: the last block's input, normalised rows, and keys and
         values, of all rows.
         """
-        rows, _ = self.rows(images, mean, std, None)
-        x = (rows.unflatten(0, (len(images), -1)) + self.pos_embed).flatten(0, 1)
-        x, f = x.to(self.settings.residual), None
-        *first, last = self.blocks
-        for block in first:
-            x, f = block(x, f, grid)
+        x, f = self._until_last(images, mean, std, grid)
+        last = self.blocks[-1]
         assert isinstance(last, PackedBlock)
         return last.keys_values(x, f, grid)
 
     @torch.no_grad()
     def head(self, x: Tensor, normed: Tensor, keys_values: Tensor, layout: Layout) -> Tensor:
-        """The rest, after `trunk`: what `forward` returns."""
+        """The rest, after `trunk`: what `forward` returns. For weights that are not sharded."""
         last = self.blocks[-1]
         assert isinstance(last, PackedBlock)
         rows, f = last.finish(x, normed, keys_values, layout.last_target, layout.needed)

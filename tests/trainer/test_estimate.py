@@ -234,7 +234,7 @@ def test_the_largest_batch_is_what_counts(path, group):
     assert BATCH * estimate(config, batch=BATCH).activation_bytes == pytest.approx(kept, rel=0.05)
     # packed, a large batch is nearer to the mean
     if path == "fast":
-        assert estimate(config, batch=128).activation_bytes < 0.95 * largest[0]
+        assert estimate(config, batch=128).activation_bytes < 0.97 * largest[0]
 
 
 def _peak(config):
@@ -281,18 +281,14 @@ def test_what_the_graph_and_the_pixels_add():
 
 
 # GiB that max_memory_allocated showed over 8 different steps: NVIDIA H200, torch 2.11.0+cu130,
-# batch 128, bfloat16, published masks, one micro-step, 2026-11-27
-ON_H200 = {
-    ("vith14_in1k", "fast"): 37.173,
-    ("vith14_in1k", "reference"): 37.874,
-    ("vitb16_in1k", "fast"): 8.014,
-    ("vitb16_in1k", "reference"): 8.574,
-}
+# batch 128, bfloat16, published masks, one micro-step, 2026-11-27; of the reference path alone, the
+# fast path's blocks were others then
+ON_H200 = {"vith14_in1k": 37.874, "vitb16_in1k": 8.574}
 
 
-@pytest.mark.parametrize(("recipe", "path"), ON_H200)
-def test_what_a_gpu_allocated(recipe, path):
-    config = replace(preset(recipe), path=path)
+@pytest.mark.parametrize("recipe", ON_H200)
+def test_what_a_gpu_allocated(recipe):
+    config = replace(preset(recipe), path="reference")
     rows = []
     for step in range(8):
         masks = sample_masks(
@@ -300,7 +296,7 @@ def test_what_a_gpu_allocated(recipe, path):
         )
         rows += Rows.of(masks, config.grid[0] * config.grid[1], 128)
     got = estimate(config, batch=128, steps=rows).allocated(128) / 2**30
-    assert got == pytest.approx(ON_H200[recipe, path], rel=0.05)
+    assert got == pytest.approx(ON_H200[recipe], rel=0.05)
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -499,17 +495,16 @@ def _explicit(q, k, v):
     return ((q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
 
 
-def _explicit_packed(_backend, q, k, v, pair):
-    queries, keys = pair.queries.starts, pair.keys.starts
+def _explicit_packed(q, k, v, pair, grad):
+    leaves = tuple(t.detach().requires_grad_(grad) for t in (q, k, v))
     parts = []
-    for s in range(pair.queries.count):
-        one = [t.transpose(0, 1) for t in (q[queries[s] : queries[s + 1]], *_of(k, v, keys, s))]
-        parts.append(_explicit(*one).transpose(0, 1))
-    return torch.cat(parts)
-
-
-def _of(k, v, starts, s):
-    return k[starts[s] : starts[s + 1]], v[starts[s] : starts[s + 1]]
+    with torch.set_grad_enabled(grad):
+        for s in range(pair.queries.count):
+            own, seen = (slice(*side.cu[s : s + 2].tolist()) for side in (pair.queries, pair.keys))
+            one = [t[rows].transpose(0, 1) for t, rows in zip(leaves, (own, seen, seen))]  # noqa: B905
+            parts.append(_explicit(*one).transpose(0, 1))
+        out = torch.cat(parts)
+    return out.detach(), (leaves, out)
 
 
 @pytest.mark.parametrize(
@@ -525,12 +520,14 @@ def _of(k, v, starts, s):
 )
 def test_flops_are_those_of_a_step(settings):
     config = _config(**settings)
-    training = _step(config)
+    explicit = attention.Backend("sdpa", _explicit_packed, attention._sdpa_backward)
+    chosen = attention.Attention(explicit, explicit, "here")
+    with mock.patch.object(fast_step, "choose_attention", return_value=chosen):
+        training = _step(config)
     images, masks = _batch(config)
     need = estimate(config, steps=[_rows(config, masks)])
     prepared = training.prepare(masks)
     with (
-        mock.patch.object(block, "attend_packed", _explicit_packed),
         mock.patch.object(model, "attend", lambda q, k, v, valid: _explicit(q, k, v)),
         FlopCounterMode(display=False) as counter,
     ):
