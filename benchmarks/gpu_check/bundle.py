@@ -34,7 +34,7 @@ def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="gpu-bundle", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu-bundle"))
-    parser.add_argument("--dali", action="store_true", help="DALI too: 175 MB")
+    parser.add_argument("--dali", action="store_true", help="DALI too: 190 MB")
     parser.add_argument("--unpack", type=Path, metavar="DIR", help="on the CUDA machine")
     args = parser.parse_args()
     if args.unpack:
@@ -68,12 +68,14 @@ def download(packages: Sequence[str], folder: Path) -> None:
 
 
 def prune(tree: Path) -> None:
-    """Removes what other Pythons and C++ would need."""
+    """Removes what only other Pythons, compilers and people would need."""
     ours = f".cpython-{PYTHON.replace('.', '')}-"
     for file in tree.glob("nvidia/**/*.cpython-*.so"):
         if ours not in file.name:
             file.unlink()
-    shutil.rmtree(tree / "nvidia" / "dali" / "include", ignore_errors=True)
+    for name in ("include", "bin", "samples"):
+        for folder in tree.glob(f"nvidia/*/{name}"):
+            shutil.rmtree(folder)
 
 
 def pack(tree: Path, folder: Path) -> None:
@@ -83,7 +85,7 @@ def pack(tree: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with tempfile.TemporaryFile() as whole:
-        compressor = zstandard.ZstdCompressor(level=19, threads=-1)
+        compressor = zstandard.ZstdCompressor(level=12, threads=-1)
         with (
             compressor.stream_writer(whole, closefd=False) as stream,
             tarfile.open(fileobj=stream, mode="w|") as archive,
