@@ -10,13 +10,12 @@ from torch import Tensor
 
 from benchmarks.harness import Bench
 from benchmarks.shapes import Model
-from ijepa_kernels.add_layer_norm import (
-    _add_layer_norm_bwd,
-    _add_layer_norm_fwd,
-    add_layer_norm,
-    add_layer_norm_bytes,
-    add_layer_norm_ref,
+from ijepa_kernels._layer_norm import (
+    add_layer_norm_bwd,
+    add_layer_norm_bwd_rows,
+    add_layer_norm_fwd,
 )
+from ijepa_kernels.add_layer_norm import add_layer_norm, add_layer_norm_bytes, add_layer_norm_ref
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -53,14 +52,21 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
     shape = (model.batch * model.context, model.width)
     x = torch.empty(shape, dtype=BF16, device="meta")
     affine = torch.empty(model.width, device="meta")
-    statistics = torch.empty((2, shape[0]), device="meta")
+    mean = torch.empty(shape[0], device="meta")
     cases: dict[str, Callable[[], object]] = {}
     for name, dtype in (("fp32", F32), ("bf16", BF16)):
         r = torch.empty(shape, dtype=dtype, device="meta")
         cases[f"fwd {name} residual"] = partial(
-            _add_layer_norm_fwd, r, x, affine, affine, 1e-6, BF16
+            add_layer_norm_fwd, r, x, affine, affine, 1e-6, BF16
         )
         cases[f"bwd {name} residual"] = partial(
-            _add_layer_norm_bwd, x, r, r, affine, statistics, BF16
+            add_layer_norm_bwd, x, r, r, mean, mean, affine, BF16
         )
+        cases[f"bwd of a block, {name} residual"] = partial(
+            add_layer_norm_bwd_rows,
+            *(x, r, r, mean, mean, affine, affine, BF16, True, True, True),
+        )
+    cases["fwd fp32, nothing added"] = partial(
+        add_layer_norm_fwd, torch.empty(shape, device="meta"), None, affine, affine, 1e-6, BF16
+    )
     return cases

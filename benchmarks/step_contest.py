@@ -14,11 +14,11 @@ import torch
 from benchmarks import step_report
 from benchmarks.step_parts import SavedBytes, Timeline, attribute, kernel_table, profiled
 from benchmarks.step_providers import (
+    CAPTURED,
     COMPILE,
     FAST,
     REFERENCE,
     RELEASED,
-    SELECTIVE,
     Case,
     Contestant,
     Workload,
@@ -37,7 +37,7 @@ Flush = Callable[[Sequence[Row]], None]
 def names_on(device: torch.device, *, compiled: bool = False) -> list[str]:
     """Providers, the most important first; `compiled` asks for the slow ones of a CPU too."""
     if device.type == "cuda":
-        return [REFERENCE, FAST, RELEASED, COMPILE, SELECTIVE]
+        return [REFERENCE, FAST, CAPTURED, RELEASED, COMPILE]
     return [REFERENCE, FAST, RELEASED, *([COMPILE] if compiled else [])]
 
 
@@ -239,7 +239,7 @@ class _Contest:
             row |= self._profile(contestant)
         except Exception as error:  # noqa: BLE001  # the times are not lost with it
             row["profile_error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        if name in (FAST, SELECTIVE):
+        if name in (FAST, CAPTURED):
             row["synchronisation"] = _synchronisation(contestant)
 
     def _profile(self, contestant: Contestant) -> Row:

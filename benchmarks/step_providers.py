@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.released_style import ReleasedStyleStep
 from ijepa_fast.config import BatchConfig, Config, ModelConfig
-from ijepa_fast.fast import FastStep, Memory
+from ijepa_fast.fast import CapturedStep, FastStep
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
@@ -26,6 +26,7 @@ from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules, StepValues
 
 __all__ = [
+    "CAPTURED",
     "COMPILE",
     "FAST",
     "MODES",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 RELEASED, REFERENCE, COMPILE = "released-style", "reference", "reference+compile"
-FAST, FULL = "fast", "fast, memory full"
+FAST, CAPTURED = "fast", "fast, captured"
 # largest relative difference of a step's loss
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 # of a network's weights after all steps, as a share of their movement: where the optimiser differs,
@@ -229,13 +230,8 @@ def _reference_compiled(workload: Workload) -> Step:
     return step
 
 
-def _fast(workload: Workload, memory: Memory = "none") -> Step:
-    return FastStep(
-        *workload.networks(),
-        workload.case.config.optim,
-        **_channels(workload),
-        memory=memory,
-    )
+def _fast(workload: Workload, kind: type[FastStep] = FastStep) -> Step:
+    return kind(*workload.networks(), workload.case.config.optim, **_channels(workload))
 
 
 PROVIDERS: dict[str, Callable[[Workload], Step]] = {
@@ -243,7 +239,7 @@ PROVIDERS: dict[str, Callable[[Workload], Step]] = {
     FAST: _fast,
     RELEASED: _released,
     COMPILE: _reference_compiled,
-    FULL: functools.partial(_fast, memory="full"),
+    CAPTURED: functools.partial(_fast, kind=CapturedStep),
 }
 
 

@@ -12,7 +12,7 @@ from benchmarks import targets
 from benchmarks.gpu_check.files import write_json
 from benchmarks.harness import machine
 from benchmarks.step_parts import PARTS
-from benchmarks.step_providers import FAST, REFERENCE, RELEASED, SELECTIVE, Case
+from benchmarks.step_providers import CAPTURED, FAST, REFERENCE, RELEASED, Case
 from ijepa_fast.estimate import Rows, estimate, measured_flops
 from ijepa_fast.metrics import peak_flops
 
@@ -49,9 +49,9 @@ def matrix_rate(device: torch.device, precision: str) -> float | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _arithmetic(case: Case, path: str, memory: str) -> tuple[float, float]:
+def _arithmetic(case: Case, path: str) -> tuple[float, float]:
     """GFLOP of an image in a run, and GiB that the case's own steps allocate, by arithmetic."""
-    config = replace(case.config, path=path, memory=memory)
+    config = replace(case.config, path=path)
     rows = [
         rows
         for step in range(case.steps)
@@ -63,9 +63,8 @@ def _arithmetic(case: Case, path: str, memory: str) -> tuple[float, float]:
 
 def new_row(case: Case, provider: str) -> Row:
     """What is known before anything is measured."""
-    path = "fast" if provider in (FAST, SELECTIVE) else "reference"
-    memory = "selective" if provider == SELECTIVE else "none"
-    gflop, gib = _arithmetic(case, path, memory)
+    path = "fast" if provider in (FAST, CAPTURED) else "reference"
+    gflop, gib = _arithmetic(case, path)
     return {
         "model": case.name,
         "batch": case.batch,

@@ -21,7 +21,7 @@ from benchmarks.shapes import MODELS, SMALL
 from benchmarks.tune import TUNINGS
 from ijepa_fast.presets import preset
 
-add_layer_norm_module: Any = importlib.import_module("ijepa_kernels.add_layer_norm")
+layer_norm_module: Any = importlib.import_module("ijepa_kernels._layer_norm")
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "driver": "580.1", "torch": "2.11", "triton": "3.6"}
 
 
@@ -149,24 +149,24 @@ def test_the_table_gives_ratios():
 
 def test_tuning_tries_every_candidate_and_restores_the_table(tmp_path, monkeypatch):
     """Without a GPU: the timer is replaced by one that gives times of our choice."""
-    shipped = add_layer_norm_module._tile
+    shipped = layer_norm_module._tile
     seen = []
 
     def timed(bench, model):
-        tile = add_layer_norm_module._tile(model.width)
+        tile = layer_norm_module._tile(model.width)
         seen.append(tile)
         if tile[2] == 16:
             raise RuntimeError("out of resources")
         return {"forward": 10.0 + tile[2], "backward": 30.0 - tile[2]}
 
     def check(bench, provider, shape):
-        if add_layer_norm_module._tile(MODELS[shape].width)[2] == 8:
+        if layer_norm_module._tile(MODELS[shape].width)[2] == 8:
             raise AssertionError("wrong")
 
     monkeypatch.setattr(Bench, "median_us", timed)
     monkeypatch.setattr(Bench, "check", check)
     assert tune.run(tmp_path, "add_layer_norm")
-    assert add_layer_norm_module._tile is shipped
+    assert layer_norm_module._tile is shipped
     assert {tile[0] for tile in seen} == {1, 2, 4}
     tables = json.loads((tmp_path / "tune.json").read_text())["tables"]
     assert [t["shape"] for t in tables] == ["H/14", "L/16", "B/16"]

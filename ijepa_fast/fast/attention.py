@@ -159,10 +159,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tens
     keys = pair.keys
     with torch.set_grad_enabled(grad):
         rectangles = (pair.queries, keys, keys)
-        out = attend(
-            *[side.rectangle(t) for side, t in zip(rectangles, leaves, strict=True)],
-            None if keys.equal else keys.valid,
-        )
+        inputs = [side.rectangle(t) for side, t in zip(rectangles, leaves, strict=True)]
+        out = attend(inputs[0], inputs[1], inputs[2], None if keys.equal else keys.valid)
         out = pair.queries.rows(out)
     return out.detach(), (leaves, out) if grad else ()
 

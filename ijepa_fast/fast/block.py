@@ -72,11 +72,12 @@ class Branch(NamedTuple):
 
     Attributes:
         rows: (R, D), in the dtype of products.
-        bias: the parameter that was added to every row last: its gradient is the sum of the rows'.
+        layer: whose bias was added to every row last: its gradient is the sum of the rows'. Not the
+            bias itself, of which FSDP2 would hand on a view.
     """
 
     rows: Tensor
-    bias: nn.Parameter | None
+    layer: nn.Linear | nn.Conv2d
 
 
 # --- weights and their gradients -----------------------------------------------------------------
@@ -204,9 +205,10 @@ class _Close(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Grads:
+        x, mean, rstd = ctx.saved_tensors
         gain, shift = ctx.parameters
         dx, df, sums, _, dgain, dshift = add_layer_norm_backward(
-            dy, None, *ctx.saved_tensors, gain, shift, ctx.eps, low_dtype=dy.dtype
+            dy, None, x, mean, rstd, gain, shift, ctx.eps, low_dtype=dy.dtype
         )
         for parameter, grad in ((ctx.bias, sums), (gain, dgain), (shift, dshift)):
             _give(parameter, grad)
@@ -218,7 +220,7 @@ _close: Callable[..., Tensor] = _Close.apply
 
 def close(layer: nn.LayerNorm, x: Tensor, f: Branch, dtype: torch.dtype) -> Tensor:
     """norm(x + f) of rows (R, D), in `dtype`."""
-    return _close(x, f.rows, f.bias, layer, dtype)
+    return _close(x, f.rows, f.layer.bias, layer, dtype)
 
 
 # --- the block -----------------------------------------------------------------------------------
@@ -259,22 +261,22 @@ def _forward(
     """
     w, take, source = task.w, task.take, task.source
     first, y, *stats = add_layer_norm_forward(x, f, w[0], w[1], task.eps, task.settings.dtype)
-    x = first if source is None else gather_rows(first, source.index)
+    x = first if source is None else gather_rows(first, source.picked)
     if take is not None and source is None:
         width = x.shape[1]
-        q = F.linear(gather_rows(y, take.index), w[2][:width], w[3][:width])
+        q = F.linear(gather_rows(y, take.picked), w[2][:width], w[3][:width])
         q = q.view(len(q), task.heads, -1)
         kv = F.linear(y, w[2][width:], w[3][width:])
         k, v = kv.view(len(y), 2, *q.shape[1:]).unbind(1)
     else:
         qkv = F.linear(y, w[2], w[3])
         if source is not None:
-            qkv = gather_rows(qkv, source.index)
+            qkv = gather_rows(qkv, source.picked)
         q, k, v = qkv.view(len(qkv), 3, task.heads, -1).unbind(1)
         if take is not None:
-            q = gather_rows(qkv[:, : first.shape[1]], take.index).view(-1, *k.shape[1:])
+            q = gather_rows(qkv[:, : first.shape[1]], take.picked).view(-1, *k.shape[1:])
     if take is not None:
-        x = gather_rows(x, take.index)
+        x = gather_rows(x, take.picked)
     backend = task.settings.attention.of(task.pair)
     out, attended = backend.forward(q, k, v, task.pair, grad)
     x2, branch, kept = _finish(x, out, task)
@@ -295,7 +297,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, f: Tensor | None, bias: nn.Parameter | None, task: _Task
+        ctx: Any, x: Tensor, f: Tensor | None, bias: Tensor | None, task: _Task
     ) -> tuple[Tensor, Tensor]:
         full = task.settings.memory == "full"
         x2, branch, kept, attended = _forward(x, f, task, not full)
@@ -315,7 +317,8 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor, df: Tensor) -> Grads:
         task = ctx.task
         if ctx.full:
-            kept, attended = _forward(*ctx.saved_tensors, task, True)[2:]
+            x, f = ctx.saved_tensors
+            kept, attended = _forward(x, f, task, True)[2:]
         else:
             kept, attended = ctx.saved_tensors[:8], ctx.attended or ctx.saved_tensors[8:]
         dx, dlow, sums = _backward(dx, df, task, kept, attended)
@@ -349,8 +352,7 @@ def _backward(
     rows = len(dk)
     if take is not None:  # nobody else's residual goes on
         dx = sum_rows(dx, take, rows)
-    apart = take is not None and source is None
-    if apart:
+    if take is not None and source is None:
         dq, dbq = join_heads((dq,))
         dkv, dbkv = join_heads((dk, dv))
         dy = torch.mm(dkv, w[2][width:])
@@ -367,8 +369,8 @@ def _backward(
     dx, dlow, sums, y, dgain1, dshift1 = add_layer_norm_backward(
         dy, dx, first, mean1, rstd1, w[0], w[1], task.eps, low_dtype=low
     )
-    if apart:
-        grad = torch.cat([_outer(dq, gather_rows(y, take.index), dtype), _outer(dkv, y, dtype)])
+    if take is not None and source is None:
+        grad = torch.cat([_outer(dq, gather_rows(y, take.picked), dtype), _outer(dkv, y, dtype)])
         dbqkv = torch.cat([dbq, dbkv])
     else:
         grad = _outer(dqkv, y, dtype)
@@ -410,12 +412,12 @@ class PackedBlock(Block):
             Residual and branch of the wanted rows, all by default.
         """
         task = self._task(pair, take, source)
-        rows, bias = (None, None) if f is None else f
+        rows, bias = (None, None) if f is None else (f.rows, f.layer.bias)
         if torch.is_grad_enabled():
             x2, branch = _block(x, rows, bias, task)
         else:
             x2, branch = _forward(x, rows, task, False)[:2]
-        return x2, Branch(branch, task.parameters[11])
+        return x2, Branch(branch, self.mlp.fc2)
 
     @torch.no_grad()
     def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -444,7 +446,7 @@ class PackedBlock(Block):
         k, v = keys_values.view(len(keys_values), 2, *q.shape[1:]).unbind(1)
         out, _ = task.settings.attention.of(pair).forward(q, k, v, pair, False)
         x2, branch, _ = _finish(gather_rows(x, take), out, task)
-        return x2, Branch(branch, None)
+        return x2, Branch(branch, self.mlp.fc2)
 
     def _task(self, pair: Pair, take: Gather | None = None, source: Gather | None = None) -> _Task:
         fixed = self.__dict__.get("_fixed")
@@ -466,4 +468,5 @@ class PackedBlock(Block):
             fixed = (w, parameters, attn.heads, self.norm1.eps, settings)
             if not settings.sharded:
                 self.__dict__["_fixed"] = fixed
-        return _Task(*fixed, pair, take, source)
+        w, parameters, heads, eps, settings = fixed
+        return _Task(w, parameters, heads, eps, settings, pair, take, source)

@@ -115,9 +115,9 @@ class _Gradients:
         for parameter in self._parameters:
             parameter.grad = None
         loss = run()
-        fresh = [p.grad for p in self._parameters]
+        fresh: list[Any] = [p.grad for p in self._parameters]
         assert all(g is not None for g in fresh), "a parameter has no gradient"
-        both = ([*self.views, self.loss], [*fresh, loss])
+        both: Any = ([*self.views, self.loss], [*fresh, loss])
         if first:
             torch._foreach_copy_(*both)
         else:

@@ -114,7 +114,8 @@ class Layout:
 # --- sequences -----------------------------------------------------------------------------------
 
 
-class _Side(NamedTuple):
+@dataclass(frozen=True)
+class _Side:
     """Sequences, as far as a key tells: how many, how long, over how many rows."""
 
     count: int
@@ -371,9 +372,10 @@ def grid_sequences(images: int, num_patches: int, device: torch.device) -> Pair:
 def _round_up(counted: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Marks further rows, here and there."""
     free = np.flatnonzero(~counted)
-    more = min(-np.count_nonzero(counted) % max(1, len(counted) // SHARE), len(free))
+    step = max(1, len(counted) // SHARE)
+    more = min(-int(np.count_nonzero(counted)) % step, len(free))
     marked = counted.copy()
-    marked[free[:: max(1, len(free) // max(1, more))][:more]] = True
+    marked[free[np.arange(more) * len(free) // max(more, 1)]] = True
     return marked
 
 

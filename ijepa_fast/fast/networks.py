@@ -16,7 +16,7 @@ needs, and C, M, T as in `layout.py`.
 """
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class _PackedEncoder(VisionTransformer):
         height, width = proj.kernel_size
         dtype = self.settings.dtype
         pixels = patchify(images, (height, width), index, mean, std, dtype, layout="BHWC")
-        return Branch(linear(proj, pixels, own_bias=False), proj.bias)
+        return Branch(linear(proj, pixels, own_bias=False), proj)
 
 
 class ContextEncoder(_PackedEncoder):
@@ -93,7 +93,7 @@ class TargetEncoder(_PackedEncoder):
     def _until_last(
         self, images: Tensor, mean: Tensor, std: Tensor, grid: Pair
     ) -> tuple[Tensor, Branch | None]:
-        rows, _ = self.rows(images, mean, std, None)
+        rows = self.rows(images, mean, std, None).rows
         x = (rows.unflatten(0, (len(images), -1)) + self.pos_embed).flatten(0, 1)
         x, f = x.to(self.settings.residual), None
         for block in list(self.blocks)[:-1]:
@@ -140,7 +140,8 @@ class PackedPredictor(Predictor):
         context = linear(self.predictor_embed, context_z)
         placed = context + gather_rows(table, layout.context_patch)
         # the sequences are copies of these rows, which the first block makes
-        x, f = torch.cat([placed, self.mask_token[0] + table]).to(settings.residual), None
+        x = torch.cat([placed, self.mask_token[0] + table]).to(settings.residual)
+        f: Any = None
         last = len(self.predictor_blocks) - 1
         for number, block in enumerate(self.predictor_blocks):
             x, f = block(
@@ -171,7 +172,7 @@ def repack(plain: nn.Module, kind: type[Network], settings: Settings) -> Network
     for module in network.modules():
         if isinstance(module, Block):
             module.__class__ = PackedBlock
-            module.settings = settings
+            module.__dict__["settings"] = settings
     assert issubclass(kind, type(plain))
     network.__class__ = kind
     assert isinstance(network, kind)

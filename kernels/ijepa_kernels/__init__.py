@@ -5,7 +5,11 @@ CUDA tensors run Triton, CPU tensors run plain torch, under the same names.
 
 from ijepa_kernels._checks import debug_checks
 from ijepa_kernels.adamw_ema import adamw_ema_
-from ijepa_kernels.add_layer_norm import add_layer_norm
+from ijepa_kernels.add_layer_norm import (
+    add_layer_norm,
+    add_layer_norm_backward,
+    add_layer_norm_forward,
+)
 from ijepa_kernels.ema_update import ema_update_
 from ijepa_kernels.gather_tokens import gather_tokens
 from ijepa_kernels.gelu import gelu, gelu_backward
@@ -18,6 +22,8 @@ from ijepa_kernels.take_targets import take_targets
 __all__ = [
     "adamw_ema_",
     "add_layer_norm",
+    "add_layer_norm_backward",
+    "add_layer_norm_forward",
     "debug_checks",
     "ema_update_",
     "gather_tokens",

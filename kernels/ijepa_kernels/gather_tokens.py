@@ -277,14 +277,14 @@ class Gather(NamedTuple):
     """Which rows are picked, and, the other way round, which picked ones each row has become.
 
     Attributes:
-        index: int32 (R,), the row of each picked one.
+        picked: int32 (R,), the row of each picked one.
         listed: int32; with `starts` the picked rows 0 .. R - 1 in the order of what they are copies
             of, else (rows,) the picked one that each row has become, or -1.
         starts: int32 (rows + 1,), where each row's copies begin in `listed`; None where no row is
             picked twice.
     """
 
-    index: Tensor
+    picked: Tensor
     listed: Tensor
     starts: Tensor | None
 
@@ -309,7 +309,7 @@ def sum_rows(grad: Tensor, gather: Gather, rows: int) -> Tensor:
         (rows, D), contiguous, in grad's dtype.
     """
     if grad.device.type == "cpu":
-        index, wide = gather.index.long(), torch.promote_types(grad.dtype, torch.float32)
+        index, wide = gather.picked.long(), torch.promote_types(grad.dtype, torch.float32)
         if gather.starts is None:
             return grad.new_zeros((rows, grad.shape[1])).index_copy_(0, index, grad)
         total = grad.new_zeros((rows, grad.shape[1]), dtype=wide).index_add_(

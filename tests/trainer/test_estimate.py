@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -342,6 +343,14 @@ def test_state_unsharded(path, precision):
     assert need.memory(0) == need.fixed_bytes + need.gradient_bytes + copy
 
 
+def _fsdp_params(training):
+    for network in (training.encoder, training.predictor):
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                group: Any = module._get_fsdp_state()._fsdp_param_group
+                yield from group.fsdp_params if group else ()
+
+
 def _in_rank(environment, folder, precision):
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -351,47 +360,29 @@ def _in_rank(environment, folder, precision):
         training = _step(config, make_mesh("full", ranks.device, 2))
         images, masks = _batch(config)
         prepared = training.prepare(masks)
-        shapes = {
-            tuple(p.shape)
-            for network in (training.encoder, training.predictor)
-            for p in network.parameters()
-        }
-        weights = []
-
-        def pack(tensor):
-            # by its shape a weight, transposed or not
-            shape = tuple(tensor.shape)
-            if {shape, shape[::-1]} & shapes:
-                weights.append(tensor)
-            return tensor
-
         gathered, original = 0, torch.Tensor.backward
 
         def height(self, *rest):
             nonlocal gathered
-            gathered = _size(weights)
+            gathered = sum(
+                p.unsharded_param.numel() * p.unsharded_param.element_size()
+                for p in _fsdp_params(training)
+                if p.sharded_state.name == "UNSHARDED"
+            )
             original(self, *rest)
 
         training.reduce_gradients(True)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            mock.patch.object(torch.Tensor, "backward", height),
-        ):
+        with mock.patch.object(torch.Tensor, "backward", height):
             training.accumulate(images, prepared, 1000)
         sharded = _state_bytes(training)
         training.update(VALUES)
         training.reduce_gradients(False)
         training.accumulate(images, prepared, 1000)
         sizes = []
-        for network in (training.encoder, training.predictor):
-            for module in network.modules():
-                if not isinstance(module, FSDPModule):
-                    continue
-                group = module._get_fsdp_state()._fsdp_param_group
-                for p in group.fsdp_params if group else ():
-                    whole = p.unsharded_accumulated_grad
-                    whole = p.unsharded_param.grad if whole is None else whole
-                    sizes.append(whole.numel() * whole.element_size())  # type: ignore[union-attr]
+        for p in _fsdp_params(training):
+            whole = p.unsharded_accumulated_grad
+            whole = p.unsharded_param.grad if whole is None else whole
+            sizes.append(whole.numel() * whole.element_size())
         (folder / f"{ranks.rank}.json").write_text(
             json.dumps({"gathered": gathered, "sharded": sharded, "whole": sum(sizes)})
         )

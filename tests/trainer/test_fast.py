@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
-from ijepa_fast.fast import FastStep, attention, block
+from ijepa_fast.fast import FastStep, _passes, attention, block
 from ijepa_fast.fast.attention import Pair, Sequences
 from ijepa_fast.fast.layout import grid_sequences, pack, views
 from ijepa_fast.masks import Masks, sample_masks
@@ -451,8 +451,8 @@ def test_layout_by_hand():
     assert layout.counted.tolist() == [1.0] * 7
     assert layout.loss_index.tolist() == [0, 1, 5, 6, 1, 2, 3, 4]
     # rows 0..4 are the context's, 5 + patch those of mask tokens
-    assert layout.source.index.tolist() == [0, 1, 6, 7, 2, 3, 4, 9, 10, 0, 1, 7, 8, 2, 3, 4, 7, 8]
-    assert layout.taken.index.tolist() == [2, 3, 7, 8, 11, 12, 16, 17]
+    assert layout.source.picked.tolist() == [0, 1, 6, 7, 2, 3, 4, 9, 10, 0, 1, 7, 8, 2, 3, 4, 7, 8]
+    assert layout.taken.picked.tolist() == [2, 3, 7, 8, 11, 12, 16, 17]
     for gather in (layout.source, layout.taken):
         _assert_inverse(gather)
     assert layout.predictor.queries.cu.tolist() == [0, 4, 9, 13, 18]
@@ -468,7 +468,7 @@ def test_layout_by_hand():
 
 def _assert_inverse(gather):
     """What a GPU sums by lists of copies is what a CPU sums by index."""
-    index, listed = gather.index.tolist(), gather.listed.tolist()
+    index, listed = gather.picked.tolist(), gather.listed.tolist()
     if gather.starts is None:
         assert {i: row for row, i in enumerate(listed) if i >= 0} == dict(enumerate(index))
         return
@@ -494,12 +494,12 @@ def test_layout_of_sampled_masks(few, group, contexts):
     assert bool(fillers) == bool(key.fillers) == (few and group == 1)
     assert layout.context_index[:real].tolist() == masks.context_index.tolist()
     # every row of every kind belongs to one sequence, and none is longer than is said
-    for pair, count in ((layout.context, rows), (layout.predictor, len(layout.source.index))):
+    for pair, count in ((layout.context, rows), (layout.predictor, len(layout.source.picked))):
         assert pair.keys.cu[0] == 0
         assert pair.keys.cu[-1] == count
         assert pair.keys.cu.diff().max() <= pair.keys.longest
         assert pair.keys.cu.diff().min() >= 1
-    assert layout.last_predictor.queries.cu[-1] == len(layout.taken.index)
+    assert layout.last_predictor.queries.cu[-1] == len(layout.taken.picked)
     # the rows that targets need are marked once, the others not at all
     needed = layout.needed[layout.counted > 0].tolist()
     images = torch.arange(4)[:, None, None] * 36
@@ -512,6 +512,7 @@ def test_layout_of_sampled_masks(few, group, contexts):
     assert torch.equal(target.long(), expected.long())
     if few and group == 1:
         assert rows % 256 == 0
+        assert layout.loss_weight is not None
         weight = layout.loss_weight.view(blocks, -1)
         assert weight.sum() == masks.target_index.numel() * contexts
         assert not weight[:, 4 * contexts * length :].any()

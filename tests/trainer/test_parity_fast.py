@@ -338,20 +338,22 @@ def _loss(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
 
 def _last_block_sees_wanted_rows(patch: Patch) -> None:
     """The last block of the target encoder: keys and values of the wanted rows only."""
-    finish = PackedBlock.finish
+    forward = PackedBlock.forward
 
-    def less(self: Any, x: Tensor, normed: Tensor, kv: Tensor, pair: Pair, take: Tensor) -> Any:
-        pair = Pair(pair.queries, pair.queries)
-        return finish(self, x, normed, kv[take.long()], pair, take)
+    def less(self: Any, x: Tensor, f: Any, pair: Pair, take: Any = None, source: Any = None) -> Any:
+        if take is None or torch.is_grad_enabled():
+            return forward(self, x, f, pair, take, source)
+        x, rows = (t.index_select(0, take.picked.long()) for t in (x, f.rows))
+        return forward(self, x, f._replace(rows=rows), Pair(pair.queries, pair.queries))
 
-    patch.setattr(PackedBlock, "finish", less)
+    patch.setattr(PackedBlock, "forward", less)
 
 
 def _copies_counted_once(patch: Patch) -> None:
     """Rows that are taken several times get the gradient of one of them."""
 
     def once(grad: Tensor, gather: Gather, rows: int) -> Tensor:
-        return grad.new_zeros(rows, grad.shape[1]).index_copy_(0, gather.index.long(), grad)
+        return grad.new_zeros(rows, grad.shape[1]).index_copy_(0, gather.picked.long(), grad)
 
     patch.setattr(packed_block, "sum_rows", once)
 
@@ -366,7 +368,7 @@ def _contexts_mixed_up(layout: Layout) -> dict[str, Any]:
 def _rolled(name: str, layout: Layout) -> dict[str, Any]:
     value = getattr(layout, name)
     if isinstance(value, Gather):
-        return {name: value._replace(index=value.index.roll(1))}
+        return {name: value._replace(picked=value.picked.roll(1))}
     return {name: value.roll(1)}
 
 
@@ -385,7 +387,7 @@ def _no_final_norm(patch: Patch) -> None:
             inner.setattr(
                 packed,
                 "close",
-                lambda n, x, f, dtype: x + f.rows + 0 * n.weight + 0 * n.bias + 0 * f.bias,
+                lambda n, x, f, dtype: x + f.rows + 0 * n.weight + 0 * n.bias + 0 * f.layer.bias,
             )
             return forward(self, *args)
 

@@ -5,7 +5,7 @@ paths resuming each other's runs.
 import pytest
 import torch
 
-from ijepa_fast import sharding
+from ijepa_fast.fast import sharding
 from tests.trainer import tiny
 
 STEPS = 20
@@ -87,7 +87,7 @@ def test_meshes_that_cannot_be():
 
 
 def test_what_the_reference_path_cannot_do(data, tmp_path):
-    for setting in ("shard", "memory", "compile", "attention"):
-        value = {"shard": "full", "memory": "full", "compile": "on", "attention": "varlen"}[setting]
+    for setting in ("shard", "memory", "graphs", "attention"):
+        value = {"shard": "full", "memory": "full", "graphs": "on", "attention": "varlen"}[setting]
         with pytest.raises(ValueError, match=rf"{setting} must be .* with path reference"):
             tiny.config(data, tmp_path / "run", path="reference", **{setting: value})

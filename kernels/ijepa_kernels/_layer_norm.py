@@ -1,0 +1,276 @@
+"""Kernels and launchers of `add_layer_norm`.
+
+Shape letters: R rows after flattening, D width.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ijepa_kernels._launch import launch
+from ijepa_kernels._sums import add_up
+
+__all__ = ["add_layer_norm_bwd", "add_layer_norm_bwd_rows", "add_layer_norm_fwd"]
+
+# --- launch table --------------------------------------------------------------------------------
+
+WARPS_PER_SM = 16  # of the backward pass: that many fit, with up to 128 registers a thread
+
+
+@functools.cache
+def _tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps, for rows of this width: 8 columns of 2 rows a thread.
+
+    All warps lie along the columns, so that a thread adds up its columns' gradients alone.
+    """
+    columns = triton.next_power_of_2(width)
+    return max(2, min(8, 512 // columns)), columns, min(16, max(1, columns // 256))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["R", "eps"])
+def _add_layer_norm_fwd_kernel(
+    residual_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,
+    normed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    R,
+    eps,
+    HAS_X: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D)
+    in_row, in_column = row < R, column < D
+    mask = in_row[:, None] & in_column[None, :]
+    offset = row[:, None] * D + column[None, :]
+
+    stored = tl.load(residual_ptr + offset, mask=mask, other=0.0)
+    if HAS_X:
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        stored = (stored.to(tl.float32) + x).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + offset, stored, mask=mask)
+
+    r = stored.to(tl.float32)
+    mean = tl.sum(r, axis=1) / D
+    centred = tl.where(in_column[None, :], r - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    weight = tl.load(weight_ptr + column, mask=in_column, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=in_column, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row, mean, mask=in_row)
+    tl.store(rstd_ptr + row, rstd, mask=in_row)
+
+
+@triton.jit(do_not_specialize=["R", "rows_per_program"])
+def _add_layer_norm_bwd_kernel(
+    grad_normed_ptr,
+    grad_sum_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    grad_residual_ptr,
+    grad_x_ptr,
+    normed_ptr,
+    partial_ptr,
+    R,
+    rows_per_program,
+    HAS_GRAD_SUM: tl.constexpr,
+    WITH_GRAD_X: tl.constexpr,
+    WITH_GRAD_X_SUMS: tl.constexpr,
+    WITH_NORMED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    in_column = column < D
+    weight = tl.load(weight_ptr + column, mask=in_column, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK_D,), tl.float32)
+    grad_bias = tl.zeros((BLOCK_D,), tl.float32)
+    grad_x_sums = tl.zeros((BLOCK_D,), tl.float32)
+    if WITH_NORMED:
+        bias = tl.load(bias_ptr + column, mask=in_column, other=0.0).to(tl.float32)
+    first = program * rows_per_program
+    end = tl.minimum(first + rows_per_program, R)
+    for start in range(first, end, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        in_row = row < end
+        mask = in_row[:, None] & in_column[None, :]
+        offset = row[:, None] * D + column[None, :]
+        r = tl.load(sum_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_normed_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=in_row, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=in_row, other=0.0)
+        # where there is no column it is not 0, but the gradient is
+        hat = (r - mean[:, None]) * rstd[:, None]
+        if WITH_NORMED:
+            normed = (hat * weight[None, :] + bias[None, :]).to(normed_ptr.dtype.element_ty)
+            tl.store(normed_ptr + offset, normed, mask=mask)
+        grad_weight += tl.sum(grad * hat, axis=0)
+        grad_bias += tl.sum(grad, axis=0)
+        grad_hat = grad * weight[None, :]
+        along_ones = tl.sum(grad_hat, axis=1) / D
+        along_hat = tl.sum(grad_hat * hat, axis=1) / D
+        grad_r = (grad_hat - along_ones[:, None] - hat * along_hat[:, None]) * rstd[:, None]
+        if HAS_GRAD_SUM:
+            grad_r += tl.load(grad_sum_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        tl.store(
+            grad_residual_ptr + offset, grad_r.to(grad_residual_ptr.dtype.element_ty), mask=mask
+        )
+        if WITH_GRAD_X:
+            tl.store(grad_x_ptr + offset, grad_r.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if WITH_GRAD_X_SUMS:
+            grad_x_sums += tl.sum(tl.where(mask, grad_r, 0.0), axis=0)
+    # row `program` holds [weight | bias | sums of x's gradient]
+    COLUMNS: tl.constexpr = 3 * D if WITH_GRAD_X_SUMS else 2 * D
+    partial = partial_ptr + program * COLUMNS + column
+    tl.store(partial, grad_weight, mask=in_column)
+    tl.store(partial + D, grad_bias, mask=in_column)
+    if WITH_GRAD_X_SUMS:
+        tl.store(partial + 2 * D, grad_x_sums, mask=in_column)
+
+
+# --- launchers -----------------------------------------------------------------------------------
+
+
+def add_layer_norm_fwd(
+    residual: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New residual (the old one if x is None), normalised rows, and float32 (R,) twice: mean and
+    1 / standard deviation.
+    """
+    residual = residual.contiguous()
+    summed = residual if x is None else torch.empty_like(residual)
+    normed = torch.empty_like(residual, dtype=out_dtype)
+    width = residual.shape[-1]
+    rows = residual.numel() // width
+    mean = residual.new_empty(rows, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if rows:
+        block_r, block_d, warps = _tile(width)
+        launch(
+            *(_add_layer_norm_fwd_kernel, (-(-rows // block_r),)),
+            *(residual, residual if x is None else x.contiguous()),
+            *(weight.contiguous(), bias.contiguous(), summed, normed, mean, rstd, rows, eps),
+            HAS_X=x is not None,
+            D=width,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            num_warps=warps,
+        )
+    return summed, normed, mean, rstd
+
+
+def _launch_bwd(
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    kept: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    grad_x: Tensor | None,
+    normed: Tensor | None,
+    with_grad_x_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the sum, and float32 sums (2 or 3, D): gradients of weight and bias, column sums
+    of x's gradient.
+
+    Args:
+        grad_normed, grad_sum: gradients of both outputs; None for zeros.
+        kept: the sum, mean and 1 / standard deviation.
+        weight, bias: of the norm; the bias for `normed` only.
+        grad_x, normed: filled if given.
+        with_grad_x_sums: whether these are wanted.
+    """
+    summed, mean, rstd = [t.contiguous() for t in kept]
+    grad_normed, width = grad_normed.contiguous(), summed.shape[-1]
+    grad_residual = torch.empty_like(summed)
+    rows = summed.numel() // width
+    block_r, block_d, warps = _tile(width)
+    most = _multiprocessors(summed.device) * WARPS_PER_SM // warps
+    tiles = -(-rows // block_r)
+    each = max(1, -(-tiles // most)) * block_r
+    programs, sums = max(1, -(-rows // each)), 3 if with_grad_x_sums else 2
+    partial = summed.new_empty((programs, sums * width), dtype=torch.float32)
+    launch(
+        *(_add_layer_norm_bwd_kernel, (programs,), grad_normed),
+        *(grad_normed if grad_sum is None else grad_sum.contiguous(), summed, mean, rstd),
+        *(weight.contiguous(), weight if bias is None else bias.contiguous(), grad_residual),
+        *(grad_residual if grad_x is None else grad_x, summed if normed is None else normed),
+        *(partial, rows, each),
+        HAS_GRAD_SUM=grad_sum is not None,
+        WITH_GRAD_X=grad_x is not None,
+        WITH_GRAD_X_SUMS=with_grad_x_sums,
+        WITH_NORMED=normed is not None,
+        D=width,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return grad_residual, add_up(partial).view(sums, width)
+
+
+def add_layer_norm_bwd(
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the residual, of x (empty where the dtypes agree: the residual's serves as
+    both), and float32 (2, D) of weight and bias.
+    """
+    separate = x_dtype != summed.dtype
+    grad_x = summed.new_empty(summed.shape if separate else (0,), dtype=x_dtype)
+    filled = grad_x if separate else None
+    kept = (summed, mean, rstd)
+    grad, sums = _launch_bwd(grad_normed, grad_sum, kept, weight, None, filled, None, False)
+    return grad, grad_x, sums
+
+
+def add_layer_norm_bwd_rows(
+    grad_normed: Tensor, grad_sum: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    summed, mean, rstd, weight, bias, low_dtype, with_low, with_low_sums, with_normed = rest
+    low = None
+    if with_low and low_dtype != summed.dtype:
+        low = summed.new_empty(summed.shape, dtype=low_dtype)
+    normed = summed.new_empty(summed.shape, dtype=low_dtype) if with_normed else None
+    grad, sums = _launch_bwd(
+        *(grad_normed, grad_sum, (summed, mean, rstd), weight, bias),
+        *(low, normed, with_low_sums),
+    )
+    if with_low and low is None:
+        low = grad
+    grad_weight, grad_bias, *low_sums = sums.unbind(0)
+    return grad, low, low_sums[0] if low_sums else None, normed, grad_weight, grad_bias
