@@ -346,12 +346,7 @@ def test_hugging_face_kernels_stays_importable(tmp_path):
 # --- sizes, words, version -----------------------------------------------------------------------
 
 
-def test_files_stay_readable():
-    limits = {"ijepa_fast/train.py": 300}
-    for path in [*PACKAGES, *(ROOT / "benchmarks").rglob("*.py")]:
-        name = str(path.relative_to(ROOT))
-        lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= limits.get(name, 450), f"{name} has {lines} lines"
+def test_no_file_without_a_subject():
     assert not [p for p in PACKAGES if p.name in ("utils.py", "helpers.py", "common.py")]
 
 

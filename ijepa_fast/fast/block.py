@@ -21,16 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.fast._passes import (
-    add_layer_norm_backward,
-    add_layer_norm_forward,
-    column_sums,
-    gelu_backward,
-    join_heads,
-)
+from ijepa_fast.fast._passes import column_sums, join_heads
 from ijepa_fast.fast.attention import Attention, Pair
 from ijepa_fast.model import Block, matrix_layers
+from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
 from ijepa_kernels.gather_tokens import Gather, gather_rows, sum_rows
+from ijepa_kernels.gelu import gelu_backward
 
 __all__ = [
     "Branch",
@@ -110,9 +106,9 @@ def operands(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, 
     return weight, bias
 
 
-def _give(parameter: Tensor | None, grad: Tensor) -> None:
+def _give(parameter: Tensor | None, grad: Tensor | None) -> None:
     """Adds to a parameter's gradient."""
-    if parameter is None:
+    if parameter is None or grad is None:
         return
     grad = grad.to(parameter.dtype).view(parameter.shape)
     if parameter.grad is None:
@@ -199,7 +195,7 @@ class _Close(torch.autograd.Function):
         parameters = layer.weight, layer.bias
         x1, y, mean, rstd = add_layer_norm_forward(x, rows, *parameters, layer.eps, dtype)
         ctx.save_for_backward(x1, mean, rstd)
-        ctx.parameters, ctx.bias, ctx.eps = parameters, bias, layer.eps
+        ctx.parameters, ctx.bias = parameters, bias
         return y
 
     @staticmethod
@@ -208,7 +204,7 @@ class _Close(torch.autograd.Function):
         x, mean, rstd = ctx.saved_tensors
         gain, shift = ctx.parameters
         dx, df, sums, _, dgain, dshift = add_layer_norm_backward(
-            dy, None, x, mean, rstd, gain, shift, ctx.eps, low_dtype=dy.dtype
+            dy, None, x, mean, rstd, gain, shift, low_dtype=dy.dtype, with_normed=False
         )
         for parameter, grad in ((ctx.bias, sums), (gain, dgain), (shift, dshift)):
             _give(parameter, grad)
@@ -338,11 +334,13 @@ def _backward(
     width, dtype, low = first.shape[1], p[2].dtype, df.dtype
 
     dh, db1, g = gelu_backward(torch.mm(df, w[10]), h)
+    assert g is not None
     _give(p[10], _outer(df, g, dtype))
     del g
-    dx, dp, dbp, y2, dgain2, dshift2 = add_layer_norm_backward(
-        torch.mm(dh, w[8]), dx, x2, mean2, rstd2, w[6], w[7], task.eps, low_dtype=low
+    passed: Any = add_layer_norm_backward(
+        torch.mm(dh, w[8]), dx, x2, mean2, rstd2, w[6], w[7], low_dtype=low
     )
+    dx, dp, dbp, y2, dgain2, dshift2 = passed
     _give(p[8], _outer(dh, y2, dtype))
     del dh, y2
     _give(p[4], _outer(dp, out.flatten(1), dtype))
@@ -366,9 +364,8 @@ def _backward(
             dqkv = sum_rows(dqkv, source, len(first))
             dx = sum_rows(dx, source, len(first))
         dy = torch.mm(dqkv, w[2])
-    dx, dlow, sums, y, dgain1, dshift1 = add_layer_norm_backward(
-        dy, dx, first, mean1, rstd1, w[0], w[1], task.eps, low_dtype=low
-    )
+    passed = add_layer_norm_backward(dy, dx, first, mean1, rstd1, w[0], w[1], low_dtype=low)
+    dx, dlow, sums, y, dgain1, dshift1 = passed
     if take is not None and source is None:
         grad = torch.cat([_outer(dq, gather_rows(y, take.picked), dtype), _outer(dkv, y, dtype)])
         dbqkv = torch.cat([dbq, dbkv])
@@ -449,24 +446,17 @@ class PackedBlock(Block):
         return x2, Branch(branch, self.mlp.fc2)
 
     def _task(self, pair: Pair, take: Gather | None = None, source: Gather | None = None) -> _Task:
-        fixed = self.__dict__.get("_fixed")
+        fixed: Any = self.__dict__.get("_fixed")
         if fixed is None:
             attn, mlp, settings = self.attn, self.mlp, self.settings
             layers = (self.norm1, attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2)
-            parameters = tuple([p for layer in layers for p in (layer.weight, layer.bias)])
-            w = tuple(
-                [
-                    t
-                    for layer in layers
-                    for t in (
-                        (layer.weight.detach(), layer.bias.detach())
-                        if isinstance(layer, nn.LayerNorm)
-                        else operands(layer, settings.dtype)
-                    )
-                ]
-            )
-            fixed = (w, parameters, attn.heads, self.norm1.eps, settings)
+            parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+            w: list[Tensor] = []
+            for layer in layers:
+                plain = isinstance(layer, nn.LayerNorm)
+                own = (layer.weight, layer.bias) if plain else operands(layer, settings.dtype)
+                w += [tensor.detach() for tensor in own]
+            fixed = tuple(w), tuple(parameters), attn.heads, self.norm1.eps, settings
             if not settings.sharded:
                 self.__dict__["_fixed"] = fixed
-        w, parameters, heads, eps, settings = fixed
-        return _Task(w, parameters, heads, eps, settings, pair, take, source)
+        return _Task(*fixed, pair, take, source)

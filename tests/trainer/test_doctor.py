@@ -319,7 +319,8 @@ def test_ops_name_everything_that_the_package_computes():
     folder = Path(ijepa_kernels.__file__).parent
     gather = {"nn", "optim", "testing"}
     files = {p.stem for p in folder.glob("*.py") if p.stem[0] != "_" and p.stem not in gather}
-    assert {name.rstrip("_") for name in names} == files
+    passes = {name for name in names if name.endswith(("_forward", "_backward"))}
+    assert {name.rstrip("_") for name in set(names) - passes} == files
 
 
 # --- self test -----------------------------------------------------------------------------------

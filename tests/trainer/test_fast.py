@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
-from ijepa_fast.fast import FastStep, _passes, attention, block
+from ijepa_fast.fast import FastStep, attention, block
 from ijepa_fast.fast.attention import Pair, Sequences
 from ijepa_fast.fast.layout import grid_sequences, pack, views
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
+from ijepa_kernels.add_layer_norm import add_layer_norm_forward
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VALUES = StepValues(lr=1e-3, weight_decay=0.05, momentum=0.99)
@@ -400,7 +401,7 @@ def test_predictor_shares_first_rows_and_ends_on_target_rows(group):
     _, masks = _batch(networks[0], group=group)
     batch = fast.prepare(masks)
     sizes = []
-    original = block.add_layer_norm_forward
+    original = add_layer_norm_forward
 
     def normed(x, *rest):
         sizes.append(len(x))
