@@ -228,6 +228,14 @@ class Run:
                 config.optim.lr_scaling,
                 self.schedules.lr,
             )
+        if self.step < self.end:
+            training = self.training
+            compiled = isinstance(training, FastStep) and training.settings.compiled
+            _logger.info(
+                "preparing the first step: %sdecoder, first batch%s",
+                "a look at the features, " if self.look_every and not self.step else "",
+                ", compiled blocks" if compiled else "",
+            )
 
     def accumulate(
         self, images: Tensor, masks: Masks, elements: int, *, last: bool
@@ -242,7 +250,8 @@ class Run:
 
     def _compiled(self) -> str:
         training = self.training
-        self._graphs = training.graphs if isinstance(training, FastStep) else 0
+        if isinstance(training, FastStep) and training.settings.compiled:
+            self._graphs = training.graphs
         return f", compiled graphs: {self._graphs}" if self._graphs else ""
 
     def log_graphs(self) -> None:
