@@ -230,6 +230,14 @@ class Run:
                 config.optim.lr_scaling,
                 self.schedules.lr,
             )
+        if self.step < self.end:
+            training = self.training
+            compiled = isinstance(training, FastStep) and training.settings.compiled
+            _logger.info(
+                "preparing the first step: %sdecoder, first batch%s",
+                "a look at the features, " if self.look_every and not self.step else "",
+                ", compiled blocks" if compiled else "",
+            )
 
     def accumulate(
         self, images: Tensor, masks: Masks, elements: int, *, last: bool

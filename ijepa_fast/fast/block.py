@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.fast._passes import column_sums, join_heads
 from ijepa_fast.fast.attention import Attention, Pair
 from ijepa_fast.model import Block, matrix_layers
 from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
@@ -453,10 +452,11 @@ class PackedBlock(Block):
             parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
             w: list[Tensor] = []
             for layer in layers:
-                plain = isinstance(layer, nn.LayerNorm)
-                own = (layer.weight, layer.bias) if plain else operands(layer, settings.dtype)
-                w += [tensor.detach() for tensor in own]
+                if isinstance(layer, nn.LayerNorm):
+                    w += [layer.weight.detach(), layer.bias.detach()]
+                else:
+                    w += operands(layer, settings.dtype)
             fixed = tuple(w), tuple(parameters), attn.heads, self.norm1.eps, settings
             if not settings.sharded:
                 self.__dict__["_fixed"] = fixed
-        return _Task(*fixed, pair, take, source)
+        return _Task(*(*fixed, pair, take, source))

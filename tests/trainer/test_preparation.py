@@ -1,0 +1,57 @@
+"""What is said before the first step is done."""
+
+import re
+import threading
+import time
+
+from ijepa_fast import preparation
+from ijepa_fast.preparation import Preparation
+from tests.trainer import tiny
+
+
+def _wait(lines, text):
+    deadline = time.monotonic() + 10
+    while not any(text in line for line in lines):
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.005)
+
+
+def test_what_lasts_is_named_and_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(preparation, "_SAID_EVERY", 0.02)
+    graphs = [3]
+    with tiny.log_lines() as lines, Preparation() as start:
+        start.begin("networks")
+        _wait(lines, "networks: ")
+        start.begin("first step", lambda: f", compiled graphs: {graphs[0]}")
+        _wait(lines, " s so far, compiled graphs: 3")
+        graphs[0] = 4
+        # of a further micro-step: the same part
+        start.begin("first step", lambda: ", none")
+        _wait(lines, " s so far, compiled graphs: 4")
+        assert not start.done
+        start.finish(", compiled graphs: 4")
+        assert start.done
+        told = lines[-1]
+        start.begin("a look at step 4")
+        time.sleep(0.06)
+        assert lines[-1] == told
+    assert re.fullmatch(
+        r"the first step is done after 0\.\d s: networks 0\.\d s, first step 0\.\d s, "
+        r"compiled graphs: 4",
+        told,
+    )
+    assert list(start.seconds) == ["networks", "first step"]
+
+
+def test_short_parts_are_not_named():
+    with tiny.log_lines() as lines, Preparation() as start:
+        for number in range(5):
+            start.begin(str(number))
+        start.finish()
+    assert len(lines) == 1
+
+
+def test_a_start_that_fails_leaves_no_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_SAID_EVERY", 60.0)
+    assert tiny.run(tmp_path / "no-such-folder", tmp_path / "run") == 2
+    assert "ijepa-start" not in {thread.name for thread in threading.enumerate()}
