@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from ijepa_fast.fast.attention import Attention, Pair
 from ijepa_fast.model import Block, matrix_layers
 from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
+from ijepa_kernels.column_sums import column_sums
 from ijepa_kernels.gather_tokens import Gather, gather_rows, sum_rows
 from ijepa_kernels.gelu import gelu_backward
+from ijepa_kernels.join_heads import join_heads
 
 __all__ = [
     "Branch",

@@ -10,9 +10,11 @@ from ijepa_kernels.add_layer_norm import (
     add_layer_norm_backward,
     add_layer_norm_forward,
 )
+from ijepa_kernels.column_sums import column_sums
 from ijepa_kernels.ema_update import ema_update_
 from ijepa_kernels.gather_tokens import gather_tokens
 from ijepa_kernels.gelu import gelu, gelu_backward
+from ijepa_kernels.join_heads import join_heads
 from ijepa_kernels.latent_loss import latent_loss, target_rows
 from ijepa_kernels.patchify import pad_patch_weight, patchify
 from ijepa_kernels.predictor_tokens import predictor_tokens
@@ -24,11 +26,13 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_layer_norm_forward",
+    "column_sums",
     "debug_checks",
     "ema_update_",
     "gather_tokens",
     "gelu",
     "gelu_backward",
+    "join_heads",
     "latent_loss",
     "pad_patch_weight",
     "patchify",

@@ -17,7 +17,7 @@ __all__ = ["add_up", "partial_sums", "row_programs"]
 
 # --- launch table --------------------------------------------------------------------------------
 
-ROWS = 8  # of a tile of 256 columns: 32 bytes a thread in bfloat16
+TILE = 2048  # elements, 4 warps: 32 bytes a thread in bfloat16
 # rows that a program adds up: enough that partial sums are a few percent of the bytes read
 MIN_ROWS_PER_PROGRAM, MAX_ROW_PROGRAMS = 64, 512
 # of the second pass: few columns a program, so that there are many of them
@@ -26,8 +26,8 @@ SECOND_ROWS, SECOND_COLUMNS = 64, 32
 
 @functools.lru_cache(1024)
 def row_programs(rows: int) -> tuple[int, int]:
-    """Programs along the rows, at least 1, and how many rows each has: whole tiles."""
-    each = max(MIN_ROWS_PER_PROGRAM, -(-rows // (MAX_ROW_PROGRAMS * ROWS)) * ROWS)
+    """Programs along the rows, at least 1, and how many rows each has, a multiple of 8."""
+    each = max(MIN_ROWS_PER_PROGRAM, -(-rows // (MAX_ROW_PROGRAMS * 8)) * 8)
     return max(1, -(-rows // each)), each
 
 
@@ -72,7 +72,7 @@ def partial_sums(x: Tensor) -> Tensor:
     launch(
         *(_column_sums_kernel, grid, x, out, rows, each),
         D=width,
-        BLOCK_R=ROWS,
+        BLOCK_R=TILE // block_d,
         BLOCK_D=block_d,
         num_warps=4,
     )

@@ -52,7 +52,7 @@ def gelu_bytes(
 
 # --- launch table --------------------------------------------------------------------------------
 
-ROWS = 4  # of a tile of 256 columns: 16 bytes of each input a thread, 20 to 24 warps an SM and more
+TILE = 1024  # elements, 4 warps: 16 bytes of each input a thread in bfloat16
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -133,12 +133,13 @@ def _gelu_fwd(h: Tensor) -> Tensor:
     g = torch.empty_like(h)
     if h.numel():
         width = h.shape[-1]
-        rows, block_f = h.numel() // width, columns_of_tile(width)
-        grid = (-(-width // block_f), -(-rows // ROWS))
+        block_f = columns_of_tile(width)
+        rows, block_r = h.numel() // width, TILE // block_f
+        grid = (-(-width // block_f), -(-rows // block_r))
         launch(
             *(_gelu_fwd_kernel, grid, h, g, rows),
             F=width,
-            BLOCK_R=ROWS,
+            BLOCK_R=block_r,
             BLOCK_F=block_f,
             num_warps=4,
         )
@@ -154,7 +155,8 @@ def _launch_bwd(
     dg, h = dg.contiguous(), h.contiguous()
     dh = torch.empty_like(h)
     width = h.shape[-1]
-    rows, block_f = h.numel() // width, columns_of_tile(width)
+    block_f = columns_of_tile(width)
+    rows, block_r = h.numel() // width, TILE // block_f
     programs, each = row_programs(rows)
     partial = h.new_empty((programs, width), dtype=torch.float32) if with_sums else dh
     g = torch.empty_like(h) if with_activation else dh
@@ -164,7 +166,7 @@ def _launch_bwd(
         WITH_SUMS=with_sums,
         WITH_ACTIVATION=with_activation,
         F=width,
-        BLOCK_R=ROWS,
+        BLOCK_R=block_r,
         BLOCK_F=block_f,
         num_warps=4,
     )

@@ -18,7 +18,6 @@ from ijepa_fast.fast import FastStep
 from ijepa_fast.fast import block as packed_block
 from ijepa_fast.fast import networks as packed
 from ijepa_fast.fast import step as fast
-from ijepa_fast.fast._passes import join_heads
 from ijepa_fast.fast.attention import Pair, Sequences
 from ijepa_fast.fast.block import PackedBlock
 from ijepa_fast.fast.layout import Key, Layout, views
@@ -30,6 +29,7 @@ from ijepa_kernels import latent_loss, patchify
 from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
 from ijepa_kernels.gather_tokens import Gather
 from ijepa_kernels.gelu import gelu_backward
+from ijepa_kernels.join_heads import join_heads
 from ijepa_kernels.optim import AdamWEMA
 from tests.trainer.recordings import GOLDEN, ODD, OTHERS, failures, record
 
