@@ -16,6 +16,7 @@ from operator import or_
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -87,7 +88,7 @@ def run(
         kernel[grid](*arguments, num_warps=num_warps, **constants)
         return
     tensors, scalars = arguments[: known.pointers], arguments[known.pointers :]
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    addresses = [*map(Tensor.data_ptr, tensors)]
     aligned = not reduce(or_, addresses) & 15 or tuple([a % 16 == 0 for a in addresses])
     kinds = [s.__class__ if s.__class__ is not int or -WIDE <= s < WIDE else None for s in scalars]
     dtypes = [tensor.dtype for tensor in tensors]
@@ -120,34 +121,42 @@ def _hold(compiled: Any, index: int | None) -> Held | None:
         and not wrapper.profile_scratch_size
     )
     if bare and version in _BARE_LAUNCHERS:
-        return _BARE_LAUNCHERS[version](wrapper, function, packed, lambda: stream_of(index))
+        return _BARE_LAUNCHERS[version](wrapper, function, packed, stream_of, index)
 
     def through_wrapper(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        wrapper(*(*grid, 1, 1)[:3], stream_of(index), function, packed, None, None, None, *values)
+        wrapper(*_three(grid), stream_of(index), function, packed, None, None, None, *values)
 
     return through_wrapper
+
+
+def _three(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return grid if len(grid) == 3 else (*grid, 1) if len(grid) == 2 else (grid[0], 1, 1)
 
 
 # What Triton's `CudaLauncher` does for kernels without scratch memory and hooks.
 
 
-def _as_in_3_6(wrapper: Any, function: int, packed: Any, stream: Callable[[], int]) -> Held:
+def _as_in_3_6(
+    wrapper: Any, function: int, packed: Any, stream_of: Callable[[Any], int], index: int | None
+) -> Held:
     start = wrapper.launch
     fixed = (function, wrapper.launch_cooperative_grid, wrapper.launch_pdl, None, None, packed)
 
     def held(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        start(*(*grid, 1, 1)[:3], stream(), *fixed, None, None, None, *values)
+        start(*_three(grid), stream_of(index), *fixed, None, None, None, *values)
 
     return held
 
 
-def _as_in_3_7(wrapper: Any, function: int, packed: Any, stream: Callable[[], int]) -> Held:
+def _as_in_3_7(
+    wrapper: Any, function: int, packed: Any, stream_of: Callable[[Any], int], index: int | None
+) -> Held:
     start = wrapper.launch
     fixed = (function, wrapper.launch_cooperative_grid, wrapper.launch_pdl, packed)
     kinds = (*[None] * 5, wrapper.arg_annotations, wrapper.kernel_signature)
 
     def held(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        start(*(*grid, 1, 1)[:3], stream(), *fixed, *kinds, values)
+        start(*_three(grid), stream_of(index), *fixed, *kinds, values)
 
     return held
 
