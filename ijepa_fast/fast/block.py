@@ -41,6 +41,9 @@ __all__ = [
     "operands",
 ]
 
+# devices whose matrix products can be had in another dtype than their factors'
+WIDE_PRODUCTS_ON = {"cuda"}
+
 Memory = Literal["none", "full"]
 Grads = tuple[Tensor | None, ...]
 
@@ -122,7 +125,7 @@ def _outer(d: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of a weight (out, in), of its product's (R, out) and the product's input (R, in)."""
     if d.dtype == dtype:
         return torch.mm(d.t(), rows)
-    if d.device.type == "cuda":
+    if d.device.type in WIDE_PRODUCTS_ON:
         # the sum as it is, without rounding
         return torch.mm(d.t(), rows, out_dtype=dtype)
     return torch.mm(d.t(), rows).to(dtype)

@@ -39,6 +39,8 @@ __all__ = ["FastStep"]
 
 _logger = logging.getLogger(__name__)
 
+# devices on which the target encoder's trunk is captured
+TRUNK_GRAPHS_ON = {"cuda"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -218,7 +220,7 @@ class FastStep:
         if count not in self._grids:
             self._grids[count] = grid_sequences(count, self.num_patches, self.device)
         grid = self._grids[count]
-        if self.device.type != "cuda" or self.mesh is not None:
+        if self.device.type not in TRUNK_GRAPHS_ON or self.mesh is not None:
             return self.target_encoder(images, self.mean, self.std, batch, grid)
         if self._graph is None or not self._graph.fits(images):
             self._graph = _TrunkGraph(
