@@ -231,13 +231,8 @@ class Run:
                 self.schedules.lr,
             )
         if self.step < self.end:
-            training = self.training
-            compiled = isinstance(training, FastStep) and training.settings.compiled
-            _logger.info(
-                "preparing the first step: %sdecoder, first batch%s",
-                "a look at the features, " if self.look_every and not self.step else "",
-                ", compiled blocks" if compiled else "",
-            )
+            look = "a look at the features, " if self.look_every and not self.step else ""
+            _logger.info("preparing the first step: %sdecoder, first batch", look)
 
     def accumulate(
         self, images: Tensor, masks: Masks, elements: int, *, last: bool
