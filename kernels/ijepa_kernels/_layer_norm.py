@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._launch import launch
+from ijepa_kernels._launch import run
 from ijepa_kernels._sums import add_up
 
 __all__ = ["add_layer_norm_bwd", "add_layer_norm_bwd_rows", "add_layer_norm_fwd"]
@@ -177,8 +177,9 @@ def add_layer_norm_fwd(
     rstd = torch.empty_like(mean)
     if rows:
         block_r, block_d, warps = _tile(width)
-        launch(
-            *(_add_layer_norm_fwd_kernel, (-(-rows // block_r),)),
+        run(
+            _add_layer_norm_fwd_kernel,
+            (-(-rows // block_r),),
             *(residual, residual if x is None else x.contiguous()),
             *(weight.contiguous(), bias.contiguous(), summed, normed, mean, rstd, rows, eps),
             HAS_X=x is not None,
@@ -220,7 +221,7 @@ def _launch_bwd(
     each = max(1, -(-tiles // most)) * block_r
     programs, sums = max(1, -(-rows // each)), 3 if with_grad_x_sums else 2
     partial = summed.new_empty((programs, sums * width), dtype=torch.float32)
-    launch(
+    run(
         *(_add_layer_norm_bwd_kernel, (programs,), grad_normed),
         *(grad_normed if grad_sum is None else grad_sum.contiguous(), summed, mean, rstd),
         *(weight.contiguous(), weight if bias is None else bias.contiguous(), grad_residual),
