@@ -103,9 +103,7 @@ def pretend(attention: str) -> None:
         extra_cflags=["-O1"],
         is_python_module=False,
     )
-    device: Any = SimpleNamespace(
-        get_current_device=lambda: None, get_current_stream=lambda index: 0
-    )
+    device: Any = SimpleNamespace(get_current_device=lambda: None, get_current_stream=_nothing)
     driver.set_active(device)
     JITFunction.run = _run
     ON_CPU.update(LAUNCHERS)
@@ -116,7 +114,7 @@ def pretend(attention: str) -> None:
     fast_step._TrunkGraph = _Trunk  # type: ignore[misc, assignment]
     dense = CUDNN if attention == "cudnn" else BACKENDS[attention]
     chosen = Attention(BACKENDS["varlen"], dense, "pretended")
-    fast_step.choose_attention = lambda *_: chosen
+    fast_step.choose_attention = lambda *_: chosen  # type: ignore[attr-defined]
     capture._record = lambda body, pool: _nothing  # type: ignore[assignment, return-value]
 
 

@@ -239,10 +239,12 @@ class FastStep:
         the host.
         """
         gradients = [p.grad for p in self.parameters]
-        assert all(g is not None for g in gradients), "update() before accumulate()"
-        shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        assert type(None) not in map(type, gradients), "update() before accumulate()"
+        shards = gradients
         if self.mesh is None:
             all_reduce_sum_(shards)
+        else:
+            shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         norms = torch.stack([*torch._foreach_norm(shards), self._loss])
         bad = (~torch.isfinite(norms).all()).float()
         all_reduce_max_(bad)
