@@ -99,13 +99,19 @@ def run(
     given = (*constants.values(),)
     key = (device.index, num_warps, aligned, narrow, *map(_dtype, tensors), *map(type, scalars))
     key += (*constants, *given)
+    held: Held | None
     try:
-        known.held[key](grid, (*addresses, *scalars, *given))
+        held = known.held[key]
     except KeyError:
-        compiled = kernel[grid](*arguments, num_warps=num_warps, **constants)
-        usual = narrow and _SCALARS.issuperset(map(type, scalars))
-        held = _hold(compiled, device.index) if usual else None
-        if held is not None and list(constants) == known.constants:
+        held = None
+    if held is not None:
+        held(grid, (*addresses, *scalars, *given))
+        return
+    compiled = kernel[grid](*arguments, num_warps=num_warps, **constants)
+    usual = narrow and _SCALARS.issuperset(map(type, scalars))
+    if usual and list(constants) == known.constants:
+        held = _hold(compiled, device.index)
+        if held is not None:
             known.held[key] = held
 
 
