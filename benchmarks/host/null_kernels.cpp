@@ -42,6 +42,26 @@ void addmm(const c10::OperatorHandle& op, Stack* stack) {
   stack->emplace_back(product(in[1].toTensor(), in[2].toTensor()));
 }
 
+void first_like(const c10::OperatorHandle& op, Stack* stack) {
+  auto in = arguments_of(op, stack);
+  stack->emplace_back(at::empty_like(in[0].toTensor()));
+}
+
+// Input (..., D) and (D,): no other norms are here.
+void layer_norm(const c10::OperatorHandle& op, Stack* stack) {
+  auto in = arguments_of(op, stack);
+  const Tensor x = in[0].toTensor();
+  std::vector<int64_t> rows(x.sizes().begin(), x.sizes().end());
+  rows.back() = 1;
+  torch::jit::push(*stack, at::empty_like(x), numbers(x, rows), numbers(x, rows));
+}
+
+void layer_norm_backward(const c10::OperatorHandle& op, Stack* stack) {
+  auto in = arguments_of(op, stack);
+  const Tensor x = in[1].toTensor(), gain = in[5].toTensor(), shift = in[6].toTensor();
+  torch::jit::push(*stack, at::empty_like(x), at::empty_like(gain), at::empty_like(shift));
+}
+
 void last(const c10::OperatorHandle& op, Stack* stack) {
   auto in = arguments_of(op, stack);
   stack->emplace_back(in.back());
@@ -102,6 +122,10 @@ TORCH_LIBRARY_IMPL(aten, CPU, m) {
   NULL_KERNEL("mm.dtype", mm_dtype);
   NULL_KERNEL("addmm", addmm);
   NULL_KERNEL("addmm.out", last);
+  NULL_KERNEL("gelu", first_like);
+  NULL_KERNEL("gelu_backward", first_like);
+  NULL_KERNEL("native_layer_norm", layer_norm);
+  NULL_KERNEL("native_layer_norm_backward", layer_norm_backward);
   NULL_KERNEL("_flash_attention_forward", flash);
   NULL_KERNEL("_flash_attention_backward", flash_backward);
   NULL_KERNEL("_scaled_dot_product_cudnn_attention", cudnn);

@@ -12,8 +12,7 @@ Kernels take addresses first (their names end in `_ptr`), then scalars, then con
 
 from collections.abc import Callable
 from functools import reduce
-from itertools import repeat
-from operator import attrgetter, lt, or_
+from operator import attrgetter, or_
 from typing import Any
 
 import triton
@@ -57,6 +56,7 @@ _kernels: dict[Any, _Kernel] = {}
 
 # functions of C, mapped: no call of Python's for an argument
 _address, _dtype, _is_contiguous = Tensor.data_ptr, attrgetter("dtype"), Tensor.is_contiguous
+_is_int = int.__instancecheck__
 
 
 def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -95,7 +95,7 @@ def run(
     tensors, scalars = arguments[: known.pointers], arguments[known.pointers :]
     addresses = [*map(_address, tensors)]
     aligned = not reduce(or_, addresses) & 15 or tuple([a % 16 == 0 for a in addresses])
-    narrow = all(map(lt, map(abs, scalars), repeat(WIDE)))
+    narrow = max(map(abs, filter(_is_int, scalars)), default=0) < WIDE
     given = (*constants.values(),)
     key = (device.index, num_warps, aligned, narrow, *map(_dtype, tensors), *map(type, scalars))
     key += (*constants, *given)
