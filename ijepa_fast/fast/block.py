@@ -14,6 +14,8 @@ that is not in it has a rounded copy, which the optimiser writes. Norms are comp
 Shape letters: R packed rows, D width, H heads, E head dim, Q distinct rows, U taken rows.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -41,8 +43,7 @@ __all__ = [
     "operands",
 ]
 
-# devices whose matrix products can be had in another dtype than their factors'
-WIDE_PRODUCTS_ON = {"cuda"}
+_logger = logging.getLogger(__name__)
 
 Memory = Literal["none", "full"]
 Grads = tuple[Tensor | None, ...]
@@ -135,10 +136,24 @@ def _outer(d: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of a weight (out, in), of its product's (R, out) and the product's input (R, in)."""
     if d.dtype == dtype:
         return torch.mm(d.T, rows)
-    if d.device.type in WIDE_PRODUCTS_ON:
-        # the sum as it is, without rounding
+    if _writes_float32(d.device, d.dtype):
         return torch.mm(d.T, rows, out_dtype=dtype)
     return torch.mm(d.T, rows).to(dtype)
+
+
+@functools.cache
+def _writes_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product can leave its sums as they are, without rounding them to `dtype`."""
+    if device.type != "cuda":
+        return False
+    rows = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.mm(rows.t(), rows, out_dtype=torch.float32)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        _logger.warning("gradients of weights are rounded to %s first: %s", dtype, reason)
+        return False
+    return True
 
 
 class _Linear(torch.autograd.Function):
