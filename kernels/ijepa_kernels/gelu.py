@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
-from ijepa_kernels._launch import run
+from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._op import define, raw
 from ijepa_kernels._segments import columns_of_tile
 from ijepa_kernels._sums import add_up, row_programs
@@ -154,7 +154,7 @@ def _launch_bwd(
     """Gradient of h, partial sums of its columns (programs, F), GELU of h; what is not asked for
     is any tensor.
     """
-    dg, h = dg.contiguous(), h.contiguous()
+    dg, h = contiguous(dg, h)
     dh = torch.empty_like(h)
     width = h.shape[-1]
     block_f = columns_of_tile(width)
@@ -229,7 +229,17 @@ _fwd_op = define(
     setup_context=_setup_context,
     backward=_backward,
 )
-_bwd_raw = raw("gelu_backward", cuda=_gelu_bwd_sums, cpu=_bwd_sums_cpu)
+
+
+def _check_bwd(dg: Tensor, h: Tensor, with_activation: bool) -> None:
+    check_dtype("dg", dg)
+    check_dtype("h", h)
+    if h.ndim != 2 or h.shape[-1] == 0:
+        raise ValueError(f"h must have shape (R, F), got {tuple(h.shape)}")
+    check_shape("dg", dg, h.shape, h)
+
+
+_bwd_raw = raw("gelu_backward", cuda=_gelu_bwd_sums, cpu=_bwd_sums_cpu, check=_check_bwd)
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -274,11 +284,4 @@ def gelu_backward(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    if not known(case := of_case("gelu_backward", dg, h)):
-        check_dtype("dg", dg)
-        check_dtype("h", h)
-        if h.ndim != 2 or h.shape[-1] == 0:
-            raise ValueError(f"h must have shape (R, F), got {tuple(h.shape)}")
-        check_shape("dg", dg, h.shape, h)
-        remember(case)
-    return _bwd_raw(dg, h, with_activation)
+    return _bwd_raw((dg, h), with_activation)
