@@ -11,10 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ijepa_kernels._float8 import FLOAT8, Float8Rows, empty_rows, rounded
 from ijepa_kernels._launch import launch
 from ijepa_kernels._sums import add_up
 
-__all__ = ["add_layer_norm_bwd", "add_layer_norm_bwd_rows", "add_layer_norm_fwd"]
+__all__ = [
+    "add_layer_norm_bwd",
+    "add_layer_norm_bwd_rows",
+    "add_layer_norm_fwd",
+    "add_layer_norm_fwd_float8",
+]
 
 # --- launch table --------------------------------------------------------------------------------
 
@@ -54,6 +60,7 @@ def _add_layer_norm_fwd_kernel(
     R,
     eps,
     HAS_X: tl.constexpr,
+    FLOAT8: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -77,9 +84,15 @@ def _add_layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + column, mask=in_column, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=in_column, other=0.0).to(tl.float32)
     normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + row, mean, mask=in_row)
-    tl.store(rstd_ptr + row, rstd, mask=in_row)
+    if FLOAT8:
+        # the scale where the mean goes otherwise; statistics are for a backward pass
+        narrow, scale = rounded(normed, normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + offset, narrow, mask=mask)
+        tl.store(mean_ptr + row, scale, mask=in_row)
+    else:
+        tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + row, mean, mask=in_row)
+        tl.store(rstd_ptr + row, rstd, mask=in_row)
 
 
 @triton.jit(do_not_specialize=["R", "rows_per_program"])
@@ -169,25 +182,51 @@ def add_layer_norm_fwd(
     1 / standard deviation.
     """
     residual = residual.contiguous()
-    summed = residual if x is None else torch.empty_like(residual)
     normed = torch.empty_like(residual, dtype=out_dtype)
-    width = residual.shape[-1]
-    rows = residual.numel() // width
+    rows = residual.numel() // residual.shape[-1]
     mean = residual.new_empty(rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    summed = _launch_fwd(residual, x, weight, bias, eps, (normed, mean, rstd))
+    return summed, normed, mean, rstd
+
+
+def add_layer_norm_fwd_float8(
+    residual: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Float8Rows]:
+    """New residual (the old one if x is None) and normalised rows, of (R, D)."""
+    residual = residual.contiguous()
+    out = empty_rows(*residual.shape, residual)
+    given = (out.rows, out.scale, out.scale)
+    return _launch_fwd(residual, x, weight, bias, eps, given), out
+
+
+def _launch_fwd(
+    residual: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Fills normalised rows, mean (in float8: scale) and 1 / standard deviation; returns the sum.
+    """
+    summed = residual if x is None else torch.empty_like(residual)
+    width = residual.shape[-1]
+    rows = residual.numel() // width
     if rows:
         block_r, block_d, warps = _tile(width)
         launch(
             *(_add_layer_norm_fwd_kernel, (-(-rows // block_r),)),
             *(residual, residual if x is None else x.contiguous()),
-            *(weight.contiguous(), bias.contiguous(), summed, normed, mean, rstd, rows, eps),
+            *(weight.contiguous(), bias.contiguous(), summed, *out, rows, eps),
             HAS_X=x is not None,
+            FLOAT8=out[0].dtype == FLOAT8,
             D=width,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=warps,
         )
-    return summed, normed, mean, rstd
+    return summed
 
 
 def _launch_bwd(

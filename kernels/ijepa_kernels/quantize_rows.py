@@ -1,0 +1,95 @@
+"""Rows rounded to float8 (e4m3), each with a scale of its own: operands of a product with scales.
+
+    scale[r] = max over d of |x[r, d]| / 448          rows[r, d] = x[r, d] / scale[r], rounded
+
+One pass: 2 bytes read and 1 written an element in bfloat16, 4 and 1 in float32; apart (maximum,
+division, cast) 2 + 6 + 5 and 4 + 8 + 5. No gradients.
+
+Shape letters: R rows, D width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
+from ijepa_kernels._float8 import (
+    FLOAT8,
+    Float8Rows,
+    empty_rows,
+    round_rows,
+    rounded,
+    row_tile,
+)
+from ijepa_kernels._launch import launch
+from ijepa_kernels._op import raw
+
+__all__ = ["Float8Rows", "quantize_rows", "quantize_rows_bytes", "quantize_rows_ref"]
+
+quantize_rows_ref = round_rows
+
+
+def quantize_rows_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that have to move at least."""
+    return rows * width * (dtype.itemsize + 1) + rows * 4
+
+
+@triton.jit(do_not_specialize=["R"])
+def _quantize_rows_kernel(
+    x_ptr, rows_ptr, scale_ptr, R, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < R)[:, None] & (column < D)[None, :]
+    offset = row[:, None] * D + column[None, :]
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    narrow, scale = rounded(x, rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + offset, narrow, mask=mask)
+    tl.store(scale_ptr + row, scale, mask=row < R)
+
+
+def _quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
+    x = x.contiguous()
+    rows, width = x.shape
+    out = out or empty_rows(rows, width, x)
+    if rows:
+        block_r, block_d, warps = row_tile(width)
+        launch(
+            *(_quantize_rows_kernel, (-(-rows // block_r),), x, *out, rows),
+            D=width,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+            num_warps=warps,
+        )
+    return out
+
+
+_raw = raw("quantize_rows", cuda=_quantize_rows, cpu=round_rows)
+
+
+def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
+    """Rounds rows to float8, for code that differentiates itself; CUDA tensors must be on the
+    current device.
+
+    Args:
+        x: (R, D), float32, bfloat16 or float16 (float64 on the CPU).
+        out: written instead of new memory.
+
+    Returns:
+        Values float8_e4m3fn (R, D) and scales float32 (R, 1), whose product is x, rounded.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    if not known(case := of_case("quantize_rows", x, *(out or ()))):
+        check_dtype("x", x)
+        if x.ndim != 2 or x.shape[1] == 0:
+            raise ValueError(f"x must have shape (R, D), got {tuple(x.shape)}")
+        if out is not None:
+            check_shape("out.rows", out.rows, x.shape, x)
+            check_shape("out.scale", out.scale, (len(x), 1), x)
+            if (got := (out.rows.dtype, out.scale.dtype)) != (FLOAT8, torch.float32):
+                raise ValueError(f"out must be float8_e4m3fn and float32, got {got[0]}, {got[1]}")
+        remember(case)
+    return _raw(x, out)
