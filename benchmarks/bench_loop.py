@@ -1,12 +1,12 @@
 """What a run does beside its steps, at 5, 50 and 5,000 steps an epoch: the share of saves, pictures
-and looks at features in a run of 20 minutes, and what masks, layout, loader and metrics add to the
+and looks at features in a run of 13 minutes, and what masks, layout, loader and metrics add to the
 bare step.
 
 ``python -m benchmarks.bench_loop``, on the CPU. A whole run through the entry point of 40 steps.
-Its clock is put forward by half a minute after each, so that the run does what one of 20 minutes
-does; all that is beside the steps takes its true time, on a disk that needs seconds for a
-checkpoint. The bare step is what networks and optimiser take inside this very run. Other processes
-lengthen none of this: but for waits for the disk all times are processor time of one thread.
+Its clock is put forward by 20 s after each, so that the run does what one of 13 minutes does; all
+that is beside the steps takes its true time, on a disk that needs a second for a checkpoint. The
+bare step is what networks and optimiser take inside this very run. Other processes lengthen little
+of this: but for waits for the disk all times are processor time of one thread.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ STEPS_AN_EPOCH = (5, 50, 5000)
 STEPS = 40
 BATCH = 16
 # how long a step is said to take, and how long the disk takes for a checkpoint, seconds
-STEP_SECONDS = 30.0
-DISK_SECONDS = 3.0
+STEP_SECONDS = 20.0
+DISK_SECONDS = 1.0
 # what may be added to a run's time, and to the bare step
 MOST_BESIDE, MOST_OVERHEAD = 0.01, 0.03
 
@@ -131,7 +131,7 @@ class Clock:
 
 def measure(folder: Path, steps_an_epoch: int) -> dict[str, float]:
     """One run: milliseconds of the bare step, the overhead over it, and the shares of the rest."""
-    data = tiny.write_images(folder / "data", count=64)
+    data = tiny.write_images(folder / "data", count=32)
     few = build_index(data)
     rows = np.arange(steps_an_epoch * BATCH) % len(few)
     index = replace(few, **{name: getattr(few, name)[rows] for name in COLUMNS})

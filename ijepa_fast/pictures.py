@@ -34,7 +34,8 @@ class Pictures:
     def masks(self, batch: Batch, masks: Masks, grid: tuple[int, int]) -> None:
         """The masks of a batch's first images over them."""
         images = batch.images[:4].cpu().numpy()
-        self._draw("masks.png", lambda v, path: v.draw_masks(path, images, masks, grid))
+        with self.allowance.spend("picture"):
+            self._draw("masks.png", lambda v, path: v.draw_masks(path, images, masks, grid))
 
     def curves(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The metrics so far."""

@@ -38,8 +38,8 @@ from ijepa_fast.bench import BenchArgs
 from ijepa_fast.cli import OWN_OPTIONS, as_dict, flatten, parse
 from ijepa_fast.config import Config
 from ijepa_fast.faults import Faults
+from ijepa_fast.pictures import Pictures
 from ijepa_fast.presets import PRESETS
-from ijepa_fast.run import Run
 from tests import documents
 from tests.documents import Command, Document, Place
 from tests.trainer import tiny
@@ -341,7 +341,7 @@ def _train(module: str, command: Command, words: tuple[str, ...], sandbox: Sandb
     size = ["--model.patch-size", str(patch), "--data.crop", str(4 * patch)]
     out = sandbox.folder / "trained"
     where = [] if "--out" in words else ["--out", str(out)]
-    with mock.patch.object(Run, "_draw", return_value=None):
+    with mock.patch.object(Pictures, "_draw", return_value=None):
         call(train.main, [*argv, *data, *SMALL, *size, *where])
     out = out if where else Path(sandbox.write(words[words.index("--out") + 1]))
     assert [row["step"] for row in tiny.rows(out) if "loss" in row] == [1, 2]

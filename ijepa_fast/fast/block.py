@@ -14,6 +14,8 @@ that is not in it has a rounded copy, which the optimiser writes. Norms are comp
 Shape letters: R packed rows, D width, H heads, E head dim, Q distinct rows, U taken rows.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +42,8 @@ __all__ = [
     "linear",
     "operands",
 ]
+
+_logger = logging.getLogger(__name__)
 
 Memory = Literal["none", "full"]
 Grads = tuple[Tensor | None, ...]
@@ -122,10 +126,24 @@ def _outer(d: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of a weight (out, in), of its product's (R, out) and the product's input (R, in)."""
     if d.dtype == dtype:
         return torch.mm(d.t(), rows)
-    if d.device.type == "cuda":
-        # the sum as it is, without rounding
+    if _writes_float32(d.device, d.dtype):
         return torch.mm(d.t(), rows, out_dtype=dtype)
     return torch.mm(d.t(), rows).to(dtype)
+
+
+@functools.cache
+def _writes_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product can leave its sums as they are, without rounding them to `dtype`."""
+    if device.type != "cuda":
+        return False
+    rows = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.mm(rows.t(), rows, out_dtype=torch.float32)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        _logger.warning("gradients of weights are rounded to %s first: %s", dtype, reason)
+        return False
+    return True
 
 
 class _Linear(torch.autograd.Function):
@@ -418,7 +436,7 @@ class PackedBlock(Block):
         return x2, Branch(branch, self.mlp.fc2)
 
     @torch.no_grad()
-    def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Any, Tensor]:
         """The sum and its normalised rows (R, D), and their keys and values (R, 2 * D)."""
         task = self._task(pair)
         w, rows = task.w, None if f is None else f.rows
@@ -428,7 +446,7 @@ class PackedBlock(Block):
 
     @torch.no_grad()
     def finish(
-        self, x: Tensor, normed: Tensor, keys_values: Tensor, pair: Pair, take: Tensor
+        self, x: Tensor, normed: Any, keys_values: Tensor, pair: Pair, take: Tensor
     ) -> tuple[Tensor, Branch]:
         """The rest of the block, for the wanted rows alone.
 

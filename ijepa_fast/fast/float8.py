@@ -31,7 +31,7 @@ from ijepa_kernels.quantize_rows import Float8Rows, quantize_rows
 
 __all__ = ["Float8Block", "check_device", "product", "round_weights"]
 
-_BY_ROWS = F.ScalingType.RowWise  # type: ignore[attr-defined]
+_BY_ROWS = F.ScalingType.RowWise
 
 
 def check_device(device: torch.device) -> None:
@@ -51,7 +51,7 @@ def product(y: Float8Rows, weight: Float8Rows, bias: Tensor) -> Tensor:
         weight: (out, in).
         bias: (out,), bfloat16.
     """
-    return F.scaled_mm(  # type: ignore[attr-defined]
+    return F.scaled_mm(
         *(y.rows, weight.rows.t(), y.scale, _BY_ROWS, weight.scale.t(), _BY_ROWS),
         bias=bias,
         output_dtype=bias.dtype,
@@ -88,7 +88,7 @@ class Float8Block(PackedBlock):
     """`PackedBlock` without gradients, its products in float8; after `round_weights`."""
 
     @torch.no_grad()
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         f: Branch | None,
@@ -106,7 +106,12 @@ class Float8Block(PackedBlock):
         return self._attend(x, q, k, v, pair)
 
     @torch.no_grad()
-    def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Any, Tensor]:
+    def keys_values(
+        self,
+        x: Tensor,
+        f: Branch | None,
+        pair: Pair,  # noqa: ARG002
+    ) -> tuple[Tensor, Any, Tensor]:
         """See `PackedBlock.keys_values`; the normalised rows are in float8."""
         x, y = self._norm(self.norm1, x, f)
         return x, y, self._product(self.attn.qkv, y, slice(x.shape[1], None))

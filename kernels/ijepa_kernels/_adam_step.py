@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ijepa_kernels._launch import run
 from ijepa_kernels._table import Table
 
 __all__ = ["SCALARS", "launch_step"]
@@ -106,7 +107,9 @@ def launch_step(
     values = (lr, weight_decay, momentum)
     on_device = [isinstance(value, Tensor) for value in values]
     rate, decay, kept = [0.0 if isinstance(v, Tensor) else float(v) for v in values]
-    _adamw_ema_step_kernel[(count,)](
+    run(
+        _adamw_ema_step_kernel,
+        (count,),
         table.data,
         scalars,
         *[value if isinstance(value, Tensor) else scalars for value in values],

@@ -54,9 +54,13 @@ _MOST_CASES = 4096
 _cases: set[tuple[Any, ...]] = set()
 
 
-def of_case(name: str, *tensors: Tensor | None) -> tuple[Any, ...] | None:
-    """What decides whether tensors are valid arguments of this function: their shapes, dtypes and
-    devices. None where that is not to be had: within a graph being traced, or of other objects.
+def of_case(name: object, *tensors: Tensor | None) -> tuple[Any, ...] | None:
+    """What decides whether tensors are valid arguments: their shapes, dtypes and devices. None
+    where that is not to be had: within a graph being traced, or of other objects.
+
+    Args:
+        name: of the function, with its options that count.
+        tensors: its arguments.
     """
     if torch.compiler.is_compiling():
         return None

@@ -19,14 +19,14 @@ import triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["launch"]
+__all__ = ["run"]
 
 # devices on which kernels are held
 HELD_ON = {"cuda"}
-# Triton's versions whose launcher is called without its Python wrapper
-_KNOWN_LAUNCHERS = {"3.6", "3.7"}
 
-Start = Callable[[tuple[int, ...], tuple[Any, ...]], None]
+WIDE = 2**31  # integers from here on have another type
+
+Held = Callable[[tuple[int, ...], tuple[Any, ...]], None]
 
 
 class _Kernel:
@@ -34,36 +34,43 @@ class _Kernel:
 
     def __init__(self, kernel: Any) -> None:
         parameters = kernel.params if isinstance(kernel, JITFunction) else []
-        scalars = [p for p in parameters if not p.is_constexpr]
-        self.pointers = sum(p.name.endswith("_ptr") for p in scalars)
-        # scalars that Triton makes constants of or asks for divisibility
-        self.special = [not p.do_not_specialize for p in scalars[self.pointers :]]
-        names = [p.name for p in parameters]
-        self.constants = names[len(scalars) :]
-        ordered = [p.name.endswith("_ptr") for p in scalars]
-        self.holds = bool(parameters) and (
-            ordered == sorted(ordered, reverse=True)
-            and not any(p.is_constexpr for p in parameters[: len(scalars)])
-            and not (kernel.pre_run_hooks or kernel.debug or triton.knobs.runtime.debug)
-        )
-        self.held: dict[tuple[Any, ...], Start] = {}
+        variables = [p for p in parameters if not p.is_constexpr]
+        addresses = [p for p in variables if p.name.endswith("_ptr")]
+        scalars = variables[len(addresses) :]
+        constants = parameters[len(variables) :]
+        self.pointers = len(addresses)
+        self.constants = [p.name for p in constants]
+        in_order = [*addresses, *scalars, *constants] == [*parameters]
+        # others Triton may take for constants or for divisible by 16
+        plain = in_order and all(p.do_not_specialize for p in scalars)
+        watched = plain and (kernel.pre_run_hooks or kernel.debug or _RUNTIME.debug)
+        self.holds = bool(parameters) and plain and not watched
+        self.held: dict[tuple[Any, ...], Held] = {}
 
 
+_SCALARS = {int, float, bool}
+_RUNTIME = triton.knobs.runtime
 _kernels: dict[Any, _Kernel] = {}
 
 
-def _hooked() -> bool:
-    """True if somebody wants to know of every launch."""
-    runtime = triton.knobs.runtime
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        # a chain of hooks may be empty
-        if hook is not None and getattr(hook, "calls", True):
-            return True
-    return False
+def _of(kernel: Any) -> _Kernel:
+    known = _kernels.get(kernel.fn)
+    if known is None:
+        known = _kernels[kernel.fn] = _Kernel(kernel)
+    return known
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, **constants: Any
+def _is_watched() -> bool:
+    """True if somebody wants to know of every launch; a chain of hooks may be empty."""
+    enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+    return bool(
+        (enter is not None and getattr(enter, "calls", True))
+        or (leave is not None and getattr(leave, "calls", True))
+    )
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], /, *arguments: Any, num_warps: int, **constants: Any
 ) -> None:
     """Does what `kernel[grid](*arguments, num_warps=num_warps, **constants)` does.
 
@@ -74,76 +81,75 @@ def launch(
         num_warps: of a program.
         constants: the kernel's `tl.constexpr` arguments.
     """
-    known = _kernels.get(kernel.fn)
-    if known is None:
-        known = _kernels[kernel.fn] = _Kernel(kernel)
     device = arguments[0].device
-    if not known.holds or device.type not in HELD_ON or _hooked():
+    known = _of(kernel) if device.type in HELD_ON else None
+    if known is None or not known.holds or _is_watched():
         kernel[grid](*arguments, num_warps=num_warps, **constants)
         return
     tensors, scalars = arguments[: known.pointers], arguments[known.pointers :]
-    values = [tensor.data_ptr() for tensor in tensors]
-    aligned = not reduce(or_, values) & 15 or tuple([value % 16 == 0 for value in values])
-    kinds = [_kind(*pair) for pair in zip(scalars, known.special, strict=True)]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    aligned = not reduce(or_, addresses) & 15 or tuple([a % 16 == 0 for a in addresses])
+    kinds = [s.__class__ if s.__class__ is not int or -WIDE <= s < WIDE else None for s in scalars]
     dtypes = [tensor.dtype for tensor in tensors]
     given = constants.values()
     key = (device.index, num_warps, aligned, *dtypes, *kinds, *constants, *given)
-    start = known.held.get(key)
-    if start is not None:
-        start(grid, (*values, *scalars, *given))
+    held = known.held.get(key)
+    if held is not None:
+        held(grid, (*addresses, *scalars, *given))
         return
     compiled = kernel[grid](*arguments, num_warps=num_warps, **constants)
-    if None not in kinds and list(constants) == known.constants:
-        start = _start(compiled, device.index)
-        if start is not None:
-            known.held[key] = start
+    if _SCALARS.issuperset(kinds) and list(constants) == known.constants:
+        held = _hold(compiled, device.index)
+        if held is not None:
+            known.held[key] = held
 
 
-def _kind(value: Any, special: bool) -> Any:
-    """What Triton may see in a scalar; None for what is not held."""
-    kind = value.__class__
-    if kind is not int:
-        return kind if kind is float or kind is bool else None
-    if not -(2**31) <= value < 2**31:
-        return None
-    return (value == 1, value % 16 == 0) if special else kind
-
-
-def _start(compiled: Any, index: int | None) -> Start | None:
+def _hold(compiled: Any, index: int | None) -> Held | None:
     """Starts this compiled kernel on the device's current stream; None if that is not known to
     work.
     """
     active = driver.active
     if compiled is None or active.get_current_device() != index:
         return None
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    wrapper, function, packed = compiled.run, compiled.function, compiled.packed_metadata
     stream_of = active.get_current_stream
-    launcher = _launcher(run)
-    if launcher is not None:
-        return lambda grid, values: launcher(
-            grid[0], grid[1] if len(grid) > 1 else 1, stream_of(index), function, metadata, values
-        )
-    return lambda grid, values: run(
-        *(*grid, 1, 1)[:3], stream_of(index), function, metadata, None, None, None, *values
-    )
-
-
-def _launcher(run: Any) -> Callable[..., None] | None:
-    """What Triton's `CudaLauncher` does for kernels without scratch memory, without its wrapper."""
     version = ".".join(triton.__version__.split(".")[:2])
-    if (
-        version not in _KNOWN_LAUNCHERS
-        or type(run).__name__ != "CudaLauncher"
-        or run.global_scratch_size
-        or run.profile_scratch_size
-    ):
-        return None
-    start, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
-    if version == "3.6":
-        return lambda x, y, stream, function, metadata, values: start(
-            *(x, y, 1, stream, function, *flags, None, None, metadata, None, None, None), *values
-        )
-    tail = (None, None, None, None, None, run.arg_annotations, run.kernel_signature)
-    return lambda x, y, stream, function, metadata, values: start(
-        x, y, 1, stream, function, *flags, metadata, *tail, values
+    bare = (
+        type(wrapper).__name__ == "CudaLauncher"
+        and not wrapper.global_scratch_size
+        and not wrapper.profile_scratch_size
     )
+    if bare and version in _BARE_LAUNCHERS:
+        return _BARE_LAUNCHERS[version](wrapper, function, packed, lambda: stream_of(index))
+
+    def through_wrapper(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        wrapper(*(*grid, 1, 1)[:3], stream_of(index), function, packed, None, None, None, *values)
+
+    return through_wrapper
+
+
+# What Triton's `CudaLauncher` does for kernels without scratch memory and hooks.
+
+
+def _as_in_3_6(wrapper: Any, function: int, packed: Any, stream: Callable[[], int]) -> Held:
+    start = wrapper.launch
+    fixed = (function, wrapper.launch_cooperative_grid, wrapper.launch_pdl, None, None, packed)
+
+    def held(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        start(*(*grid, 1, 1)[:3], stream(), *fixed, None, None, None, *values)
+
+    return held
+
+
+def _as_in_3_7(wrapper: Any, function: int, packed: Any, stream: Callable[[], int]) -> Held:
+    start = wrapper.launch
+    fixed = (function, wrapper.launch_cooperative_grid, wrapper.launch_pdl, packed)
+    kinds = (*[None] * 5, wrapper.arg_annotations, wrapper.kernel_signature)
+
+    def held(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        start(*(*grid, 1, 1)[:3], stream(), *fixed, *kinds, values)
+
+    return held
+
+
+_BARE_LAUNCHERS = {"3.6": _as_in_3_6, "3.7": _as_in_3_7}

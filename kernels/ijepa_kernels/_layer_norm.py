@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._float8 import FLOAT8, Float8Rows, empty_rows, rounded
-from ijepa_kernels._launch import launch
+from ijepa_kernels._launch import run
 from ijepa_kernels._sums import add_up
 
 __all__ = [
@@ -195,7 +195,7 @@ def add_layer_norm_fwd_float8(
 ) -> tuple[Tensor, Float8Rows]:
     """New residual (the old one if x is None) and normalised rows, of (R, D)."""
     residual = residual.contiguous()
-    out = empty_rows(*residual.shape, residual)
+    out = empty_rows(len(residual), residual.shape[1], residual)
     given = (out.rows, out.scale, out.scale)
     return _launch_fwd(residual, x, weight, bias, eps, given), out
 
@@ -208,15 +208,15 @@ def _launch_fwd(
     eps: float,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """Fills normalised rows, mean (in float8: scale) and 1 / standard deviation; returns the sum.
-    """
+    """The sum; fills normalised rows, mean (in float8: scale) and 1 / standard deviation."""
     summed = residual if x is None else torch.empty_like(residual)
     width = residual.shape[-1]
     rows = residual.numel() // width
     if rows:
         block_r, block_d, warps = _tile(width)
-        launch(
-            *(_add_layer_norm_fwd_kernel, (-(-rows // block_r),)),
+        run(
+            _add_layer_norm_fwd_kernel,
+            (-(-rows // block_r),),
             *(residual, residual if x is None else x.contiguous()),
             *(weight.contiguous(), bias.contiguous(), summed, *out, rows, eps),
             HAS_X=x is not None,
@@ -259,7 +259,7 @@ def _launch_bwd(
     each = max(1, -(-tiles // most)) * block_r
     programs, sums = max(1, -(-rows // each)), 3 if with_grad_x_sums else 2
     partial = summed.new_empty((programs, sums * width), dtype=torch.float32)
-    launch(
+    run(
         *(_add_layer_norm_bwd_kernel, (programs,), grad_normed),
         *(grad_normed if grad_sum is None else grad_sum.contiguous(), summed, mean, rstd),
         *(weight.contiguous(), weight if bias is None else bias.contiguous(), grad_residual),

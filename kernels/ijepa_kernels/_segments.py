@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import check_range, debugging
+from ijepa_kernels._launch import run
 
 __all__ = [
     "MAX_ROWS",
@@ -224,7 +225,9 @@ def take_rows(
     if picked:
         block_d = columns_of_tile(width)
         block_r = TILE // block_d
-        _take_rows_kernel[(-(-picked // block_r) * -(-width // block_d),)](
+        run(
+            _take_rows_kernel,
+            (-(-picked // block_r) * -(-width // block_d),),
             x.contiguous(),
             index.contiguous(),
             x if table is None else table.contiguous(),
@@ -260,7 +263,9 @@ def inverse_or_segments(
     else:
         out = torch.empty((picked,), dtype=torch.int32, device=index.device)
     if picked:
-        _keys_kernel[(-(-picked // KEYS),)](
+        run(
+            _keys_kernel,
+            (-(-picked // KEYS),),
             index.contiguous(),
             out,
             picked,
@@ -309,7 +314,9 @@ def sum_segments(
     block_d = columns_of_tile(width)
     # a patch is named by dozens of rows and worth a program; a row by few, if any
     block_o, block_r = (1, TILE // block_d) if by_patch else (TILE // block_d, 1)
-    _sum_segments_kernel[(-(-outputs // block_o) * -(-width // block_d),)](
+    run(
+        _sum_segments_kernel,
+        (-(-outputs // block_o) * -(-width // block_d),),
         x,
         listed,
         listed if starts is None else starts,

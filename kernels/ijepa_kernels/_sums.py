@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._launch import launch
+from ijepa_kernels._launch import run
 from ijepa_kernels._segments import columns_of_tile
 
 __all__ = ["add_up", "partial_sums", "row_programs"]
@@ -69,8 +69,10 @@ def partial_sums(x: Tensor) -> Tensor:
     block_d = columns_of_tile(width)
     out = x.new_empty((programs, width), dtype=torch.float32)
     grid = (-(-width // block_d), programs)
-    launch(
-        *(_column_sums_kernel, grid, x, out, rows, each),
+    run(
+        _column_sums_kernel,
+        grid,
+        *(x, out, rows, each),
         D=width,
         BLOCK_R=TILE // block_d,
         BLOCK_D=block_d,
@@ -86,8 +88,10 @@ def add_up(partial: Tensor) -> Tensor:
         return partial.view(width)
     out = partial.new_empty(width)
     grid = (-(-width // SECOND_COLUMNS), 1)
-    launch(
-        *(_column_sums_kernel, grid, partial, out, programs, programs),
+    run(
+        _column_sums_kernel,
+        grid,
+        *(partial, out, programs, programs),
         D=width,
         BLOCK_R=SECOND_ROWS,
         BLOCK_D=SECOND_COLUMNS,

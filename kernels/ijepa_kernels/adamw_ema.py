@@ -31,6 +31,7 @@ from torch import Tensor
 from ijepa_kernels._adam_cpu import update_on_cpu
 from ijepa_kernels._adam_step import SCALARS, launch_step
 from ijepa_kernels._checks import FLOATS
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 from ijepa_kernels._table import (
     HALVES,
@@ -266,7 +267,9 @@ def launch(
     """
     if not table.blocks:
         return
-    _adamw_ema_fwd_kernel[(table.blocks,)](
+    run(
+        _adamw_ema_fwd_kernel,
+        (table.blocks,),
         table.data,
         grads,
         scalars,

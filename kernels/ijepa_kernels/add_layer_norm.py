@@ -277,7 +277,7 @@ def add_layer_norm_backward(
         ValueError: shapes, dtypes or devices do not fit.
     """
     tensors = (grad_normed, grad_sum, summed, mean, rstd, weight, bias)
-    if not known(case := of_case(f"add_layer_norm_backward {low_dtype}", *tensors)):
+    if not known(case := of_case(("add_layer_norm_backward", low_dtype), *tensors)):
         _check(summed, None, weight, bias, 0.0, low_dtype)
         if summed.ndim != 2:
             raise ValueError(f"summed must have shape (R, D), got {tuple(summed.shape)}")
@@ -302,7 +302,7 @@ def _check(
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     tensors = (residual, x, weight, bias)
-    if known(case := of_case(f"add_layer_norm {out_dtype}", *tensors)):
+    if known(case := of_case(("add_layer_norm", out_dtype), *tensors)):
         return
     for name, tensor in zip(("residual", "x", "weight", "bias"), tensors, strict=True):
         if tensor is not None:

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import FLOATS
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 from ijepa_kernels._table import (
     HALVES,
@@ -160,7 +161,9 @@ def launch(
         return
     on_device = isinstance(momentum, Tensor)
     host = 0.0 if on_device else float(momentum)
-    _ema_update_fwd_kernel[(table.blocks,)](
+    run(
+        _ema_update_fwd_kernel,
+        (table.blocks,),
         table.data,
         momentum if on_device else table.data,
         table.length,

@@ -32,6 +32,7 @@ from ijepa_kernels._segments import (
     sum_segments,
     take_rows,
 )
+from ijepa_kernels._table import launches
 
 __all__ = [
     "Gather",
@@ -291,7 +292,7 @@ class Gather(NamedTuple):
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows x[index], (R, D), for code that differentiates itself: no checks, no autograd."""
-    if x.device.type == "cpu":
+    if not launches("gather_tokens", x.device):
         return x.index_select(0, index.long())  # four times as fast as with int32
     return take_rows(x, index, len(x), None, nan_if_invalid=False)
 
@@ -308,7 +309,7 @@ def sum_rows(grad: Tensor, gather: Gather, rows: int) -> Tensor:
     Returns:
         (rows, D), contiguous, in grad's dtype.
     """
-    if grad.device.type == "cpu":
+    if not launches("gather_tokens", grad.device):
         index, wide = gather.picked.long(), torch.promote_types(grad.dtype, torch.float32)
         if gather.starts is None:
             return grad.new_zeros((rows, grad.shape[1])).index_copy_(0, index, grad)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
 from ijepa_kernels._float8 import Float8Rows, empty_rows, round_rows, rounded, row_tile
-from ijepa_kernels._launch import launch
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define, raw
 from ijepa_kernels._segments import columns_of_tile
 from ijepa_kernels._sums import add_up, row_programs
@@ -152,8 +152,10 @@ def _gelu_fwd(h: Tensor) -> Tensor:
         block_f = columns_of_tile(width)
         rows, block_r = h.numel() // width, TILE // block_f
         grid = (-(-width // block_f), -(-rows // block_r))
-        launch(
-            *(_gelu_fwd_kernel, grid, h, g, rows),
+        run(
+            _gelu_fwd_kernel,
+            grid,
+            *(h, g, rows),
             F=width,
             BLOCK_R=block_r,
             BLOCK_F=block_f,
@@ -168,8 +170,10 @@ def _gelu_float8(h: Tensor) -> Float8Rows:
     out = empty_rows(rows, width, h)
     if rows:
         block_r, block_f, warps = row_tile(width)
-        launch(
-            *(_gelu_float8_kernel, (-(-rows // block_r),), h, *out, rows),
+        run(
+            _gelu_float8_kernel,
+            (-(-rows // block_r),),
+            *(h, *out, rows),
             F=width,
             BLOCK_R=block_r,
             BLOCK_F=block_f,
@@ -192,8 +196,9 @@ def _launch_bwd(
     programs, each = row_programs(rows)
     partial = h.new_empty((programs, width), dtype=torch.float32) if with_sums else dh
     g = torch.empty_like(h) if with_activation else dh
-    launch(
-        *(_gelu_bwd_kernel, (-(-width // block_f), programs)),
+    run(
+        _gelu_bwd_kernel,
+        (-(-width // block_f), programs),
         *(dg, h, dh, g, partial, rows, each),
         WITH_SUMS=with_sums,
         WITH_ACTIVATION=with_activation,

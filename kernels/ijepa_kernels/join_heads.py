@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
-from ijepa_kernels._launch import launch
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import raw
 from ijepa_kernels._segments import columns_of_tile
 from ijepa_kernels._sums import add_up, row_programs
@@ -145,8 +145,9 @@ def _join_heads(first: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     joined = first.new_empty((rows, count * width))
     partial = first.new_empty((programs, count * width), dtype=torch.float32)
     block_d = columns_of_tile(width)
-    launch(
-        *(_join_heads_kernel, (-(-width // block_d), programs)),
+    run(
+        _join_heads_kernel,
+        (-(-width // block_d), programs),
         *(a, b, c, joined, partial, rows, each, *steps),
         P=count,
         UNIT=unit,

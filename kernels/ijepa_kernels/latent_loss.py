@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_index, check_range, check_shape, debugging
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 
 __all__ = ["latent_loss", "latent_loss_bytes", "latent_loss_ref", "target_rows"]
@@ -209,7 +210,9 @@ def _launch(
     tiles, loss = -(-rows // block_r), grad_loss is None
     programs = max(1, min(MAX_PROGRAMS, tiles))
     partial = prediction.new_empty(programs, dtype=torch.float32) if loss else prediction
-    _latent_loss_fwd_bwd_kernel[(programs,)](
+    run(
+        _latent_loss_fwd_bwd_kernel,
+        (programs,),
         prediction,
         target.contiguous(),
         index.contiguous(),
@@ -218,13 +221,8 @@ def _launch(
         prediction if loss else grad_loss,
         prediction if gradient is None else gradient,
         partial,
-        rows,
-        target_count,
-        -(-tiles // programs) * block_r,
-        _scale(prediction, scale),
-        beta,
-        1.0 / beta,
-        eps,
+        *(rows, target_count, -(-tiles // programs) * block_r),
+        *(_scale(prediction, scale), beta, 1.0 / beta, eps),
         SQUARE=square,
         NORMALIZE=normalize,
         HAS_WEIGHT=weight is not None,

@@ -38,6 +38,7 @@ from ijepa_kernels._checks import (
     check_shape,
     debugging,
 )
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 
 __all__ = ["pad_patch_weight", "patchify", "patchify_bytes", "patchify_ref"]
@@ -285,14 +286,13 @@ def _patchify_fwd(
         parts = -(-ph * pw // (fixed["BLOCK_V"] * lane_groups))
         row_programs = -(-rows // (LANES // lane_groups * LANE_ROWS))
         grid = (row_programs, parts, fixed["C"] // fixed["BLOCK_C"])
-        _patchify_fwd_kernel[grid](
+        run(
+            _patchify_fwd_kernel,
+            grid,
             images,
-            None if index is None else index.contiguous(),
-            None if mean is None else mean.contiguous(),
-            None if std is None else std.contiguous(),
-            out,
-            rows,
-            source_rows,
+            # what there is none of is not looked at
+            *(out if t is None else t.contiguous() for t in (index, mean, std)),
+            *(out, rows, source_rows),
             HAS_INDEX=index is not None,
             NORMALISE=mean is not None,
             PH=ph,

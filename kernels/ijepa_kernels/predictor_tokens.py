@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_index, check_range, check_shape, debugging
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 
 __all__ = ["predictor_tokens", "predictor_tokens_bytes", "predictor_tokens_ref"]
@@ -273,9 +274,9 @@ def _predictor_tokens_fwd(
     parts = max(1, min(MAX_PARTS, -(-rows // (sequences * tile["BLOCK_R"]))))
     tensors = context, mask_token, pos_table, context_index, target_index, lengths
     inputs = [tensor.contiguous() for tensor in tensors]
-    _predictor_tokens_fwd_kernel[(sequences, parts)](
-        *inputs, tokens, ends, rows, images, length, M=blocks, N=num_patches, **tile
-    )
+    given = (*inputs, tokens, ends, rows, images, length)
+    grid = (sequences, parts)
+    run(_predictor_tokens_fwd_kernel, grid, *given, M=blocks, N=num_patches, **tile)
     return tokens, ends
 
 
@@ -300,9 +301,9 @@ def _predictor_tokens_bwd(
     parts = min(MAX_PARTS, -(-BACKWARD_PROGRAMS // sequences), tiles)
     partial = grad.new_empty((sequences * parts, width), dtype=torch.float32)
     inputs = [tensor.contiguous() for tensor in (grad, context_index, target_index, lengths)]
-    _predictor_tokens_bwd_kernel[(sequences, parts)](
-        *inputs, grad_context, partial, rows, images, length, M=blocks, N=num_patches, **tile
-    )
+    given = (*inputs, grad_context, partial, rows, images, length)
+    grid = (sequences, parts)
+    run(_predictor_tokens_bwd_kernel, grid, *given, M=blocks, N=num_patches, **tile)
     return grad_context, partial.sum(0)
 
 

@@ -22,7 +22,7 @@ from ijepa_kernels._float8 import (
     rounded,
     row_tile,
 )
-from ijepa_kernels._launch import launch
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import raw
 
 __all__ = ["Float8Rows", "quantize_rows", "quantize_rows_bytes", "quantize_rows_ref"]
@@ -55,8 +55,10 @@ def _quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
     out = out or empty_rows(rows, width, x)
     if rows:
         block_r, block_d, warps = row_tile(width)
-        launch(
-            *(_quantize_rows_kernel, (-(-rows // block_r),), x, *out, rows),
+        run(
+            _quantize_rows_kernel,
+            (-(-rows // block_r),),
+            *(x, *out, rows),
             D=width,
             BLOCK_R=block_r,
             BLOCK_D=block_d,

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_index, check_shape
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 from ijepa_kernels._segments import (
     MAX_ROWS,
@@ -167,7 +168,9 @@ def _scatter_tokens_bwd(
     block_r = TILE // block_d
     programs = max(1, min(MAX_FILL_PROGRAMS, -(-rows // block_r)))
     partial = grad.new_empty((programs, width), dtype=torch.float32)
-    _scatter_tokens_bwd_kernel[(-(-width // block_d), programs)](
+    run(
+        _scatter_tokens_bwd_kernel,
+        (-(-width // block_d), programs),
         grad,
         inverse,
         partial,

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_index, debugging
+from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 
 __all__ = ["take_targets", "take_targets_bytes", "take_targets_ref"]
@@ -145,7 +146,9 @@ def _take_targets_fwd(tokens: Tensor, lengths: Tensor, target_length: int) -> Te
     if out.numel():
         tile = _tile(width)
         parts = min(MAX_PARTS, -(-target_length // tile["BLOCK_R"]))
-        _take_targets_fwd_kernel[(sequences, parts)](
+        run(
+            _take_targets_fwd_kernel,
+            (sequences, parts),
             tokens.contiguous(),
             lengths.contiguous(),
             out,
@@ -165,7 +168,9 @@ def _take_targets_bwd(grad: Tensor, lengths: Tensor, rows: int, target_length: i
         tile = _tile(width)
         # a program for each tile of an average sequence
         parts = min(MAX_PARTS, -(-rows // (sequences * tile["BLOCK_R"])))
-        _take_targets_bwd_kernel[(sequences, parts)](
+        run(
+            _take_targets_bwd_kernel,
+            (sequences, parts),
             grad.contiguous(),
             lengths.contiguous(),
             grad_tokens,

@@ -1,4 +1,4 @@
-"""Casts to float8 in Triton's interpreter as GPUs do them: to the nearest, ties to even, saturating.
+"""Casts to float8 in Triton's interpreter as GPUs do them: to the nearest, saturating.
 
 The interpreter's own loses the carry into the exponent and most subnormal values (Triton 3.7.1).
 """

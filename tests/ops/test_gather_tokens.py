@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ijepa_kernels._checks import debug_checks
-from ijepa_kernels.gather_tokens import gather_tokens, gather_tokens_bytes, gather_tokens_ref
+from ijepa_kernels.gather_tokens import (
+    Gather,
+    gather_rows,
+    gather_tokens,
+    gather_tokens_bytes,
+    gather_tokens_ref,
+    sum_rows,
+)
 from ijepa_kernels.testing import assert_not_worse, relative_error
 from tests.ops.conftest import INTERPRETED
 
@@ -364,3 +371,36 @@ def test_bytes():
         gather_tokens_bytes(50, 7, 100, F32, table_rows=5, table_dtype=BF16, backward=True)
         == 2800 + 20000 + 28 + 1000
     )
+
+
+# --- for derivatives by hand ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", [7, 192, 1280])
+@pytest.mark.parametrize("unique", [True, False])
+def test_rows_and_their_sums(unique, width, dtype, device):
+    """Copies of rows, and the sums of what comes back, by lists that the caller made."""
+    rows, index = 15, (UNIQUE if unique else REPEATED)["packed"]
+    picked = torch.tensor(index, dtype=I32)
+    if unique:
+        listed, starts = torch.full((rows,), -1, dtype=I32), None
+        listed[picked.long()] = torch.arange(len(index), dtype=I32)
+    else:
+        listed = picked.argsort(stable=True).int()
+        counts = torch.bincount(picked, minlength=rows).cumsum(0)
+        starts = torch.cat([torch.zeros(1, dtype=I64), counts]).to(device, I32)
+    gather = Gather(picked.to(device), listed.to(device), starts)
+    x = _draw((rows, width), dtype, device)
+    assert torch.equal(gather_rows(x, gather.picked), x[gather.picked.long()])
+    grad = _draw((len(index), width), dtype, device, 1)
+    truth = torch.zeros(rows, width, dtype=F64)
+    for place, row in enumerate(index):
+        truth[row] += grad[place].cpu().double()
+    plain = torch.zeros(rows, width, dtype=F32).index_add(0, picked.long(), grad.cpu().float())
+    mine = sum_rows(grad, gather, rows)
+    assert mine.dtype == dtype
+    assert_not_worse("sums", mine.cpu(), plain.to(dtype), truth)
+    # a view of columns, as of queries beside keys and values
+    wide = torch.cat([x, x], dim=1)
+    assert torch.equal(gather_rows(wide[:, :width], gather.picked), x[gather.picked.long()])

@@ -78,7 +78,7 @@ def kernels_are_called_kernel(tree, _):
     for call in _calls(tree, ".*"):
         if isinstance(call.func, ast.Subscript):
             launched = {ast.unparse(call.func.value)}
-        elif ast.unparse(call.func) == "launch":
+        elif ast.unparse(call.func) == "run":
             inside = chain.from_iterable(map(ast.walk, call.args))
             launched = {node.id for node in inside if isinstance(node, ast.Name)}
         else:
@@ -88,6 +88,14 @@ def kernels_are_called_kernel(tree, _):
                 yield f"{name} is launched"
     yield from (name for name in jitted if not name.startswith("_"))
     yield from (n for n in _functions(tree) if n.endswith("_kernel") and n not in jitted)
+
+
+def kernels_are_launched_held(tree, name):
+    """By `_launch.run`: Triton's own launch costs the host twice the time."""
+    if name == "_launch":
+        return
+    for call in _calls(tree, r".*_kernel\[.*\]"):
+        yield _at(call)
 
 
 def other_functions_are_annotated(tree, _):
@@ -333,6 +341,7 @@ RULES = (
     no_atomics,
     no_autotuning,
     kernels_are_called_kernel,
+    kernels_are_launched_held,
     other_functions_are_annotated,
     no_half_precision_inside,
     ops_have_reference_and_bytes,
@@ -368,7 +377,7 @@ def _op_kernel(x_ptr, index_ptr, out_ptr, R, D: tl.constexpr, BLOCK: tl.constexp
 def op_ref(x: Tensor) -> Tensor: ...
 def op_bytes(rows: int) -> int: ...
 def _op_fwd(x: Tensor) -> None:
-    _op_kernel[(1,)](x)
+    run(_op_kernel, (1,), x)
 """
 
 
@@ -390,7 +399,9 @@ def test_a_good_kernel_passes(rule):
         (no_autotuning, "@triton.jit(do", "@triton.autotune([], [])\n@triton.jit(do"),
         (kernels_are_called_kernel, "_op_kernel", "_op_fwd_kernels"),
         (kernels_are_called_kernel, "_op_kernel", "op_kernel"),
-        (kernels_are_called_kernel, "_op_kernel[(1,)](x)", "launch(*(_rows, (1,), x))"),
+        (kernels_are_called_kernel, "run(_op_kernel, (1,), x)", "run(*(_rows, (1,), x))"),
+        (kernels_are_called_kernel, "run(_op_kernel, (1,), x)", "_rows[(1,)](x)"),
+        (kernels_are_launched_held, "run(_op_kernel, (1,), x)", "_op_kernel[(1,)](x)"),
         (kernels_are_called_kernel, "_op_fwd(", "_op_fwd_kernel("),
         (other_functions_are_annotated, "op_bytes(rows: int)", "op_bytes(rows)"),
         (other_functions_are_annotated, "op_bytes(rows: int) -> int", "op_bytes(rows: int)"),

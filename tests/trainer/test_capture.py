@@ -32,7 +32,8 @@ def _by_calling(monkeypatch):
 
 def _pair(precision="float32", **dims):
     made: list[Any] = []
-    for kind in (FastStep, CapturedStep):
+    kinds: list[Any] = [FastStep, CapturedStep]
+    for kind in kinds:
         networks: Any = _networks(**dims)
         made.append(kind(*networks, OptimConfig(precision=precision), mean=MEAN, std=STD))
     return made

@@ -1,9 +1,11 @@
 """The fast step against the reference step, and what it leaves out against what it must not."""
 
 import copy
+import importlib.util
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -584,6 +586,81 @@ def test_attention_that_cannot_run_here():
             _steps(networks, optim=_half(), attention="varlen")
     with pytest.raises(ValueError, match=r"attention must be one of auto, .*got 'flash'"):
         _steps(networks, attention="flash")
+
+
+def _choose(monkeypatch, *, times, capability=(9, 0), packages=(), broken=(), cuda="13.0"):
+    """The choice on a CUDA device that runs all back ends but some, at given speeds."""
+    switched = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(attention, "_installed", lambda package: package in packages)
+    monkeypatch.setattr(attention, "_milliseconds", lambda backend, *_: times[backend.name])
+    monkeypatch.setattr(attention, "_activate", lambda b: switched.append(b.name))
+
+    def trial(backend, *_):
+        if backend.name in broken:
+            raise RuntimeError("no kernel for this head dim\nand more")
+
+    monkeypatch.setattr(attention, "_trial", trial)
+    chosen = attention.choose_attention(
+        "auto", torch.device("cuda"), torch.bfloat16, [(196, 12, 64), (98, 12, 32)]
+    )
+    return chosen, switched[-1]
+
+
+def test_attention_by_shape_on_a_gpu(monkeypatch):
+    chosen, _ = _choose(monkeypatch, times={})
+    assert str(chosen) == "cudnn where lengths are equal, varlen elsewhere"
+    assert chosen.why == "the first that run"
+    equal, unequal = (Pair(s, s) for s in (_sequences([4, 4]), _sequences([4, 3])))
+    assert (chosen.of(equal).name, chosen.of(unequal).name) == ("cudnn", "varlen")
+    # before Hopper, and where cuDNN cannot
+    assert str(_choose(monkeypatch, times={}, capability=(8, 0))[0]) == "varlen"
+    chosen, _ = _choose(monkeypatch, times={}, broken=("cudnn",))
+    assert (str(chosen), chosen.why) == (
+        "varlen",
+        "the first that run; cudnn: no kernel for this head dim",
+    )
+    chosen, _ = _choose(monkeypatch, times={}, broken=("cudnn", "varlen"))
+    assert (str(chosen), chosen.why) == ("sdpa", "varlen: no kernel for this head dim")
+
+
+def test_another_kernel_must_be_faster_by_the_margin(monkeypatch):
+    packages = ("flash_attn_interface", "flash_attn.cute")
+    times = {"varlen": 10.0, "fa3": 6.0, "fa4": 5.8, "cudnn": 5.5}
+    chosen, active = _choose(monkeypatch, times=times, packages=packages)
+    # fa4 is the fastest of the packed ones; cuDNN stays where lengths are equal
+    assert (chosen.packed.name, chosen.dense.name, active) == ("fa4", "cudnn", "fa4")
+    assert "varlen 10.00 ms, fa3 6.00 ms, fa4 5.80 ms" in chosen.why
+    assert "cudnn 5.50 ms, fa4 5.80 ms" in chosen.why
+    times |= {"fa3": 9.5, "fa4": 9.2}
+    chosen, active = _choose(monkeypatch, times=times, packages=packages)
+    assert (chosen.packed.name, chosen.dense.name, active) == ("varlen", "cudnn", "varlen")
+
+
+def test_why_xformers_is_not_used(monkeypatch, tmp_path):
+    """Read from its files; it is not imported."""
+    (tmp_path / "cpp_lib.json").write_text('{"version": {"cuda": 1208}}')
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    chosen, _ = _choose(monkeypatch, times={}, packages=("xformers",))
+    reason = "xformers: its library is built for CUDA 12.8, this torch has 13.0"
+    assert chosen.why == f"the first that run; {reason}"
+    assert "xformers" not in sys.modules
+    # beside the torch that it is built for it is a candidate like others
+    times = {"varlen": 10.0, "xformers": 9.9}
+    chosen, _ = _choose(monkeypatch, times=times, packages=("xformers",), cuda="12.8")
+    assert chosen.packed.name == "varlen"
+    assert "xformers 9.90 ms" in chosen.why
+
+
+def test_a_back_end_that_computes_something_else_is_not_used():
+    """The trial compares with float32, on any device."""
+    sdpa = attention.BACKENDS["sdpa"]
+    attention._trial(sdpa, torch.device("cpu"), 2, 32)
+    wrong = sdpa._replace(backward=lambda *a: sdpa.backward(*a)[::-1])
+    with pytest.raises(attention._Failed, match="its dq is off by"):
+        attention._trial(wrong, torch.device("cpu"), 2, 32)
 
 
 # --- skipped steps -------------------------------------------------------------------------------

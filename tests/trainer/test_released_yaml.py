@@ -10,9 +10,9 @@ import yaml
 from ijepa_fast import train
 from ijepa_fast.cli import UsageError, as_dict, flatten, parse
 from ijepa_fast.config import Config
+from ijepa_fast.pictures import Pictures
 from ijepa_fast.presets import preset
 from ijepa_fast.released_yaml import is_released
-from ijepa_fast.run import Run
 from ijepa_fast.run_folder import NOT_RECIPE
 from tests.trainer import tiny
 
@@ -337,7 +337,7 @@ def test_dry_run_and_training_report_it(tmp_path, capsys):
         logging__folder=str(out),
     )
     flags = ["--batch.global=8", "--data", str(images), "--model.depth=1", "--data.decoder=pillow"]
-    with mock.patch.object(Run, "_draw", return_value=None):
+    with mock.patch.object(Pictures, "_draw", return_value=None):
         assert train.main(["--config", path, *flags, "--device=cpu", "--data.threads=1"]) == 0
     line = "optimization.epochs 1 -> optim.epochs 1"
     assert line in capsys.readouterr().out
