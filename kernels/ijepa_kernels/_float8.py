@@ -36,8 +36,8 @@ class Float8Rows(NamedTuple):
 def round_rows(y: Tensor, out: Float8Rows | None = None) -> Float8Rows:
     """The specification, in plain torch; y is (R, D)."""
     wide = y.float()
-    largest = wide.abs().amax(1, keepdim=True).clamp_min(1e-30)
-    new = Float8Rows((wide * (448.0 / largest)).to(FLOAT8), largest * (1 / 448.0))
+    scale = wide.abs().amax(1, keepdim=True).clamp_min(1e-30) * (1 / 448)
+    new = Float8Rows((wide / scale).to(FLOAT8), scale)
     if out is None:
         return new
     return Float8Rows(out.rows.copy_(new.rows), out.scale.copy_(new.scale))
@@ -47,7 +47,8 @@ def round_rows(y: Tensor, out: Float8Rows | None = None) -> Float8Rows:
 def rounded(y, dtype: tl.constexpr):
     """Rows of a tile (float32, zero where there is nothing) in float8, and their scales."""
     largest = tl.maximum(tl.max(tl.abs(y), axis=1), 1e-30)
-    return (y * (448.0 / largest)[:, None]).to(dtype), largest * 0.002232142857142857
+    scale = largest * 0.002232142857142857
+    return (y / scale[:, None]).to(dtype), scale
 
 
 def empty_rows(rows: int, width: int, like: Tensor) -> Float8Rows:
