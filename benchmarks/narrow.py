@@ -88,7 +88,7 @@ def cosine(config: Config, name: str, weights: dict[str, Tensor], images: Tensor
         step = variant(config, kind)
         checkpoint.load_weights(step, weights)
         targets.append(step.forward(images, step.prepare(masks))[1].double())
-    found = F.cosine_similarity(*targets, dim=-1)
+    found = F.cosine_similarity(targets[0], targets[1], dim=-1)
     return [found.mean().item(), found.min().item()]
 
 
@@ -134,12 +134,12 @@ def main() -> None:
     print("| variant | cosine at the start, mean, least | after | kNN % by seed, mean |")
     print("|---|---|---|---|")
     for name, of in rows.items():
-        first, least, last, least_last, knn = zip(*of, strict=True)
-        scores = ", ".join(f"{k:.2f}" for k in knn)
+        first, least, last, least_last, accuracies = zip(*of, strict=True)
+        scores = ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
         print(
             f"| {name} | {statistics.mean(first):.5f}, {min(least):.5f} | "
             f"{statistics.mean(last):.5f}, {min(least_last):.5f} | "
-            f"{scores}; {statistics.mean(knn):.2f} |"
+            f"{scores}; {statistics.mean(accuracies):.2f} |"
         )
 
 

@@ -1,6 +1,5 @@
 """The target encoder's products in float8: that they run, and what they change."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 from ijepa_fast.checkpoint import load_weights
 from ijepa_fast.config import Config, DataConfig, ModelConfig, OptimConfig
-from ijepa_fast.fast import CapturedStep, FastStep, capture, float8
+from ijepa_fast.fast import CapturedStep, FastStep, capture
 from ijepa_fast.fast.float8 import Float8Block, check_device, product
 from ijepa_kernels import quantize_rows
 from tests.trainer.test_fast import MEAN, STD, VALUES, _batch, _elements, _networks
@@ -18,8 +17,10 @@ DIMS: dict[str, Any] = {"width": 64, "heads": 4, "depth": 4}
 
 
 def _step(target_precision="fp8", kind: type[FastStep] = FastStep):
-    networks = [copy.deepcopy(network) for network in _networks(**DIMS)]
-    return kind(*networks, OptimConfig(), mean=MEAN, std=STD, target_precision=target_precision)
+    encoder, predictor = _networks(**DIMS)
+    return kind(
+        encoder, predictor, OptimConfig(), mean=MEAN, std=STD, target_precision=target_precision
+    )
 
 
 def _train(step, batches):
@@ -59,7 +60,12 @@ def test_every_product_of_the_targets_blocks_runs_in_float8(monkeypatch):
 
     wide: list[Any] = []
     monkeypatch.setattr(F, "scaled_mm", spy)
-    monkeypatch.setattr(F, "linear", lambda *args: wide.append(args[1].shape) or linear(*args))
+
+    def wide_spy(x, weight, bias):
+        wide.append(weight.shape)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", wide_spy)
     step._target(images, step.prepare(masks))
     # qkv (in the last block q apart), proj, fc1, fc2
     assert [width for *_, width in narrow] == [64, 64, 64, 256] * 3 + [64, 64, 64, 64, 256]
@@ -149,18 +155,20 @@ def test_refused_by_the_configuration(settings, message):
 
 
 def test_refused_by_the_step():
-    networks = _networks(**DIMS)
+    encoder, predictor = _networks(**DIMS)
     config = OptimConfig(precision="float32")
     with pytest.raises(ValueError, match=r"must have optim\.precision bfloat16 .* got float32"):
-        FastStep(*networks, config, mean=MEAN, std=STD, target_precision="fp8")
+        FastStep(encoder, predictor, config, mean=MEAN, std=STD, target_precision="fp8")
     mesh: Any = object()
     with pytest.raises(ValueError, match="got bfloat16 and sharded ones"):
-        FastStep(*networks, OptimConfig(), mean=MEAN, std=STD, mesh=mesh, target_precision="fp8")
+        FastStep(
+            encoder, predictor, OptimConfig(), mean=MEAN, std=STD, mesh=mesh, target_precision="fp8"
+        )
 
 
 @pytest.mark.parametrize(("has", "runs"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
 def test_refused_by_older_gpus(has, runs, monkeypatch):
-    monkeypatch.setattr(float8.torch.cuda, "get_device_capability", lambda _: has)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: has)
     if runs:
         check_device(torch.device("cuda"))
         return
