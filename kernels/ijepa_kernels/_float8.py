@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["FLOAT8", "Float8Rows", "empty_rows", "round_rows", "rounded", "row_tile"]
+__all__ = ["FLOAT8", "Float8Rows", "empty_rows", "round_rows", "row_tile"]
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -44,7 +44,7 @@ def round_rows(y: Tensor, out: Float8Rows | None = None) -> Float8Rows:
 
 
 @triton.jit
-def rounded(y, dtype: tl.constexpr):
+def _rounded(y, dtype: tl.constexpr):
     """Rows of a tile (float32, zero where there is nothing) in float8, and their scales."""
     largest = tl.maximum(tl.max(tl.abs(y), axis=1), 1e-30)
     scale = largest * 0.002232142857142857

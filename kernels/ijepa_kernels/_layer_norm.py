@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._float8 import FLOAT8, Float8Rows, empty_rows, rounded
+from ijepa_kernels._float8 import FLOAT8, Float8Rows, _rounded, empty_rows
 from ijepa_kernels._launch import run
 from ijepa_kernels._sums import add_up
 
@@ -86,7 +86,7 @@ def _add_layer_norm_fwd_kernel(
     normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
     if FLOAT8:
         # the scale where the mean goes otherwise; statistics are for a backward pass
-        narrow, scale = rounded(normed, normed_ptr.dtype.element_ty)
+        narrow, scale = _rounded(normed, normed_ptr.dtype.element_ty)
         tl.store(normed_ptr + offset, narrow, mask=mask)
         tl.store(mean_ptr + row, scale, mask=in_row)
     else:

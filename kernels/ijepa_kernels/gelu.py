@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
-from ijepa_kernels._float8 import Float8Rows, empty_rows, round_rows, rounded, row_tile
+from ijepa_kernels._float8 import Float8Rows, _rounded, empty_rows, round_rows, row_tile
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import define, raw
 from ijepa_kernels._segments import columns_of_tile
@@ -98,7 +98,7 @@ def _gelu_float8_kernel(
     offset = row[:, None] * F + column[None, :]
     h = tl.load(h_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     cdf, _ = _normal(h)
-    narrow, scale = rounded(h * cdf, rows_ptr.dtype.element_ty)
+    narrow, scale = _rounded(h * cdf, rows_ptr.dtype.element_ty)
     tl.store(rows_ptr + offset, narrow, mask=mask)
     tl.store(scale_ptr + row, scale, mask=row < R)
 

@@ -17,9 +17,9 @@ from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, reme
 from ijepa_kernels._float8 import (
     FLOAT8,
     Float8Rows,
+    _rounded,
     empty_rows,
     round_rows,
-    rounded,
     row_tile,
 )
 from ijepa_kernels._launch import run
@@ -44,7 +44,7 @@ def _quantize_rows_kernel(
     mask = (row < R)[:, None] & (column < D)[None, :]
     offset = row[:, None] * D + column[None, :]
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    narrow, scale = rounded(x, rows_ptr.dtype.element_ty)
+    narrow, scale = _rounded(x, rows_ptr.dtype.element_ty)
     tl.store(rows_ptr + offset, narrow, mask=mask)
     tl.store(scale_ptr + row, scale, mask=row < R)
 
