@@ -47,7 +47,7 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
     x = torch.empty((model.batch * model.patches, model.width), dtype=BF16, device="meta")
     weight = torch.empty((4 * model.width, model.width), device="meta")
     return {
-        "bf16": partial(_quantize_rows, x),
-        "fp32 weight of fc1": partial(_quantize_rows, weight),
-        "fp32 weight of fc2": partial(_quantize_rows, weight.view(model.width, -1)),
+        "bf16": partial(_quantize_rows, x, None, None),
+        "fp32 weight of fc1": partial(_quantize_rows, weight, None, None),
+        "fp32 weight of fc2": partial(_quantize_rows, weight.view(model.width, -1), None, None),
     }

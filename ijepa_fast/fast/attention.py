@@ -61,7 +61,7 @@ class Sequences:
     pad: Tensor | None = None
     unpad: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def bucket(self) -> int:
         """The longest sequence, rounded up."""
         return -(-self.longest // BUCKET) * BUCKET
@@ -76,7 +76,7 @@ class Sequences:
         """(R, H, E) to (S, H, longest, E); a view where nothing is padded."""
         if self.pad is not None:
             rows = _pad(rows, self.pad, self.unpad)
-        return rows.unflatten(0, (self.count, self.longest)).transpose(1, 2)
+        return rows.view(self.count, self.longest, *rows.shape[1:]).transpose(1, 2)
 
     def rows(self, rectangle: Tensor) -> Tensor:
         """(S, H, longest, E) to (R, H, E)."""
@@ -172,21 +172,18 @@ def _sdpa_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
     queries, keys = pair.queries, pair.keys
+    qkv = queries.rectangle(q), keys.rectangle(k), keys.rectangle(v)
     out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-        queries.rectangle(q), keys.rectangle(k), keys.rectangle(v), None, grad
+        *qkv, None, grad
     )
-    return queries.rows(out), (q, k, v, lse, seed, offset)
+    return queries.rows(out), (*qkv, lse, seed, offset)
 
 
 def _cudnn_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
     queries, keys = pair.queries, pair.keys
     q, k, v, *rest = kept
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
-        queries.rectangle(dout),
-        queries.rectangle(q),
-        keys.rectangle(k),
-        keys.rectangle(v),
-        queries.rectangle(out),
+        *(queries.rectangle(dout), q, k, v, queries.rectangle(out)),
         *rest,
         *(None, None, None, queries.longest, keys.longest, 0.0, False),
     )

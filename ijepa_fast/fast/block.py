@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.fast.attention import Attention, Pair
+from ijepa_fast.fast.attention import Attention, Backend, Pair
 from ijepa_fast.model import Block, matrix_layers
 from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
 from ijepa_kernels.column_sums import column_sums
@@ -111,24 +111,34 @@ def operands(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> tuple[Tensor, 
     return weight, bias
 
 
-def _give(parameter: Tensor | None, grad: Tensor | None) -> None:
-    """Adds to a parameter's gradient."""
-    if parameter is None or grad is None:
-        return
-    grad = grad.to(parameter.dtype).view(parameter.shape)
-    if parameter.grad is None:
-        parameter.grad = grad
-    else:
-        parameter.grad.add_(grad)
+def _give(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    """Adds to the gradients of parameters, each with what it gets."""
+    for parameter, grad in pairs:
+        if parameter is None or grad is None:
+            continue
+        if grad.dtype != parameter.dtype or grad.shape != parameter.shape:
+            grad = grad.to(parameter.dtype).view(parameter.shape)  # noqa: PLW2901
+        if parameter.grad is None:
+            parameter.grad = grad
+        else:
+            parameter.grad.add_(grad)
+
+
+def _only_once() -> None:
+    """To be called by derivatives that have none; as `once_differentiable`, for a tenth of the
+    host's time.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("packed rows are differentiable once, got create_graph=True")
 
 
 def _outer(d: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of a weight (out, in), of its product's (R, out) and the product's input (R, in)."""
     if d.dtype == dtype:
-        return torch.mm(d.t(), rows)
+        return torch.mm(d.T, rows)
     if _writes_float32(d.device, d.dtype):
-        return torch.mm(d.t(), rows, out_dtype=dtype)
-    return torch.mm(d.t(), rows).to(dtype)
+        return torch.mm(d.T, rows, out_dtype=dtype)
+    return torch.mm(d.T, rows).to(dtype)
 
 
 @functools.cache
@@ -160,14 +170,15 @@ class _Linear(torch.autograd.Function):
         return F.linear(rows, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d: Tensor) -> Grads:
+        _only_once()
         rows, weight = ctx.saved_tensors
         parameter, bias = ctx.parameters
         grad = _outer(d, rows, parameter.dtype)
-        _give(parameter, grad[:, : parameter[0].numel()].contiguous())
-        if bias is not None:
-            _give(bias, column_sums(d))
+        _give(
+            (parameter, grad[:, : parameter[0].numel()].contiguous()),
+            (bias, None if bias is None else column_sums(d)),
+        )
         return torch.mm(d, weight) if ctx.needs_input_grad[0] else None, None, None, None
 
 
@@ -218,15 +229,14 @@ class _Close(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Grads:
+        _only_once()
         x, mean, rstd = ctx.saved_tensors
         gain, shift = ctx.parameters
         dx, df, sums, _, dgain, dshift = add_layer_norm_backward(
             dy, None, x, mean, rstd, gain, shift, low_dtype=dy.dtype, with_normed=False
         )
-        for parameter, grad in ((ctx.bias, sums), (gain, dgain), (shift, dshift)):
-            _give(parameter, grad)
+        _give((ctx.bias, sums), (gain, dgain), (shift, dshift))
         return dx, df, None, None, None
 
 
@@ -248,7 +258,10 @@ class _Task(NamedTuple):
         w: norm1's, qkv's, proj's, norm2's, fc1's and fc2's weight and bias, to compute with.
         parameters: whose gradients these get.
         heads, eps, settings: of the block.
+        last: the layer whose bias is added last.
+        bias: the last one added to the block's branch; its gradient is a sum of the block's.
         pair: the sequences; its queries are the taken rows where there are any.
+        backend: of their attention.
         take: the U rows that are wanted, none twice; the others are keys and values only.
         source: the distinct rows that the R rows of the block's input are copies of.
     """
@@ -258,7 +271,10 @@ class _Task(NamedTuple):
     heads: int
     eps: float
     settings: Settings
+    last: nn.Linear
+    bias: Tensor | None
     pair: Pair
+    backend: Backend
     take: Gather | None
     source: Gather | None
 
@@ -280,20 +296,19 @@ def _forward(
     if take is not None and source is None:
         width = x.shape[1]
         q = F.linear(gather_rows(y, take.picked), w[2][:width], w[3][:width])
-        q = q.view(len(q), task.heads, -1)
+        q = q.view(q.shape[0], task.heads, -1)
         kv = F.linear(y, w[2][width:], w[3][width:])
-        k, v = kv.view(len(y), 2, *q.shape[1:]).unbind(1)
+        k, v = kv.view(y.shape[0], 2, *q.shape[1:]).unbind(1)
     else:
         qkv = F.linear(y, w[2], w[3])
         if source is not None:
             qkv = gather_rows(qkv, source.picked)
-        q, k, v = qkv.view(len(qkv), 3, task.heads, -1).unbind(1)
+        q, k, v = qkv.view(qkv.shape[0], 3, task.heads, -1).unbind(1)
         if take is not None:
             q = gather_rows(qkv[:, : first.shape[1]], take.picked).view(-1, *k.shape[1:])
     if take is not None:
         x = gather_rows(x, take.picked)
-    backend = task.settings.attention.of(task.pair)
-    out, attended = backend.forward(q, k, v, task.pair, grad)
+    out, attended = task.backend.forward(q, k, v, task.pair, grad)
     x2, branch, kept = _finish(x, out, task)
     return x2, branch, (first, *stats, out, *kept), attended
 
@@ -311,42 +326,40 @@ class _Block(torch.autograd.Function):
     """`_forward` with its derivative."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, f: Tensor | None, bias: Tensor | None, task: _Task
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, f: Tensor | None, task: _Task) -> tuple[Tensor, Tensor]:
         full = task.settings.memory == "full"
         x2, branch, kept, attended = _forward(x, f, task, not full)
-        ctx.task, ctx.bias, ctx.full = task, bias, full
+        ctx.task, ctx.full = task, full
         if full:
             ctx.save_for_backward(x, f)
         else:
-            # apart, for x2 is an output: as an attribute it would be a cycle
-            ctx.tensors = sum(isinstance(t, Tensor) for t in attended) == len(attended)
-            saved = (*kept, *attended) if ctx.tensors else kept
-            ctx.attended = () if ctx.tensors else attended
-            ctx.save_for_backward(*saved)
+            # a back end keeps tensors, all of them saved, for x2 is an output: as an attribute it
+            # would be a cycle; or, under autograd, something else
+            tensors = isinstance(attended[0], Tensor)
+            ctx.attended = () if tensors else attended
+            ctx.save_for_backward(*kept, *(attended if tensors else ()))
         return x2, branch
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dx: Tensor, df: Tensor) -> Grads:
+        _only_once()
         task = ctx.task
         if ctx.full:
             x, f = ctx.saved_tensors
             kept, attended = _forward(x, f, task, True)[2:]
         else:
-            kept, attended = ctx.saved_tensors[:8], ctx.attended or ctx.saved_tensors[8:]
-        dx, dlow, sums = _backward(dx, df, task, kept, attended)
-        _give(ctx.bias, sums)
+            saved = ctx.saved_tensors
+            kept, attended = saved[:8], ctx.attended or saved[8:]
+        dx, dlow = _backward(dx, df, task, kept, attended)
         needs = ctx.needs_input_grad
-        return dx if needs[0] else None, dlow if needs[1] else None, None, None
+        return dx if needs[0] else None, dlow if needs[1] else None, None
 
 
 def _backward(
     dx: Tensor, df: Tensor, task: _Task, kept: tuple[Tensor, ...], attended: tuple[Any, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the block's input, of its branch, and the latter's column sums. The bias of fc2
-    is left to whoever adds the branch.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the block's input and of its branch; all others are given, but that of fc2's
+    bias, which is left to whoever adds the branch.
     """
     first, mean1, rstd1, out, x2, mean2, rstd2, h = kept
     w, p, take, source = task.w, task.parameters, task.take, task.source
@@ -354,19 +367,18 @@ def _backward(
 
     dh, db1, g = gelu_backward(torch.mm(df, w[10]), h)
     assert g is not None
-    _give(p[10], _outer(df, g, dtype))
+    dw_fc2 = _outer(df, g, dtype)
     del g
     passed: Any = add_layer_norm_backward(
         torch.mm(dh, w[8]), dx, x2, mean2, rstd2, w[6], w[7], low_dtype=low
     )
     dx, dp, dbp, y2, dgain2, dshift2 = passed
-    _give(p[8], _outer(dh, y2, dtype))
+    dw_fc1 = _outer(dh, y2, dtype)
     del dh, y2
-    _give(p[4], _outer(dp, out.flatten(1), dtype))
-    backend = task.settings.attention.of(task.pair)
+    dw_proj = _outer(dp, out.flatten(1), dtype)
     dout = torch.mm(dp, w[4]).view_as(out)
-    dq, dk, dv = backend.backward(dout, out, attended, task.pair)
-    rows = len(dk)
+    dq, dk, dv = task.backend.backward(dout, out, attended, task.pair)
+    rows = dk.shape[0]
     if take is not None:  # nobody else's residual goes on
         dx = sum_rows(dx, take, rows)
     if take is not None and source is None:
@@ -380,21 +392,19 @@ def _backward(
         dqkv, dbqkv = join_heads((dq, dk, dv))
         if source is not None:
             # what was copied gets the sum of the copies' gradients, and passes it on by itself
-            dqkv = sum_rows(dqkv, source, len(first))
-            dx = sum_rows(dx, source, len(first))
+            dqkv = sum_rows(dqkv, source, first.shape[0])
+            dx = sum_rows(dx, source, first.shape[0])
         dy = torch.mm(dqkv, w[2])
     passed = add_layer_norm_backward(dy, dx, first, mean1, rstd1, w[0], w[1], low_dtype=low)
     dx, dlow, sums, y, dgain1, dshift1 = passed
     if take is not None and source is None:
-        grad = torch.cat([_outer(dq, gather_rows(y, take.picked), dtype), _outer(dkv, y, dtype)])
+        dw_qkv = torch.cat([_outer(dq, gather_rows(y, take.picked), dtype), _outer(dkv, y, dtype)])
         dbqkv = torch.cat([dbq, dbkv])
     else:
-        grad = _outer(dqkv, y, dtype)
-    _give(p[2], grad)
-    small = {0: dgain1, 1: dshift1, 3: dbqkv, 5: dbp, 6: dgain2, 7: dshift2, 9: db1}
-    for number, grad in small.items():
-        _give(p[number], grad)
-    return dx, dlow, sums
+        dw_qkv = _outer(dqkv, y, dtype)
+    of_layers = (dgain1, dshift1, dw_qkv, dbqkv, dw_proj, dbp, dgain2, dshift2, dw_fc1, db1, dw_fc2)
+    _give((task.bias, sums), *zip(p, of_layers, strict=False))
+    return dx, dlow
 
 
 # mypy does not know what `apply` takes
@@ -427,13 +437,13 @@ class PackedBlock(Block):
         Returns:
             Residual and branch of the wanted rows, all by default.
         """
-        task = self._task(pair, take, source)
         rows, bias = (None, None) if f is None else (f.rows, f.layer.bias)
+        task = self._task(pair, bias, take, source)
         if torch.is_grad_enabled():
-            x2, branch = _block(x, rows, bias, task)
+            x2, branch = _block(x, rows, task)
         else:
             x2, branch = _forward(x, rows, task, False)[:2]
-        return x2, Branch(branch, self.mlp.fc2)
+        return x2, Branch(branch, task.last)
 
     @torch.no_grad()
     def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Any, Tensor]:
@@ -458,13 +468,19 @@ class PackedBlock(Block):
         task = self._task(pair)
         w, width = task.w, x.shape[1]
         q = F.linear(gather_rows(normed, take), w[2][:width], w[3][:width])
-        q = q.view(len(q), task.heads, -1)
-        k, v = keys_values.view(len(keys_values), 2, *q.shape[1:]).unbind(1)
-        out, _ = task.settings.attention.of(pair).forward(q, k, v, pair, False)
+        q = q.view(q.shape[0], task.heads, -1)
+        k, v = keys_values.view(keys_values.shape[0], 2, *q.shape[1:]).unbind(1)
+        out, _ = task.backend.forward(q, k, v, pair, False)
         x2, branch, _ = _finish(gather_rows(x, take), out, task)
-        return x2, Branch(branch, self.mlp.fc2)
+        return x2, Branch(branch, task.last)
 
-    def _task(self, pair: Pair, take: Gather | None = None, source: Gather | None = None) -> _Task:
+    def _task(
+        self,
+        pair: Pair,
+        bias: Tensor | None = None,
+        take: Gather | None = None,
+        source: Gather | None = None,
+    ) -> _Task:
         fixed: Any = self.__dict__.get("_fixed")
         if fixed is None:
             attn, mlp, settings = self.attn, self.mlp, self.settings
@@ -476,7 +492,8 @@ class PackedBlock(Block):
                     w += [layer.weight.detach(), layer.bias.detach()]
                 else:
                     w += operands(layer, settings.dtype)
-            fixed = tuple(w), tuple(parameters), attn.heads, self.norm1.eps, settings
+            fixed = tuple(w), tuple(parameters), attn.heads, self.norm1.eps, settings, mlp.fc2
             if not settings.sharded:
                 self.__dict__["_fixed"] = fixed
-        return _Task(*(*fixed, pair, take, source))
+        backend = self.settings.attention.of(pair)
+        return _Task(*(*fixed, bias, pair, backend, take, source))

@@ -40,6 +40,8 @@ __all__ = ["FastStep"]
 
 _logger = logging.getLogger(__name__)
 
+# devices on which the target encoder's trunk is captured
+TRUNK_GRAPHS_ON = {"cuda"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -238,7 +240,7 @@ class FastStep:
         if count not in self._grids:
             self._grids[count] = grid_sequences(count, self.num_patches, self.device)
         grid = self._grids[count]
-        if self.device.type != "cuda" or self.mesh is not None:
+        if self.device.type not in TRUNK_GRAPHS_ON or self.mesh is not None:
             return self.target_encoder(images, self.mean, self.std, batch, grid)
         if self._graph is None or not self._graph.fits(images):
             self._graph = _TrunkGraph(
@@ -257,10 +259,12 @@ class FastStep:
         the host.
         """
         gradients = [p.grad for p in self.parameters]
-        assert all(g is not None for g in gradients), "update() before accumulate()"
-        shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        assert type(None) not in map(type, gradients), "update() before accumulate()"
+        shards = gradients
         if self.mesh is None:
             all_reduce_sum_(shards)
+        else:
+            shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
         norms = torch.stack([*torch._foreach_norm(shards), self._loss])
         bad = (~torch.isfinite(norms).all()).float()
         all_reduce_max_(bad)

@@ -5,16 +5,11 @@ CUDA tensors run Triton, CPU tensors run plain torch, under the same names.
 
 from ijepa_kernels._checks import debug_checks
 from ijepa_kernels.adamw_ema import adamw_ema_
-from ijepa_kernels.add_layer_norm import (
-    add_layer_norm,
-    add_layer_norm_backward,
-    add_layer_norm_float8,
-    add_layer_norm_forward,
-)
+from ijepa_kernels.add_layer_norm import add_layer_norm
 from ijepa_kernels.column_sums import column_sums
 from ijepa_kernels.ema_update import ema_update_
 from ijepa_kernels.gather_tokens import gather_tokens
-from ijepa_kernels.gelu import gelu, gelu_backward, gelu_float8
+from ijepa_kernels.gelu import gelu
 from ijepa_kernels.join_heads import join_heads
 from ijepa_kernels.latent_loss import latent_loss, target_rows
 from ijepa_kernels.patchify import pad_patch_weight, patchify
@@ -27,16 +22,11 @@ __all__ = [
     "Float8Rows",
     "adamw_ema_",
     "add_layer_norm",
-    "add_layer_norm_backward",
-    "add_layer_norm_float8",
-    "add_layer_norm_forward",
     "column_sums",
     "debug_checks",
     "ema_update_",
     "gather_tokens",
     "gelu",
-    "gelu_backward",
-    "gelu_float8",
     "join_heads",
     "latent_loss",
     "pad_patch_weight",

@@ -12,14 +12,15 @@ Kernels take addresses first (their names end in `_ptr`), then scalars, then con
 
 from collections.abc import Callable
 from functools import reduce
-from operator import or_
+from operator import attrgetter, or_
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["run"]
+__all__ = ["contiguous", "run"]
 
 # devices on which kernels are held
 HELD_ON = {"cuda"}
@@ -53,20 +54,16 @@ _RUNTIME = triton.knobs.runtime
 _kernels: dict[Any, _Kernel] = {}
 
 
-def _of(kernel: Any) -> _Kernel:
-    known = _kernels.get(kernel.fn)
-    if known is None:
-        known = _kernels[kernel.fn] = _Kernel(kernel)
-    return known
+# functions of C, mapped: no call of Python's for an argument
+_address, _dtype, _is_contiguous = Tensor.data_ptr, attrgetter("dtype"), Tensor.is_contiguous
+_is_int = int.__instancecheck__
 
 
-def _is_watched() -> bool:
-    """True if somebody wants to know of every launch; a chain of hooks may be empty."""
-    enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
-    return bool(
-        (enter is not None and getattr(enter, "calls", True))
-        or (leave is not None and getattr(leave, "calls", True))
-    )
+def contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """These tensors, each copied if it has to be."""
+    if all(map(_is_contiguous, tensors)):
+        return tensors
+    return tuple([t.contiguous() for t in tensors])
 
 
 def run(
@@ -82,23 +79,37 @@ def run(
         constants: the kernel's `tl.constexpr` arguments.
     """
     device = arguments[0].device
-    known = _of(kernel) if device.type in HELD_ON else None
-    if known is None or not known.holds or _is_watched():
+    try:
+        known = _kernels[kernel.fn]
+    except KeyError:
+        known = _kernels[kernel.fn] = _Kernel(kernel)
+    enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+    try:
+        # somebody wants to know of every launch; chains of hooks may be empty
+        is_watched = enter.calls or leave.calls
+    except AttributeError:
+        is_watched = enter is not None or leave is not None
+    if device.type not in HELD_ON or not known.holds or is_watched:
         kernel[grid](*arguments, num_warps=num_warps, **constants)
         return
     tensors, scalars = arguments[: known.pointers], arguments[known.pointers :]
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    addresses = [*map(_address, tensors)]
     aligned = not reduce(or_, addresses) & 15 or tuple([a % 16 == 0 for a in addresses])
-    kinds = [s.__class__ if s.__class__ is not int or -WIDE <= s < WIDE else None for s in scalars]
-    dtypes = [tensor.dtype for tensor in tensors]
-    given = constants.values()
-    key = (device.index, num_warps, aligned, *dtypes, *kinds, *constants, *given)
-    held = known.held.get(key)
+    narrow = max(map(abs, filter(_is_int, scalars)), default=0) < WIDE
+    given = (*constants.values(),)
+    key = (device.index, num_warps, aligned, narrow, *map(_dtype, tensors), *map(type, scalars))
+    key += (*constants, *given)
+    held: Held | None
+    try:
+        held = known.held[key]
+    except KeyError:
+        held = None
     if held is not None:
         held(grid, (*addresses, *scalars, *given))
         return
     compiled = kernel[grid](*arguments, num_warps=num_warps, **constants)
-    if _SCALARS.issuperset(kinds) and list(constants) == known.constants:
+    usual = narrow and _SCALARS.issuperset(map(type, scalars))
+    if usual and list(constants) == known.constants:
         held = _hold(compiled, device.index)
         if held is not None:
             known.held[key] = held
@@ -120,7 +131,7 @@ def _hold(compiled: Any, index: int | None) -> Held | None:
         and not wrapper.profile_scratch_size
     )
     if bare and version in _BARE_LAUNCHERS:
-        return _BARE_LAUNCHERS[version](wrapper, function, packed, lambda: stream_of(index))
+        return _BARE_LAUNCHERS[version](wrapper, function, packed, stream_of, index)
 
     def through_wrapper(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
         wrapper(*(*grid, 1, 1)[:3], stream_of(index), function, packed, None, None, None, *values)
@@ -131,23 +142,23 @@ def _hold(compiled: Any, index: int | None) -> Held | None:
 # What Triton's `CudaLauncher` does for kernels without scratch memory and hooks.
 
 
-def _as_in_3_6(wrapper: Any, function: int, packed: Any, stream: Callable[[], int]) -> Held:
+def _as_in_3_6(wrapper: Any, function: int, packed: Any, stream_of: Any, index: Any) -> Held:
     start = wrapper.launch
     fixed = (function, wrapper.launch_cooperative_grid, wrapper.launch_pdl, None, None, packed)
 
     def held(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        start(*(*grid, 1, 1)[:3], stream(), *fixed, None, None, None, *values)
+        start(*(*grid, 1, 1)[:3], stream_of(index), *fixed, None, None, None, *values)
 
     return held
 
 
-def _as_in_3_7(wrapper: Any, function: int, packed: Any, stream: Callable[[], int]) -> Held:
+def _as_in_3_7(wrapper: Any, function: int, packed: Any, stream_of: Any, index: Any) -> Held:
     start = wrapper.launch
     fixed = (function, wrapper.launch_cooperative_grid, wrapper.launch_pdl, packed)
     kinds = (*[None] * 5, wrapper.arg_annotations, wrapper.kernel_signature)
 
     def held(grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        start(*(*grid, 1, 1)[:3], stream(), *fixed, *kinds, values)
+        start(*(*grid, 1, 1)[:3], stream_of(index), *fixed, *kinds, values)
 
     return held
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._float8 import FLOAT8, Float8Rows, _rounded, empty_rows
-from ijepa_kernels._launch import run
+from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._sums import add_up
 
 __all__ = [
@@ -37,11 +37,16 @@ def _tile(width: int) -> tuple[int, int, int]:
     return max(2, min(8, 512 // columns)), columns, min(16, max(1, columns // 256))
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+@functools.lru_cache(1024)
+def _row_programs(rows: int, width: int, device: torch.device) -> tuple[int, int]:
+    """Programs of the backward pass, and how many rows each has."""
+    block_r, _, warps = _tile(width)
+    multiprocessors = 132
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    most, tiles = multiprocessors * WARPS_PER_SM // warps, -(-rows // block_r)
+    each = max(1, -(-tiles // most)) * block_r
+    return max(1, -(-rows // each)), each
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -181,35 +186,39 @@ def add_layer_norm_fwd(
     """New residual (the old one if x is None), normalised rows, and float32 (R,) twice: mean and
     1 / standard deviation.
     """
-    residual = residual.contiguous()
+    # the residual in the place of x: not read
+    inputs = contiguous(residual, residual if x is None else x, weight, bias)
+    residual = inputs[0]
     normed = torch.empty_like(residual, dtype=out_dtype)
-    rows = residual.numel() // residual.shape[-1]
-    mean = residual.new_empty(rows, dtype=torch.float32)
+    mean = residual.new_empty(residual.numel() // residual.shape[-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    summed = _launch_fwd(residual, x, weight, bias, eps, (normed, mean, rstd))
-    return summed, normed, mean, rstd
+    return _launch_fwd(inputs, x is not None, eps, normed, mean, rstd), normed, mean, rstd
 
 
 def add_layer_norm_fwd_float8(
     residual: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Float8Rows]:
     """New residual (the old one if x is None) and normalised rows, of (R, D)."""
-    residual = residual.contiguous()
-    out = empty_rows(len(residual), residual.shape[1], residual)
-    given = (out.rows, out.scale, out.scale)
-    return _launch_fwd(residual, x, weight, bias, eps, given), out
+    inputs = contiguous(residual, residual if x is None else x, weight, bias)
+    out = empty_rows(residual.shape[0], residual.shape[1], residual)
+    return _launch_fwd(inputs, x is not None, eps, *out, out.scale), out
 
 
 def _launch_fwd(
-    residual: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    inputs: tuple[Tensor, ...],
+    has_x: bool,
     eps: float,
-    out: tuple[Tensor, Tensor, Tensor],
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
 ) -> Tensor:
-    """The sum; fills normalised rows, mean (in float8: scale) and 1 / standard deviation."""
-    summed = residual if x is None else torch.empty_like(residual)
+    """The sum; fills normalised rows, mean (in float8: scale) and 1 / standard deviation.
+
+    Args:
+        inputs: residual, x (not read if there is none), weight and bias, contiguous.
+    """
+    residual = inputs[0]
+    summed = torch.empty_like(residual) if has_x else residual
     width = residual.shape[-1]
     rows = residual.numel() // width
     if rows:
@@ -217,10 +226,9 @@ def _launch_fwd(
         run(
             _add_layer_norm_fwd_kernel,
             (-(-rows // block_r),),
-            *(residual, residual if x is None else x.contiguous()),
-            *(weight.contiguous(), bias.contiguous(), summed, *out, rows, eps),
-            FLOAT8=out[0].dtype == FLOAT8,
-            HAS_X=x is not None,
+            *(*inputs, summed, normed, mean, rstd, rows, eps),
+            FLOAT8=normed.dtype == FLOAT8,
+            HAS_X=has_x,
             D=width,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
@@ -239,8 +247,8 @@ def _launch_bwd(
     normed: Tensor | None,
     with_grad_x_sums: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the sum, and float32 sums (2 or 3, D): gradients of weight and bias, column sums
-    of x's gradient.
+    """Gradient of the sum, and float32 sums (2 * D or 3 * D,): gradients of weight and bias, column
+    sums of x's gradient.
 
     Args:
         grad_normed, grad_sum: gradients of both outputs; None for zeros.
@@ -249,22 +257,24 @@ def _launch_bwd(
         grad_x, normed: filled if given.
         with_grad_x_sums: whether these are wanted.
     """
-    summed, mean, rstd = [t.contiguous() for t in kept]
-    grad_normed, width = grad_normed.contiguous(), summed.shape[-1]
+    # what is not there is not read
+    inputs = contiguous(
+        *(grad_normed, grad_normed if grad_sum is None else grad_sum, *kept),
+        *(weight, weight if bias is None else bias),
+    )
+    summed = inputs[2]
+    width = summed.shape[-1]
     grad_residual = torch.empty_like(summed)
-    rows = summed.numel() // width
+    rows = inputs[3].shape[0]
     block_r, block_d, warps = _tile(width)
-    most = _multiprocessors(summed.device) * WARPS_PER_SM // warps
-    tiles = -(-rows // block_r)
-    each = max(1, -(-tiles // most)) * block_r
-    programs, sums = max(1, -(-rows // each)), 3 if with_grad_x_sums else 2
+    programs, each = _row_programs(rows, width, summed.device)
+    sums = 3 if with_grad_x_sums else 2
     partial = summed.new_empty((programs, sums * width), dtype=torch.float32)
     run(
-        *(_add_layer_norm_bwd_kernel, (programs,), grad_normed),
-        *(grad_normed if grad_sum is None else grad_sum.contiguous(), summed, mean, rstd),
-        *(weight.contiguous(), weight if bias is None else bias.contiguous(), grad_residual),
-        *(grad_residual if grad_x is None else grad_x, summed if normed is None else normed),
-        *(partial, rows, each),
+        _add_layer_norm_bwd_kernel,
+        (programs,),
+        *(*inputs, grad_residual, grad_residual if grad_x is None else grad_x),
+        *(summed if normed is None else normed, partial, rows, each),
         HAS_GRAD_SUM=grad_sum is not None,
         WITH_GRAD_X=grad_x is not None,
         WITH_GRAD_X_SUMS=with_grad_x_sums,
@@ -274,7 +284,7 @@ def _launch_bwd(
         BLOCK_D=block_d,
         num_warps=warps,
     )
-    return grad_residual, add_up(partial).view(sums, width)
+    return grad_residual, add_up(partial)
 
 
 def add_layer_norm_bwd(
@@ -294,7 +304,7 @@ def add_layer_norm_bwd(
     filled = grad_x if separate else None
     kept = (summed, mean, rstd)
     grad, sums = _launch_bwd(grad_normed, grad_sum, kept, weight, None, filled, None, False)
-    return grad, grad_x, sums
+    return grad, grad_x, sums.view(2, -1)
 
 
 def add_layer_norm_bwd_rows(
@@ -311,5 +321,5 @@ def add_layer_norm_bwd_rows(
     )
     if with_low and low is None:
         low = grad
-    grad_weight, grad_bias, *low_sums = sums.unbind(0)
+    grad_weight, grad_bias, *low_sums = sums.chunk(3 if with_low_sums else 2)
     return grad, low, low_sums[0] if low_sums else None, normed, grad_weight, grad_bias

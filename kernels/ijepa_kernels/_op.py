@@ -6,6 +6,7 @@ empty op of two tensors costs 9 us with `custom_op`, 7 with `define` and `regist
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -100,17 +101,45 @@ def define(
     return op
 
 
-def raw(name: str, *, cuda: Callable[..., Any], cpu: Callable[..., Any]) -> Callable[..., Any]:
+_traits = attrgetter("shape", "dtype", "device")
+_MOST_CASES = 4096
+
+
+def raw(
+    name: str,
+    *,
+    cuda: Callable[..., Any],
+    cpu: Callable[..., Any],
+    check: Callable[..., None],
+) -> Callable[..., Any]:
     """A function that no dispatcher and no autograd knows, for code that writes its own derivative.
 
     Args:
         name: in `LAUNCHERS` and `ON_CPU`.
         cuda: the launcher, if the first argument is a CUDA tensor; the current device must be its.
         cpu: the same with torch operations, else.
+        check: raises ValueError for arguments that do not fit; called once for all arguments of the
+            same shapes, dtypes, devices and options.
+
+    Returns:
+        It takes a tuple of tensors, of which all but the first may be None, and then options, which
+        can be hashed. The others get them one after the other.
     """
     LAUNCHERS[name], ON_CPU[name] = cuda, cpu
+    valid: set[tuple[Any, ...]] = set()
 
-    def call(first: Tensor, *rest: Any) -> Any:
-        return cuda(first, *rest) if first.is_cuda else ON_CPU[name](first, *rest)
+    def call(tensors: tuple[Any, ...], *options: Any) -> Any:
+        try:
+            case = (*map(_traits, tensors), *options)
+        except AttributeError:
+            case = (*[isinstance(t, Tensor) and _traits(t) for t in tensors], *options)
+        if case not in valid:
+            check(*tensors, *options)
+            if len(valid) >= _MOST_CASES:
+                valid.clear()
+            valid.add(case)
+        if tensors[0].is_cuda:
+            return cuda(*tensors, *options)
+        return ON_CPU[name](*tensors, *options)
 
     return call

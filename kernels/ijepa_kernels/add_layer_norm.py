@@ -151,9 +151,71 @@ _fwd_op = define(
     setup_context=_setup_context,
     backward=_backward,
 )
-_fwd_raw = raw("add_layer_norm_forward", cuda=add_layer_norm_fwd, cpu=forward)
-_float8_raw = raw("add_layer_norm_float8", cuda=add_layer_norm_fwd_float8, cpu=forward_float8)
-_bwd_raw = raw("add_layer_norm_backward", cuda=add_layer_norm_bwd_rows, cpu=backward_rows)
+
+
+def _check(
+    residual: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    tensors = (residual, x, weight, bias)
+    for name, tensor in zip(("residual", "x", "weight", "bias"), tensors, strict=True):
+        if tensor is not None:
+            check_dtype(name, tensor)
+    check_dtype("out_dtype", residual, dtype=out_dtype)
+    if residual.ndim == 0 or residual.shape[-1] == 0:
+        raise ValueError(f"residual must have shape (..., D), got {tuple(residual.shape)}")
+    if x is not None:
+        check_shape("x", x, residual.shape, residual)
+    check_shape("weight", weight, residual.shape[-1:], residual)
+    check_shape("bias", bias, residual.shape[-1:], residual)
+
+
+def _check_float8(
+    residual: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> None:
+    if residual.ndim != 2:
+        raise ValueError(f"residual must have shape (R, D), got {tuple(residual.shape)}")
+    _check(residual, x, weight, bias, eps, None)
+
+
+def _check_bwd(
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    low_dtype: torch.dtype,
+    *_: bool,
+) -> None:
+    _check(summed, None, weight, bias, 0.0, low_dtype)
+    if summed.ndim != 2:
+        raise ValueError(f"summed must have shape (R, D), got {tuple(summed.shape)}")
+    for name, tensor in (("grad_normed", grad_normed), ("grad_sum", grad_sum)):
+        if tensor is not None:
+            check_dtype(name, tensor)
+            check_shape(name, tensor, summed.shape, summed)
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        check_shape(name, tensor, summed.shape[:1], summed)
+
+
+_fwd_raw = raw("add_layer_norm_forward", cuda=add_layer_norm_fwd, cpu=forward, check=_check)
+_bwd_raw = raw(
+    "add_layer_norm_backward", cuda=add_layer_norm_bwd_rows, cpu=backward_rows, check=_check_bwd
+)
+_float8_raw = raw(
+    "add_layer_norm_float8",
+    cuda=add_layer_norm_fwd_float8,
+    cpu=forward_float8,
+    check=_check_float8,
+)
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -184,7 +246,10 @@ def add_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or eps is negative.
     """
-    _check(residual, x, weight, bias, eps, out_dtype)
+    case = of_case(("add_layer_norm", eps, out_dtype), residual, x, weight, bias)
+    if not known(case):
+        _check(residual, x, weight, bias, eps, out_dtype)
+        remember(case)
     return _fwd_op(residual, x, weight, bias, eps, out_dtype or x.dtype)[:2]
 
 
@@ -212,8 +277,7 @@ def add_layer_norm_forward(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or eps is negative.
     """
-    _check(residual, x, weight, bias, eps, out_dtype)
-    return _fwd_raw(residual, x, weight, bias, eps, out_dtype)
+    return _fwd_raw((residual, x, weight, bias), eps, out_dtype)
 
 
 def add_layer_norm_float8(
@@ -232,10 +296,7 @@ def add_layer_norm_float8(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or eps is negative.
     """
-    if residual.ndim != 2:
-        raise ValueError(f"residual must have shape (R, D), got {tuple(residual.shape)}")
-    _check(residual, x, weight, bias, eps, None)
-    return _float8_raw(residual, x, weight, bias, eps)
+    return _float8_raw((residual, x, weight, bias), eps)
 
 
 def add_layer_norm_backward(
@@ -277,41 +338,4 @@ def add_layer_norm_backward(
         ValueError: shapes, dtypes or devices do not fit.
     """
     tensors = (grad_normed, grad_sum, summed, mean, rstd, weight, bias)
-    if not known(case := of_case(("add_layer_norm_backward", low_dtype), *tensors)):
-        _check(summed, None, weight, bias, 0.0, low_dtype)
-        if summed.ndim != 2:
-            raise ValueError(f"summed must have shape (R, D), got {tuple(summed.shape)}")
-        for name, tensor in (("grad_normed", grad_normed), ("grad_sum", grad_sum)):
-            if tensor is not None:
-                check_dtype(name, tensor)
-                check_shape(name, tensor, summed.shape, summed)
-        for name, tensor in (("mean", mean), ("rstd", rstd)):
-            check_shape(name, tensor, summed.shape[:1], summed)
-        remember(case)
-    return _bwd_raw(*tensors, low_dtype, with_low, with_low_sums, with_normed)
-
-
-def _check(
-    residual: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    out_dtype: torch.dtype | None,
-) -> None:
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    tensors = (residual, x, weight, bias)
-    if known(case := of_case(("add_layer_norm", out_dtype), *tensors)):
-        return
-    for name, tensor in zip(("residual", "x", "weight", "bias"), tensors, strict=True):
-        if tensor is not None:
-            check_dtype(name, tensor)
-    check_dtype("out_dtype", residual, dtype=out_dtype)
-    if residual.ndim == 0 or residual.shape[-1] == 0:
-        raise ValueError(f"residual must have shape (..., D), got {tuple(residual.shape)}")
-    if x is not None:
-        check_shape("x", x, residual.shape, residual)
-    check_shape("weight", weight, residual.shape[-1:], residual)
-    check_shape("bias", bias, residual.shape[-1:], residual)
-    remember(case)
+    return _bwd_raw(tensors, low_dtype, with_low, with_low_sums, with_normed)

@@ -11,7 +11,7 @@ Shape letters: R rows, F columns.
 import torch
 from torch import Tensor
 
-from ijepa_kernels._checks import check_dtype, known, of_case, remember
+from ijepa_kernels._checks import check_dtype
 from ijepa_kernels._op import raw
 from ijepa_kernels._sums import add_up, partial_sums
 
@@ -32,7 +32,13 @@ def _column_sums(d: Tensor) -> Tensor:
     return add_up(partial_sums(d.contiguous()))
 
 
-_raw = raw("column_sums", cuda=_column_sums, cpu=column_sums_ref)
+def _check(d: Tensor) -> None:
+    check_dtype("d", d)
+    if d.ndim != 2 or d.shape[1] == 0:
+        raise ValueError(f"d must have shape (R, F), got {tuple(d.shape)}")
+
+
+_raw = raw("column_sums", cuda=_column_sums, cpu=column_sums_ref, check=_check)
 
 
 def column_sums(d: Tensor) -> Tensor:
@@ -48,9 +54,4 @@ def column_sums(d: Tensor) -> Tensor:
     Raises:
         ValueError: shape or dtype does not fit.
     """
-    if not known(case := of_case("column_sums", d)):
-        check_dtype("d", d)
-        if d.ndim != 2 or d.shape[1] == 0:
-            raise ValueError(f"d must have shape (R, F), got {tuple(d.shape)}")
-        remember(case)
-    return _raw(d)
+    return _raw((d,))

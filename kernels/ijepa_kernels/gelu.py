@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
 from ijepa_kernels._float8 import Float8Rows, _rounded, empty_rows, round_rows, row_tile
-from ijepa_kernels._launch import run
+from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._op import define, raw
 from ijepa_kernels._segments import columns_of_tile
 from ijepa_kernels._sums import add_up, row_programs
@@ -188,7 +188,7 @@ def _launch_bwd(
     """Gradient of h, partial sums of its columns (programs, F), GELU of h; what is not asked for
     is any tensor.
     """
-    dg, h = dg.contiguous(), h.contiguous()
+    dg, h = contiguous(dg, h)
     dh = torch.empty_like(h)
     width = h.shape[-1]
     block_f = columns_of_tile(width)
@@ -263,10 +263,27 @@ _fwd_op = define(
     setup_context=_setup_context,
     backward=_backward,
 )
+
+
+def _check_rows(h: Tensor) -> None:
+    check_dtype("h", h)
+    if h.ndim != 2 or h.shape[-1] == 0:
+        raise ValueError(f"h must have shape (R, F), got {tuple(h.shape)}")
+
+
+def _check_bwd(dg: Tensor, h: Tensor, with_activation: bool) -> None:
+    check_dtype("dg", dg)
+    _check_rows(h)
+    check_shape("dg", dg, h.shape, h)
+
+
+_bwd_raw = raw("gelu_backward", cuda=_gelu_bwd_sums, cpu=_bwd_sums_cpu, check=_check_bwd)
 _float8_raw = raw(
-    "gelu_float8", cuda=_gelu_float8, cpu=lambda h: round_rows(functional.gelu(h.float()))
+    "gelu_float8",
+    cuda=_gelu_float8,
+    cpu=lambda h: round_rows(functional.gelu(h.float())),
+    check=_check_rows,
 )
-_bwd_raw = raw("gelu_backward", cuda=_gelu_bwd_sums, cpu=_bwd_sums_cpu)
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -306,12 +323,7 @@ def gelu_float8(h: Tensor) -> Float8Rows:
     Raises:
         ValueError: shape or dtype does not fit.
     """
-    if not known(case := of_case("gelu_float8", h)):
-        check_dtype("h", h)
-        if h.ndim != 2 or h.shape[1] == 0:
-            raise ValueError(f"h must have shape (R, F), got {tuple(h.shape)}")
-        remember(case)
-    return _float8_raw(h)
+    return _float8_raw((h,))
 
 
 def gelu_backward(
@@ -332,11 +344,4 @@ def gelu_backward(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    if not known(case := of_case("gelu_backward", dg, h)):
-        check_dtype("dg", dg)
-        check_dtype("h", h)
-        if h.ndim != 2 or h.shape[-1] == 0:
-            raise ValueError(f"h must have shape (R, F), got {tuple(h.shape)}")
-        check_shape("dg", dg, h.shape, h)
-        remember(case)
-    return _bwd_raw(dg, h, with_activation)
+    return _bwd_raw((dg, h), with_activation)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
+from ijepa_kernels._checks import check_dtype, check_shape
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import raw
 from ijepa_kernels._segments import columns_of_tile
@@ -134,13 +134,14 @@ def _join_heads_kernel(
 # --- launcher ------------------------------------------------------------------------------------
 
 
-def _join_heads(first: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-    parts = (first, *others)
+def _join_heads(*given: Any) -> tuple[Tensor, Tensor]:
+    """Of the parts, with the strides of each behind them."""
+    count, first = len(given) // 2, given[0]
     # a third part is not looked at where there is none
-    a, b, c = (parts + (first,) * 2)[:3]
+    a, b, c = (*given[:count], first, first)[:3]
     rows, heads, head_dim = shape = first.shape
-    width, count = heads * head_dim, len(parts)
-    unit, steps = _steps(shape, a.stride(), b.stride(), c.stride())
+    width = heads * head_dim
+    unit, steps = _steps(shape, *(*given[count:], *given[count:])[:3])
     programs, each = row_programs(rows)
     joined = first.new_empty((rows, count * width))
     partial = first.new_empty((programs, count * width), dtype=torch.float32)
@@ -163,11 +164,28 @@ def _join_heads(first: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
 # --- registration --------------------------------------------------------------------------------
 
 
-def _cpu(*parts: Any) -> tuple[Tensor, Tensor]:
-    return join_heads_ref(parts)
+def _cpu(*given: Any) -> tuple[Tensor, Tensor]:
+    return join_heads_ref(given[: len(given) // 2])
 
 
-_raw = raw("join_heads", cuda=_join_heads, cpu=_cpu)
+def _check(*given: Any) -> None:
+    parts, strides = given[: len(given) // 2], given[len(given) // 2 :]
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(f"parts must be 1 to 3 tensors, got {len(parts)}")
+    for number, part in enumerate(parts):
+        check_dtype(f"parts[{number}]", part)
+        check_shape(f"parts[{number}]", part, parts[0].shape, parts[0])
+        if part.dtype != parts[0].dtype:
+            raise ValueError(f"parts must have one dtype, got {parts[0].dtype} and {part.dtype}")
+    if parts[0].ndim != 3 or 0 in parts[0].shape[1:]:
+        raise ValueError(f"parts must have shape (R, H, E), got {tuple(parts[0].shape)}")
+    if any(stride[2] != 1 for stride in strides) and parts[0].shape[2] > 1:
+        raise ValueError(
+            "a head's elements must be neighbours, got strides " + " and ".join(map(str, strides))
+        )
+
+
+_raw = raw("join_heads", cuda=_join_heads, cpu=_cpu, check=_check)
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -188,24 +206,4 @@ def join_heads(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the number of parts, shapes, dtypes, strides or devices do not fit.
     """
-    if not known(case := of_case("join_heads", *parts)):
-        _check(parts)
-        remember(case)
-    if any(part.stride(2) != 1 for part in parts) and parts[0].shape[2] > 1:
-        raise ValueError(
-            "a head's elements must be neighbours, got strides "
-            + " and ".join(str(part.stride()) for part in parts)
-        )
-    return _raw(*parts)
-
-
-def _check(parts: tuple[Tensor, ...]) -> None:
-    if not 1 <= len(parts) <= 3:
-        raise ValueError(f"parts must be 1 to 3 tensors, got {len(parts)}")
-    for number, part in enumerate(parts):
-        check_dtype(f"parts[{number}]", part)
-        check_shape(f"parts[{number}]", part, parts[0].shape, parts[0])
-        if part.dtype != parts[0].dtype:
-            raise ValueError(f"parts must have one dtype, got {parts[0].dtype} and {part.dtype}")
-    if parts[0].ndim != 3 or 0 in parts[0].shape[1:]:
-        raise ValueError(f"parts must have shape (R, H, E), got {tuple(parts[0].shape)}")
+    return _raw(tuple(parts), *map(Tensor.stride, parts))

@@ -115,7 +115,7 @@ def _run(patch_width: int, vector: int, *alignments: int) -> int:
 
 @functools.cache
 def _constants(sizes: tuple[int, ...], byte_images: bool, out_itemsize: int) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for, in its order."""
     channels, height, width, stride_c, stride_y, stride_x, ph, pw, address = sizes
     vector = _vector((ph, pw), out_itemsize)
     packed_rgb = byte_images and (channels, stride_c, stride_x) == (3, 1, 3)
@@ -123,6 +123,8 @@ def _constants(sizes: tuple[int, ...], byte_images: bool, out_itemsize: int) -> 
     return {
         "SCALE": 255.0 if byte_images else 1.0,
         "C": channels,
+        "PH": ph,
+        "PW": pw,
         "GRID_W": width // pw,
         "N": (height // ph) * (width // pw),
         "STRIDE_C": stride_c,
@@ -133,6 +135,8 @@ def _constants(sizes: tuple[int, ...], byte_images: bool, out_itemsize: int) -> 
         "RUN": _run(pw, vector, stride_y, address) if packed_rgb else 0,
         "LANE_GROUPS": min(ph * pw // vector, LANES),
         "BLOCK_C": channels if channels <= MAX_CHANNELS else 1,
+        "BLOCK_I": LANE_ROWS,
+        "BLOCK_L": LANES,
         "PAD": triton.next_power_of_2(_padded(k) - k),
     }
 
@@ -295,10 +299,6 @@ def _patchify_fwd(
             *(out, rows, source_rows),
             HAS_INDEX=index is not None,
             NORMALISE=mean is not None,
-            PH=ph,
-            PW=pw,
-            BLOCK_I=LANE_ROWS,
-            BLOCK_L=LANES,
             num_warps=LANES // 32,
             **fixed,
         )

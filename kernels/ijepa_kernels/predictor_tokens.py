@@ -275,8 +275,7 @@ def _predictor_tokens_fwd(
     tensors = context, mask_token, pos_table, context_index, target_index, lengths
     inputs = [tensor.contiguous() for tensor in tensors]
     given = (*inputs, tokens, ends, rows, images, length)
-    grid = (sequences, parts)
-    run(_predictor_tokens_fwd_kernel, grid, *given, M=blocks, N=num_patches, **tile)
+    run(_predictor_tokens_fwd_kernel, (sequences, parts), *given, M=blocks, N=num_patches, **tile)
     return tokens, ends
 
 
@@ -302,8 +301,7 @@ def _predictor_tokens_bwd(
     partial = grad.new_empty((sequences * parts, width), dtype=torch.float32)
     inputs = [tensor.contiguous() for tensor in (grad, context_index, target_index, lengths)]
     given = (*inputs, grad_context, partial, rows, images, length)
-    grid = (sequences, parts)
-    run(_predictor_tokens_bwd_kernel, grid, *given, M=blocks, N=num_patches, **tile)
+    run(_predictor_tokens_bwd_kernel, (sequences, parts), *given, M=blocks, N=num_patches, **tile)
     return grad_context, partial.sum(0)
 
 

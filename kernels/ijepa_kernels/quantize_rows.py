@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
+from ijepa_kernels._checks import check_dtype, check_shape
 from ijepa_kernels._float8 import (
     FLOAT8,
     Float8Rows,
@@ -22,12 +22,15 @@ from ijepa_kernels._float8 import (
     round_rows,
     row_tile,
 )
-from ijepa_kernels._launch import run
+from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._op import raw
 
 __all__ = ["Float8Rows", "quantize_rows", "quantize_rows_bytes", "quantize_rows_ref"]
 
-quantize_rows_ref = round_rows
+
+def quantize_rows_ref(x: Tensor) -> Float8Rows:
+    """The specification, in plain torch."""
+    return round_rows(x)
 
 
 def quantize_rows_bytes(rows: int, width: int, dtype: torch.dtype) -> int:
@@ -49,25 +52,46 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + row, scale, mask=row < R)
 
 
-def _quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
-    x = x.contiguous()
+def _given(rows: Tensor | None, scale: Tensor | None) -> Float8Rows | None:
+    return None if rows is None or scale is None else Float8Rows(rows, scale)
+
+
+def _quantize_rows(x: Tensor, *out: Tensor | None) -> Float8Rows:
+    (x,) = contiguous(x)
     rows, width = x.shape
-    out = out or empty_rows(rows, width, x)
+    written = _given(*out) or empty_rows(rows, width, x)
     if rows:
         block_r, block_d, warps = row_tile(width)
         run(
             _quantize_rows_kernel,
             (-(-rows // block_r),),
-            *(x, *out, rows),
+            *(x, *written, rows),
             D=width,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=warps,
         )
-    return out
+    return written
 
 
-_raw = raw("quantize_rows", cuda=_quantize_rows, cpu=round_rows)
+def _check(x: Tensor, rows: Tensor | None, scale: Tensor | None) -> None:
+    check_dtype("x", x)
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"x must have shape (R, D), got {tuple(x.shape)}")
+    if rows is not None and scale is not None:
+        check_shape("out.rows", rows, x.shape, x)
+        check_shape("out.scale", scale, (len(x), 1), x)
+        if (rows.dtype, scale.dtype) != (FLOAT8, torch.float32):
+            got = f"{rows.dtype} and {scale.dtype}"
+            raise ValueError(f"out must be float8_e4m3fn and float32, got {got}")
+
+
+_raw = raw(
+    "quantize_rows",
+    cuda=_quantize_rows,
+    cpu=lambda x, *out: round_rows(x, _given(*out)),
+    check=_check,
+)
 
 
 def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
@@ -84,14 +108,4 @@ def quantize_rows(x: Tensor, out: Float8Rows | None = None) -> Float8Rows:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    if not known(case := of_case("quantize_rows", x, *(out or ()))):
-        check_dtype("x", x)
-        if x.ndim != 2 or x.shape[1] == 0:
-            raise ValueError(f"x must have shape (R, D), got {tuple(x.shape)}")
-        if out is not None:
-            check_shape("out.rows", out.rows, x.shape, x)
-            check_shape("out.scale", out.scale, (len(x), 1), x)
-            if (got := (out.rows.dtype, out.scale.dtype)) != (FLOAT8, torch.float32):
-                raise ValueError(f"out must be float8_e4m3fn and float32, got {got[0]}, {got[1]}")
-        remember(case)
-    return _raw(x, out)
+    return _raw((x, *(out or (None, None))))

@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_kernels import add_layer_norm, add_layer_norm_backward, add_layer_norm_forward
-from ijepa_kernels.add_layer_norm import add_layer_norm_bytes, add_layer_norm_ref
+from ijepa_kernels import add_layer_norm
+from ijepa_kernels.add_layer_norm import (
+    add_layer_norm_backward,
+    add_layer_norm_bytes,
+    add_layer_norm_forward,
+    add_layer_norm_ref,
+)
 from ijepa_kernels.testing import assert_not_worse
 from tests.ops.conftest import INTERPRETED
 

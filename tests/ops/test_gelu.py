@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_kernels import gelu, gelu_backward
-from ijepa_kernels.gelu import gelu_bytes, gelu_ref
+from ijepa_kernels import gelu
+from ijepa_kernels.gelu import gelu_backward, gelu_bytes, gelu_ref
 from ijepa_kernels.testing import assert_not_worse
 from tests.ops.conftest import INTERPRETED
 

@@ -16,9 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ijepa_kernels import _launch, add_layer_norm_backward, add_layer_norm_forward, gelu_backward
+from ijepa_kernels import _launch
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import LAUNCHERS, ON_CPU
+from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
+from ijepa_kernels.gelu import gelu_backward
 from tests.ops.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_kernels import Float8Rows, add_layer_norm_float8, gelu_float8, quantize_rows
+from ijepa_kernels import Float8Rows, quantize_rows
+from ijepa_kernels.add_layer_norm import add_layer_norm_float8
+from ijepa_kernels.gelu import gelu_float8
 from ijepa_kernels.quantize_rows import quantize_rows_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
