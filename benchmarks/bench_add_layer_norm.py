@@ -14,6 +14,7 @@ from ijepa_kernels._layer_norm import (
     add_layer_norm_bwd,
     add_layer_norm_bwd_rows,
     add_layer_norm_fwd,
+    add_layer_norm_fwd_float8,
 )
 from ijepa_kernels.add_layer_norm import add_layer_norm, add_layer_norm_bytes, add_layer_norm_ref
 
@@ -58,6 +59,9 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
         r = torch.empty(shape, dtype=dtype, device="meta")
         cases[f"fwd {name} residual"] = partial(
             add_layer_norm_fwd, r, x, affine, affine, 1e-6, BF16
+        )
+        cases[f"fwd {name} residual, float8"] = partial(
+            add_layer_norm_fwd_float8, r, x, affine, affine, 1e-6
         )
         cases[f"bwd {name} residual"] = partial(
             add_layer_norm_bwd, x, r, r, mean, mean, affine, BF16

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from benchmarks.harness import Bench
 from benchmarks.shapes import Model
-from ijepa_kernels.gelu import _gelu_bwd, _gelu_bwd_sums, _gelu_fwd, gelu, gelu_bytes, gelu_ref
+from ijepa_kernels.gelu import (
+    _gelu_bwd,
+    _gelu_bwd_sums,
+    _gelu_float8,
+    _gelu_fwd,
+    gelu,
+    gelu_bytes,
+    gelu_ref,
+)
 
 BF16 = torch.bfloat16
 
@@ -43,6 +51,7 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
     h = torch.empty((model.batch * model.context, 4 * model.width), dtype=BF16, device="meta")
     return {
         "fwd": partial(_gelu_fwd, h),
+        "fwd, float8": partial(_gelu_float8, h),
         "bwd": partial(_gelu_bwd, h, h),
         "bwd, sums": partial(_gelu_bwd_sums, h, h, False),
         "bwd, sums, activation": partial(_gelu_bwd_sums, h, h, True),

@@ -392,6 +392,11 @@ class Config:
     """What the fast path recomputes in the backward pass: nothing but norms and GELUs, or whole
     blocks.
     """
+    target_precision: Literal["same", "fp8"] = "same"
+    """Matrix products of the fast path's target encoder: `same` as optim.precision, or float8
+    (e4m3), which the published runs do not have. Needs bfloat16, whole weights and, on a GPU,
+    compute capability 8.9.
+    """
     shard: Literal["auto", "none", "full", "hybrid"] = "auto"
     """Split weights and optimiser state over all ranks (`full`) or over those of a machine
     (`hybrid`); `auto` is `full` with several ranks. The reference path never does.
@@ -428,6 +433,8 @@ class Config:
             _require(side % self.model.patch_size == 0, "data.crop", rule, side)
         if self.path == "reference":
             self._check_reference()
+        if self.target_precision == "fp8":
+            self._check_float8()
         group = self.masks.truncation_group
         rule = f"divisible by masks.truncation_group ({group}): change either, or give no group"
         _require(self.batch.global_ % group == 0, "batch.global", rule, self.batch.global_)
@@ -438,12 +445,22 @@ class Config:
             ("attention", ("auto", "sdpa")),
             ("graphs", ("auto", "off")),
             ("memory", ("none",)),
+            ("target_precision", ("same",)),
             ("shard", ("auto", "none")),
         ):
             value = getattr(self, name)
             _require(value in plain, name, f"{' or '.join(plain)} with path reference", value)
         residual = self.optim.residual
         _require(residual == "float32", "optim.residual", "float32 with path reference", residual)
+
+    def _check_float8(self) -> None:
+        name = "target_precision"
+        precision, shard, a = self.optim.precision, self.shard, self.model.architecture
+        _require(precision == "bfloat16", name, f"same where optim.precision is {precision}", "fp8")
+        _require(shard in ("auto", "none"), name, f"same where shard is {shard}", "fp8")
+        for width in (a.width, a.mlp_hidden):
+            rule = "same where a width of the encoder is not a multiple of 16"
+            _require(width % 16 == 0, name, f"{rule} ({width})", "fp8")
 
     @property
     def grid(self) -> tuple[int, int]:

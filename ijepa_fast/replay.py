@@ -93,8 +93,12 @@ def _training(recorded: Replay, path: str, device: torch.device) -> ReferenceSte
     encoder, predictor = build_models(config.model, config.data.crop_size)
     networks = encoder.to(device), predictor.to(device)
     mean, std = config.data.mean, config.data.std
-    kind = ReferenceStep if path == "reference" else FastStep
-    training = kind(*networks, config.optim, mean=mean, std=std)
+    training: ReferenceStep | FastStep
+    if path == "reference":
+        training = ReferenceStep(*networks, config.optim, mean=mean, std=std)
+    else:
+        target = config.target_precision
+        training = FastStep(*networks, config.optim, mean=mean, std=std, target_precision=target)
     masters = training.masters()
     wrong = [
         name

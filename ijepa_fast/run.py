@@ -57,6 +57,7 @@ def _training(
         "std": std,
         "attention": config.attention,
         "memory": config.memory,
+        "target_precision": config.target_precision,
     }
     if config.graphs == "on":
         if ranks.device.type != "cuda" or mesh is not None:

@@ -126,6 +126,8 @@ def record(
                     with recording(sm) as launches:
                         call()
                     for launch in launches:
+                        if sm < 89 and any("fp8" in str(t) for t in launch.signature.values()):
+                            continue  # Triton has no casts to float8 there
                         users[sm].setdefault(launch, []).append((case, model.name))
         for sm in sms:
             for launch, cases in users[sm].items():

@@ -446,7 +446,7 @@ class PackedBlock(Block):
         return x2, Branch(branch, task.last)
 
     @torch.no_grad()
-    def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    def keys_values(self, x: Tensor, f: Branch | None, pair: Pair) -> tuple[Tensor, Any, Tensor]:
         """The sum and its normalised rows (R, D), and their keys and values (R, 2 * D)."""
         task = self._task(pair)
         w, rows = task.w, None if f is None else f.rows
@@ -456,7 +456,7 @@ class PackedBlock(Block):
 
     @torch.no_grad()
     def finish(
-        self, x: Tensor, normed: Tensor, keys_values: Tensor, pair: Pair, take: Tensor
+        self, x: Tensor, normed: Any, keys_values: Tensor, pair: Pair, take: Tensor
     ) -> tuple[Tensor, Branch]:
         """The rest of the block, for the wanted rows alone.
 

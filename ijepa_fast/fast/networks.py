@@ -103,7 +103,7 @@ class TargetEncoder(_PackedEncoder):
     @torch.no_grad()
     def trunk(
         self, images: Tensor, mean: Tensor, std: Tensor, grid: Pair
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Any, Tensor]:
         """The part whose shapes never change: the last block's input, normalised rows, and keys and
         values, of all rows.
         """
@@ -113,7 +113,7 @@ class TargetEncoder(_PackedEncoder):
         return last.keys_values(x, f, grid)
 
     @torch.no_grad()
-    def head(self, x: Tensor, normed: Tensor, keys_values: Tensor, layout: Layout) -> Tensor:
+    def head(self, x: Tensor, normed: Any, keys_values: Tensor, layout: Layout) -> Tensor:
         """The rest, after `trunk`: what `forward` returns. For weights that are not sharded."""
         last = self.blocks[-1]
         assert isinstance(last, PackedBlock)
@@ -159,19 +159,25 @@ class PackedPredictor(Predictor):
 Network = TypeVar("Network", ContextEncoder, TargetEncoder, PackedPredictor)
 
 
-def repack(plain: nn.Module, kind: type[Network], settings: Settings) -> Network:
+def repack(
+    plain: nn.Module,
+    kind: type[Network],
+    settings: Settings,
+    block: type[PackedBlock] = PackedBlock,
+) -> Network:
     """One of the above with the parameters and buffers of a plain network: the same objects.
 
     Args:
         plain: a `VisionTransformer` or a `Predictor`, as `kind` is one.
         kind: the class wanted.
         settings: how it computes.
+        block: the class of its blocks.
     """
     shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     network = copy.deepcopy(plain, shared)
     for module in network.modules():
         if isinstance(module, Block):
-            module.__class__ = PackedBlock
+            module.__class__ = block
             module.__dict__["settings"] = settings
     assert issubclass(kind, type(plain))
     network.__class__ = kind

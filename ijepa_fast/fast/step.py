@@ -12,7 +12,7 @@ Shape letters as in `layout.py`.
 import copy
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.distributed import all_reduce_max_, all_reduce_sum_
 from ijepa_fast.fast.attention import Pair, choose_attention
-from ijepa_fast.fast.block import Memory, Settings, attach_copies
+from ijepa_fast.fast.block import Memory, PackedBlock, Settings, attach_copies
+from ijepa_fast.fast.float8 import Float8Block, check_device, round_weights
 from ijepa_fast.fast.layout import Layout, grid_sequences, pack, views
 from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor, TargetEncoder, repack
 from ijepa_fast.fast.sharding import shard
@@ -56,9 +57,10 @@ class FastStep:
         attention: back end of packed attention, or `auto`.
         memory: what is recomputed in the backward pass, see `block.Settings`.
         mesh: shard all networks over it (FSDP2); None keeps them whole.
+        target_precision: of the target encoder's products: `same` as the others, or `fp8`.
 
     Raises:
-        ValueError: the back end of attention cannot be used here.
+        ValueError: the back end of attention or the target's precision cannot be used here.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class FastStep:
         attention: str = "auto",
         memory: Memory = "none",
         mesh: DeviceMesh | None = None,
+        target_precision: Literal["same", "fp8"] = "same",
     ) -> None:
         self.config = config
         self.device = next(encoder.parameters()).device
@@ -89,6 +92,15 @@ class FastStep:
             memory=memory,
             sharded=mesh is not None,
         )
+        self.float8 = target_precision == "fp8"
+        if self.float8:
+            if mesh is not None or dtype != torch.bfloat16:
+                weights = "whole" if mesh is None else "sharded"
+                raise ValueError(
+                    "target_precision fp8 must have optim.precision bfloat16 and whole weights "
+                    f"(--shard none), got {config.precision} and {weights} ones"
+                )
+            check_device(self.device)
         self._padded = self.settings.attention.packed.name == "sdpa"
         self.mesh = mesh
         self.mean = torch.tensor(tuple(mean), device=self.device)
@@ -96,9 +108,16 @@ class FastStep:
         plain_target = copy.deepcopy(encoder).requires_grad_(False)
         for layer in matrix_layers(plain_target):
             layer.to(dtype)
+        if self.float8:
+            # these are the averages themselves, and what products see is rounded from them
+            for plain, block in zip(encoder.blocks, plain_target.blocks, strict=True):
+                for mine, layer in zip(matrix_layers(plain), matrix_layers(block), strict=True):
+                    layer.weight.data = mine.weight.detach().clone()
         self.encoder = repack(encoder, ContextEncoder, self.settings)
         self.predictor = repack(predictor, PackedPredictor, self.settings)
-        self.target_encoder = repack(plain_target, TargetEncoder, self.settings)
+        block_kind = Float8Block if self.float8 else PackedBlock
+        self.target_encoder = repack(plain_target, TargetEncoder, self.settings, block_kind)
+        round_weights(self.target_encoder)
         if mesh is not None:
             shard([self.encoder, self.predictor], mesh, dtype, trained=True)
             shard([self.target_encoder], mesh, dtype, trained=False)
@@ -134,6 +153,7 @@ class FastStep:
         return (
             f"fast path: attention {settings.attention} ({settings.attention.why}), "
             f"memory {settings.memory}, weights {shape}"
+            f"{', products of the target encoder in float8' if self.float8 else ''}"
         )
 
     # --- one step --------------------------------------------------------------------------------
@@ -265,6 +285,7 @@ class FastStep:
     def _update(self, bad: Tensor) -> None:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler sets it
         self.optimizer.step()
+        round_weights(self.target_encoder)
 
     # --- what a checkpoint holds -----------------------------------------------------------------
 
@@ -291,6 +312,7 @@ class FastStep:
             target.copy_(self.optimizer.state[parameter]["ema"])
         for parameter, rounded in self.copies:
             rounded.copy_(parameter)
+        round_weights(self.target_encoder)
 
 
 def _std(features: Tensor, batch: Layout) -> Tensor:

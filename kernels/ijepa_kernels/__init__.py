@@ -14,10 +14,12 @@ from ijepa_kernels.join_heads import join_heads
 from ijepa_kernels.latent_loss import latent_loss, target_rows
 from ijepa_kernels.patchify import pad_patch_weight, patchify
 from ijepa_kernels.predictor_tokens import predictor_tokens
+from ijepa_kernels.quantize_rows import Float8Rows, quantize_rows
 from ijepa_kernels.scatter_tokens import scatter_tokens
 from ijepa_kernels.take_targets import take_targets
 
 __all__ = [
+    "Float8Rows",
     "adamw_ema_",
     "add_layer_norm",
     "column_sums",
@@ -30,6 +32,7 @@ __all__ = [
     "pad_patch_weight",
     "patchify",
     "predictor_tokens",
+    "quantize_rows",
     "scatter_tokens",
     "take_targets",
     "target_rows",

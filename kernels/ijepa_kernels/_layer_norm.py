@@ -11,10 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ijepa_kernels._float8 import FLOAT8, Float8Rows, _rounded, empty_rows
 from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._sums import add_up
 
-__all__ = ["add_layer_norm_bwd", "add_layer_norm_bwd_rows", "add_layer_norm_fwd"]
+__all__ = [
+    "add_layer_norm_bwd",
+    "add_layer_norm_bwd_rows",
+    "add_layer_norm_fwd",
+    "add_layer_norm_fwd_float8",
+]
 
 # --- launch table --------------------------------------------------------------------------------
 
@@ -57,6 +63,7 @@ def _add_layer_norm_fwd_kernel(
     rstd_ptr,
     R,
     eps,
+    FLOAT8: tl.constexpr,
     HAS_X: tl.constexpr,
     D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -81,9 +88,15 @@ def _add_layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + column, mask=in_column, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=in_column, other=0.0).to(tl.float32)
     normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + row, mean, mask=in_row)
-    tl.store(rstd_ptr + row, rstd, mask=in_row)
+    if FLOAT8:
+        # the scale where the mean goes otherwise; statistics are for a backward pass
+        narrow, scale = _rounded(normed, normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + offset, narrow, mask=mask)
+        tl.store(mean_ptr + row, scale, mask=in_row)
+    else:
+        tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + row, mean, mask=in_row)
+        tl.store(rstd_ptr + row, rstd, mask=in_row)
 
 
 @triton.jit(do_not_specialize=["R", "rows_per_program"])
@@ -173,27 +186,54 @@ def add_layer_norm_fwd(
     1 / standard deviation.
     """
     # the residual in the place of x: not read
-    rest = contiguous(residual, residual if x is None else x, weight, bias)
-    residual = rest[0]
-    summed = residual if x is None else torch.empty_like(residual)
+    inputs = contiguous(residual, residual if x is None else x, weight, bias)
+    residual = inputs[0]
     normed = torch.empty_like(residual, dtype=out_dtype)
+    mean = residual.new_empty(residual.numel() // residual.shape[-1], dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    return _launch_fwd(inputs, x is not None, eps, normed, mean, rstd), normed, mean, rstd
+
+
+def add_layer_norm_fwd_float8(
+    residual: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Float8Rows]:
+    """New residual (the old one if x is None) and normalised rows, of (R, D)."""
+    inputs = contiguous(residual, residual if x is None else x, weight, bias)
+    out = empty_rows(residual.shape[0], residual.shape[1], residual)
+    return _launch_fwd(inputs, x is not None, eps, *out, out.scale), out
+
+
+def _launch_fwd(
+    inputs: tuple[Tensor, ...],
+    has_x: bool,
+    eps: float,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Tensor:
+    """The sum; fills normalised rows, mean (in float8: scale) and 1 / standard deviation.
+
+    Args:
+        inputs: residual, x (not read if there is none), weight and bias, contiguous.
+    """
+    residual = inputs[0]
+    summed = torch.empty_like(residual) if has_x else residual
     width = residual.shape[-1]
     rows = residual.numel() // width
-    mean = residual.new_empty(rows, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
     if rows:
         block_r, block_d, warps = _tile(width)
         run(
             _add_layer_norm_fwd_kernel,
             (-(-rows // block_r),),
-            *(*rest, summed, normed, mean, rstd, rows, eps),
-            HAS_X=x is not None,
+            *(*inputs, summed, normed, mean, rstd, rows, eps),
+            FLOAT8=normed.dtype == FLOAT8,
+            HAS_X=has_x,
             D=width,
             BLOCK_R=block_r,
             BLOCK_D=block_d,
             num_warps=warps,
         )
-    return summed, normed, mean, rstd
+    return summed
 
 
 def _launch_bwd(

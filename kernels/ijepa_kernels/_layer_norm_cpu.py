@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "backward_rows", "forward"]
+from ijepa_kernels._float8 import Float8Rows, round_rows
+
+__all__ = ["backward", "backward_rows", "forward", "forward_float8"]
 
 
 def forward(
@@ -23,6 +25,14 @@ def forward(
         summed = (summed.to(dtype) + x.to(dtype)).to(residual.dtype).contiguous()
     normed, mean, rstd = _norm(summed, weight, bias, eps, dtype)
     return summed, normed.to(out_dtype), mean.flatten(), rstd.flatten()
+
+
+def forward_float8(
+    residual: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Float8Rows]:
+    """The sum and its LayerNorm in float8, of (R, D)."""
+    summed, normed, _, _ = forward(residual, x, weight, bias, eps, torch.float32)
+    return summed, round_rows(normed)
 
 
 def backward(

@@ -23,18 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
+from ijepa_kernels._float8 import Float8Rows
 from ijepa_kernels._layer_norm import (
     add_layer_norm_bwd,
     add_layer_norm_bwd_rows,
     add_layer_norm_fwd,
+    add_layer_norm_fwd_float8,
 )
-from ijepa_kernels._layer_norm_cpu import backward, backward_rows, forward
+from ijepa_kernels._layer_norm_cpu import backward, backward_rows, forward, forward_float8
 from ijepa_kernels._op import define, raw
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_layer_norm_bytes",
+    "add_layer_norm_float8",
     "add_layer_norm_forward",
     "add_layer_norm_ref",
 ]
@@ -173,6 +176,14 @@ def _check(
     check_shape("bias", bias, residual.shape[-1:], residual)
 
 
+def _check_float8(
+    residual: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> None:
+    if residual.ndim != 2:
+        raise ValueError(f"residual must have shape (R, D), got {tuple(residual.shape)}")
+    _check(residual, x, weight, bias, eps, None)
+
+
 def _check_bwd(
     grad_normed: Tensor,
     grad_sum: Tensor | None,
@@ -198,6 +209,12 @@ def _check_bwd(
 _fwd_raw = raw("add_layer_norm_forward", cuda=add_layer_norm_fwd, cpu=forward, check=_check)
 _bwd_raw = raw(
     "add_layer_norm_backward", cuda=add_layer_norm_bwd_rows, cpu=backward_rows, check=_check_bwd
+)
+_float8_raw = raw(
+    "add_layer_norm_float8",
+    cuda=add_layer_norm_fwd_float8,
+    cpu=forward_float8,
+    check=_check_float8,
 )
 
 
@@ -261,6 +278,25 @@ def add_layer_norm_forward(
         ValueError: shapes, dtypes or devices do not fit, or eps is negative.
     """
     return _fwd_raw((residual, x, weight, bias), eps, out_dtype)
+
+
+def add_layer_norm_float8(
+    residual: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Float8Rows]:
+    """`add_layer_norm_forward` with the normalised rows in float8 (e4m3), in the same pass; CUDA
+    tensors must be on the current device.
+
+    Args:
+        residual: (R, D), and the rest as there.
+
+    Returns:
+        The sum (the residual itself if x is None), and its LayerNorm: values (R, D) with a scale
+        for each row (R, 1), as `quantize_rows` rounds it.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or eps is negative.
+    """
+    return _float8_raw((residual, x, weight, bias), eps)
 
 
 def add_layer_norm_backward(

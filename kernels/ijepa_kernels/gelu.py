@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
+from ijepa_kernels._float8 import Float8Rows, _rounded, empty_rows, round_rows, row_tile
 from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._op import define, raw
 from ijepa_kernels._segments import columns_of_tile
 from ijepa_kernels._sums import add_up, row_programs
 
-__all__ = ["gelu", "gelu_backward", "gelu_bytes", "gelu_ref"]
+__all__ = ["gelu", "gelu_backward", "gelu_bytes", "gelu_float8", "gelu_ref"]
 
 
 def gelu_ref(h: Tensor) -> Tensor:
@@ -86,6 +87,21 @@ def _gelu_fwd_kernel(
     h = tl.load(h_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     cdf, _ = _normal(h)
     tl.store(g_ptr + offset, (h * cdf).to(g_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _gelu_float8_kernel(
+    h_ptr, rows_ptr, scale_ptr, R, F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, BLOCK_F)
+    mask = (row < R)[:, None] & (column < F)[None, :]
+    offset = row[:, None] * F + column[None, :]
+    h = tl.load(h_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    cdf, _ = _normal(h)
+    narrow, scale = _rounded(h * cdf, rows_ptr.dtype.element_ty)
+    tl.store(rows_ptr + offset, narrow, mask=mask)
+    tl.store(scale_ptr + row, scale, mask=row < R)
 
 
 @triton.jit(do_not_specialize=["R", "rows_per_program"])
@@ -147,6 +163,24 @@ def _gelu_fwd(h: Tensor) -> Tensor:
             num_warps=4,
         )
     return g
+
+
+def _gelu_float8(h: Tensor) -> Float8Rows:
+    h = h.contiguous()
+    rows, width = h.shape
+    out = empty_rows(rows, width, h)
+    if rows:
+        block_r, block_f, warps = row_tile(width)
+        run(
+            _gelu_float8_kernel,
+            (-(-rows // block_r),),
+            *(h, *out, rows),
+            F=width,
+            BLOCK_R=block_r,
+            BLOCK_F=block_f,
+            num_warps=warps,
+        )
+    return out
 
 
 def _launch_bwd(
@@ -232,15 +266,25 @@ _fwd_op = define(
 )
 
 
-def _check_bwd(dg: Tensor, h: Tensor, with_activation: bool) -> None:
-    check_dtype("dg", dg)
+def _check_rows(h: Tensor) -> None:
     check_dtype("h", h)
     if h.ndim != 2 or h.shape[-1] == 0:
         raise ValueError(f"h must have shape (R, F), got {tuple(h.shape)}")
+
+
+def _check_bwd(dg: Tensor, h: Tensor, with_activation: bool) -> None:
+    check_dtype("dg", dg)
+    _check_rows(h)
     check_shape("dg", dg, h.shape, h)
 
 
 _bwd_raw = raw("gelu_backward", cuda=_gelu_bwd_sums, cpu=_bwd_sums_cpu, check=_check_bwd)
+_float8_raw = raw(
+    "gelu_float8",
+    cuda=_gelu_float8,
+    cpu=lambda h: round_rows(functional.gelu(h.float())),
+    check=_check_rows,
+)
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -265,6 +309,22 @@ def gelu(h: Tensor) -> Tensor:
             raise ValueError(f"h must have shape (..., F), got {tuple(h.shape)}")
         remember(case)
     return _fwd_op(h)
+
+
+def gelu_float8(h: Tensor) -> Float8Rows:
+    """`gelu` written in float8 (e4m3) in the same pass, without a derivative; a CUDA tensor must be
+    on the current device.
+
+    Args:
+        h: (R, F), float32, bfloat16 or float16 (float64 on the CPU).
+
+    Returns:
+        Values (R, F) with a scale for each row (R, 1), as `quantize_rows` rounds them.
+
+    Raises:
+        ValueError: shape or dtype does not fit.
+    """
+    return _float8_raw((h,))
 
 
 def gelu_backward(

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from ijepa_kernels.testing import launch_on_cpu, nan_filled
 from tests.ops.checked_memory import checked_memory
+from tests.ops.interpreted_float8 import interpreted_float8
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LANE = "interpreter" if INTERPRETED else "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +57,7 @@ def _lane(request: pytest.FixtureRequest) -> Iterator[None]:
     with nan_filled():
         if INTERPRETED:
             order = request.node.get_closest_marker("any_order") is None
-            with launch_on_cpu(), checked_memory(order=order):
+            with launch_on_cpu(), checked_memory(order=order), interpreted_float8():
                 yield
         else:
             yield
