@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ijepa_fast import checkpoint
 from ijepa_fast.config import ModelConfig, OptimConfig
 from ijepa_fast.fast import FastStep
 from ijepa_fast.model import build_models
+from ijepa_fast.state import checkpoint
 
 # a state of 2.7 GB: no published size has that many weights
 LARGE = {"width": 1024, "depth": 12, "heads": 16, "predictor_depth": 6}

@@ -26,10 +26,12 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast import allowance, checkpoint, pictures, run, train
+from ijepa_fast import run, train
 from ijepa_fast.data import Index, build_index
 from ijepa_fast.data.index import COLUMNS
 from ijepa_fast.fast import FastStep
+from ijepa_fast.state import allowance, checkpoint
+from ijepa_fast.visualize import run_pictures as pictures
 from tests.trainer import tiny
 
 STEPS_AN_EPOCH = (5, 50, 5000)

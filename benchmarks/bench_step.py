@@ -22,7 +22,7 @@ from benchmarks.harness import device as default_device
 from benchmarks.step_contest import REPEATS, measure, names_on
 from benchmarks.step_providers import MODES, PROVIDERS, Case, make_case
 from benchmarks.step_report import ROWS, Row
-from ijepa_fast.presets import PRESETS
+from ijepa_fast.config.presets import PRESETS
 
 GPU_MODELS = ("vith14_in1k", "vitb16_in1k", "vitl16_in1k")
 

@@ -1,4 +1,4 @@
-"""What ``python -m ijepa_fast.bench`` runs: the ops and the training step, verified, timed, and as
+"""What ``python -m benchmarks`` runs: the ops and the training step, verified, timed, and as
 tables and JSON.
 
 It calls what ``pytest benchmarks`` calls; only the choice of cases and the tables are its own.

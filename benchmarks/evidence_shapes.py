@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.data.scenes import CLASSES, SIZES, Split, pose, silhouette
-from ijepa_fast.knn import knn_accuracy
+from ijepa_fast.data.sets.scenes import CLASSES, SIZES, Split, pose, silhouette
+from ijepa_fast.evaluate.knn import knn_accuracy
 
 SEEDS = (0, 1, 2)
 
@@ -46,7 +46,7 @@ def main() -> int:
     """Prints the table; returns the exit code."""
     # Imported late: the functions above need none of it.
     from ijepa_fast import evaluate
-    from ijepa_fast.presets import PRESETS
+    from ijepa_fast.config.presets import PRESETS
 
     config = PRESETS["demo"]()
     data = replace(config.data, decoder="pillow")

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast import checkpoint
 from ijepa_fast.config import Config
+from ijepa_fast.config.presets import preset
 from ijepa_fast.evaluate import Split, knn_scores, labelled_data, untrained
 from ijepa_fast.fast import FastStep
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models
-from ijepa_fast.presets import preset
+from ijepa_fast.state import checkpoint
 
 PLAIN = "bfloat16"
 VARIANTS: dict[str, dict[str, str]] = {

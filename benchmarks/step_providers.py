@@ -17,11 +17,11 @@ from torch import Tensor
 
 from benchmarks.released_style import ReleasedStyleStep
 from ijepa_fast.config import BatchConfig, Config, ModelConfig
+from ijepa_fast.config.presets import preset
 from ijepa_fast.fast import CapturedStep, FastStep
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
-from ijepa_fast.presets import preset
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules, StepValues
 

@@ -14,7 +14,7 @@ from benchmarks.harness import machine
 from benchmarks.step_parts import PARTS
 from benchmarks.step_providers import CAPTURED, FAST, REFERENCE, RELEASED, Case
 from ijepa_fast.estimate import Rows, estimate, measured_flops
-from ijepa_fast.metrics import peak_flops
+from ijepa_fast.state.metrics import peak_flops
 
 __all__ = ["ROWS", "Row", "markdown", "matrix_rate", "new_row", "table", "write"]
 

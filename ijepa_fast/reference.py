@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast.config import OptimConfig
-from ijepa_fast.distributed import all_reduce_max_, all_reduce_sum_
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer
+from ijepa_fast.ranks import all_reduce_max_, all_reduce_sum_
 from ijepa_fast.schedules import StepValues
 
 __all__ = [

@@ -10,32 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_fast import checkpoint, distributed, evaluate
-from ijepa_fast.allowance import Allowance
-from ijepa_fast.cli import UsageError, as_dict
-from ijepa_fast.config import Config
+from ijepa_fast import evaluate
+from ijepa_fast.config import Config, UsageError, as_dict
 from ijepa_fast.data import Quarantine, steps_per_epoch
-from ijepa_fast.dataset import load_index
-from ijepa_fast.durable import require_room
+from ijepa_fast.evaluate import UNTRAINED, Looks, collapse_warning, look_interval
 from ijepa_fast.fast import CapturedStep, FastStep, make_mesh
 from ijepa_fast.keyed_random import Stream, torch_generator
-from ijepa_fast.looks import UNTRAINED, Looks, look_interval
 from ijepa_fast.masks import Masks
-from ijepa_fast.metrics import (
+from ijepa_fast.model import Predictor, VisionTransformer, build_models
+from ijepa_fast.ranks import distributed, load_index
+from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.schedules import Schedules
+from ijepa_fast.state import (
+    Allowance,
     Journal,
     MetricsFile,
+    Preparation,
     Reporter,
+    RunFolder,
+    SampleLog,
+    Saver,
     Watch,
+    checkpoint,
+    require_room,
 )
-from ijepa_fast.model import Predictor, VisionTransformer, build_models
-from ijepa_fast.monitors import collapse_warning
-from ijepa_fast.pictures import Pictures
-from ijepa_fast.preparation import Preparation
-from ijepa_fast.reference import ReferenceStep
-from ijepa_fast.run_folder import RunFolder
-from ijepa_fast.sample_log import SampleLog
-from ijepa_fast.saving import Saver
-from ijepa_fast.schedules import Schedules
+from ijepa_fast.visualize import Pictures
 from ijepa_fast.weights import start_weights
 
 __all__ = ["Run"]

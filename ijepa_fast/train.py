@@ -18,21 +18,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ijepa_fast import distributed, estimate
-from ijepa_fast.checkpoint import CheckpointError, NonFiniteState, checkpoint_folders
-from ijepa_fast.cli import Invocation, UsageError, dump_yaml, parse
-from ijepa_fast.config import Config
+from ijepa_fast import estimate
+from ijepa_fast.config import Config, Invocation, UsageError, dump_yaml, parse
 from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
-from ijepa_fast.dataset import load_index
-from ijepa_fast.faults import Faults
 from ijepa_fast.masks import check_masks, sample_masks
-from ijepa_fast.metrics import Meter, NonFiniteError, id_hash, peak_flops
-from ijepa_fast.nonfinite import name_samples
-from ijepa_fast.preparation import Preparation
+from ijepa_fast.ranks import Faults, Signals, distributed, load_index
 from ijepa_fast.run import Run
-from ijepa_fast.run_folder import RunFolder
 from ijepa_fast.schedules import StepValues
-from ijepa_fast.signals import Signals
+from ijepa_fast.state import (
+    CheckpointError,
+    Meter,
+    NonFiniteError,
+    NonFiniteState,
+    Preparation,
+    RunFolder,
+    checkpoint_folders,
+    id_hash,
+    peak_flops,
+)
+from ijepa_fast.verify import name_samples
 
 __all__ = ["main", "train"]
 

@@ -19,8 +19,8 @@ from benchmarks.gpu_check import tune
 from benchmarks.harness import Bench, Result
 from benchmarks.shapes import MODELS, SMALL
 from benchmarks.tune import TUNINGS
+from ijepa_fast.config.presets import preset
 from ijepa_fast.estimate import estimate
-from ijepa_fast.presets import preset
 
 layer_norm_module: Any = importlib.import_module("ijepa_kernels._layer_norm")
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "driver": "580.1", "torch": "2.11", "triton": "3.6"}

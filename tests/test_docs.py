@@ -33,13 +33,13 @@ import tyro
 import yaml
 from torch.distributed import run as torchrun
 
+from benchmarks.__main__ import BenchArgs
 from ijepa_fast import train
-from ijepa_fast.bench import BenchArgs
-from ijepa_fast.cli import OWN_OPTIONS, as_dict, flatten, parse
 from ijepa_fast.config import Config
-from ijepa_fast.faults import Faults
-from ijepa_fast.pictures import Pictures
-from ijepa_fast.presets import PRESETS
+from ijepa_fast.config.cli import OWN_OPTIONS, as_dict, flatten, parse
+from ijepa_fast.config.presets import PRESETS
+from ijepa_fast.ranks.faults import Faults
+from ijepa_fast.visualize.run_pictures import Pictures
 from tests import documents
 from tests.documents import Command, Document, Place
 from tests.trainer import tiny
@@ -78,10 +78,10 @@ QUICK = (
     ("ijepa_fast.visualize", "prove", ("--sampling-steps", "2", "--blocks", "8", "--seeds", "2")),
 )
 # the doctor's 1 is about the machine, the replayed step is broken on purpose
-CODES = {"ijepa_fast.doctor": {0, 1}, "ijepa_fast.replay": {1}}
+CODES = {"ijepa_fast.doctor": {0, 1}, "ijepa_fast.verify.replay": {1}}
 COMMANDS = (
-    *("ijepa_fast.data", "ijepa_fast.doctor", "ijepa_fast.evaluate", "ijepa_fast.export"),
-    *("ijepa_fast.parity", "ijepa_fast.replay", "ijepa_fast.visualize"),
+    *("ijepa_fast.data", "ijepa_fast.doctor", "ijepa_fast.evaluate", "ijepa_fast.weights.export"),
+    *("ijepa_fast.verify.parity", "ijepa_fast.verify.replay", "ijepa_fast.visualize"),
 )
 
 # what the documents call an input, and what of `World` stands for it
@@ -248,7 +248,7 @@ class Sandbox:
 def outputs(module: str, words: Sequence[str]) -> list[int]:
     """Which arguments are written: that of --out, and the second place of an export."""
     found = [n for n, word in enumerate(words) if n and words[n - 1] == "--out"]
-    if module == "ijepa_fast.export":
+    if module == "ijepa_fast.weights.export":
         places = [
             n for n, w in enumerate(words) if "-" not in (w[:1], (words[n - 1] if n else "")[:1])
         ]
@@ -348,7 +348,7 @@ def _train(module: str, command: Command, words: tuple[str, ...], sandbox: Sandb
 
 def _bench(module: str, command: Command, words: tuple[str, ...], sandbox: Sandbox, making=()):
     """Parsed; tests/trainer/test_bench.py runs it."""
-    assert module == "ijepa_fast.bench"
+    assert module == "benchmarks"
     args: list[BenchArgs] = []
 
     def main(argv: list[str]) -> int:
@@ -418,7 +418,7 @@ Module = Callable[..., None]
 MODULES: dict[str, Module] = {
     **dict.fromkeys(COMMANDS, _run_module),
     "ijepa_fast.train": _train,
-    "ijepa_fast.bench": _bench,
+    "benchmarks": _bench,
     "pip": _pip_module,
     "pytest": _pytest_module,
     "venv": _venv,
@@ -676,7 +676,7 @@ def options() -> frozenset[str]:
             # only whole once its command line is there
             with contextlib.suppress(Wrong):
                 texts += _helps(module)
-    texts.append(call(command_line("ijepa_fast.bench"), ["--help"]))
+    texts.append(call(command_line("benchmarks"), ["--help"]))
     found |= {option for text in texts for option in re.findall(r"--[a-z][\w.-]*", text)}
     return frozenset(option.replace("_", "-") for option in found)
 
@@ -698,7 +698,7 @@ PRESET = re.compile(r"vit[a-z]\d+(_\w+)?|\w+_(?:in\d+k|published)")
 
 def wrong_names(document: Document, commands: frozenset[str]) -> list[str]:
     """Options, settings and presets in inline code that do not exist."""
-    from ijepa_fast import released_yaml
+    from ijepa_fast.config import released_yaml
 
     fields = set(flatten(as_dict(Config())))
     theirs = {*released_yaml.PLAIN, *released_yaml.ABSENT, *released_yaml.IGNORED}
@@ -958,7 +958,7 @@ def test_made_up_inputs_are_replaced(command, tmp_path, sandbox):
         ("python -m ijepa_fast.evaluate runs/mine --data DIR --neighbours 3", "exit code 2"),
         ("python -m ijepa_fast.evaluate nowhere --data DIR", "nowhere"),
         ("python -m ijepa_fast.export runs/mine hf --format onnx", "exit code 2"),
-        ("python -m ijepa_fast.bench --ops latent_lost", "did you mean latent_loss"),
+        ("python -m benchmarks --ops latent_lost", "did you mean latent_loss"),
         ("python -m ijepa_fast.doctor --jason", "exit code 2"),
         ("python -m ijepa_fast.parity tests/golden/p9.safetensors", "p9.safetensors"),
         ("python -m benchmarks.bench_step --fool", "--fool"),

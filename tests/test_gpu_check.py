@@ -13,7 +13,7 @@ import torch
 from benchmarks import harness, step_report
 from benchmarks.gpu_check import __main__, bundle, data, files, first, ops, sanitize, step, train
 from benchmarks.photographs import write_photographs
-from ijepa_fast import parity
+from ijepa_fast.verify import parity
 
 CPU = ("--device", "cpu")
 

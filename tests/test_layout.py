@@ -18,39 +18,18 @@ TRAINER = sorted((ROOT / "ijepa_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 PACKAGES = [*TRAINER, *KERNELS]
 
-# from the ground up; a module imports from its own floor or from lower ones, and never in a circle
+# rooms, from the ground up; each imports from its own floor or from lower ones, never in a circle
 FLOORS = (
-    (
-        "allowance",
-        "keyed_random",
-        "config",
-        "comparison",
-        "model",
-        "schedules",
-        "distributed",
-        "durable",
-        "faults",
-        "heartbeat",
-        "knn",
-        "metrics",
-        "monitors",
-        "preparation",
-        "rendezvous",
-        "sample_log",
-        "saving",
-        "signals",
-        "subsets",
-    ),
-    ("masks", "data", "presets", "probe", "released_yaml", "ridge"),
-    ("recording",),
-    ("reference", "checkpoint", "cli", "estimate"),
-    ("fast", "weights", "finetune"),
-    ("encoder", "model_card"),
-    ("bench", "dataset", "evaluate", "export", "run_folder", "visualize", "parity"),
-    ("looks", "pictures"),
+    ("keyed_random", "config"),
+    ("model", "masks", "schedules", "data", "state"),
+    ("ranks",),
+    ("reference", "estimate"),
+    ("fast", "weights"),
+    ("evaluate",),
+    ("visualize",),
     ("run",),
-    ("nonfinite", "doctor"),
-    ("replay", "train"),
+    ("verify", "doctor"),
+    ("train", "export", "parity", "replay"),
 )
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
@@ -145,6 +124,23 @@ def test_arrows_point_down(path):
     for name in _ours(path, "ijepa_fast"):
         imported = _part(name)
         assert imported == "" or FLOOR[imported] <= FLOOR[part], f"{part} imports {imported}"
+
+
+# commands of three lines
+THRESHOLDS = {"export", "parity", "replay"}
+
+
+@pytest.mark.parametrize("path", TRAINER, ids=_ids(TRAINER))
+def test_rooms_are_entered_by_the_door(path):
+    """What another room may use of one stands in its `__init__.py`."""
+    part = _part(_module(path))
+    if part in THRESHOLDS:
+        return
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            _, _, rest = node.module.partition("ijepa_fast.")
+            room, _, inside = rest.partition(".")
+            assert not inside or room == part, f"line {node.lineno}: {node.module}"
 
 
 def test_no_module_imports_itself_in_a_circle():
@@ -321,7 +317,11 @@ def test_the_environment_is_read_by_the_launcher_only():
         if re.search(r"\bos\.(environ|getenv)\b", path.read_text(encoding="utf-8"))
     }
     # torchrun's variables; where the cache lies
-    assert readers <= {"ijepa_fast.distributed", "ijepa_fast.train", "ijepa_fast.data.shapes"}
+    assert readers <= {
+        "ijepa_fast.ranks.distributed",
+        "ijepa_fast.train",
+        "ijepa_fast.data.sets.shapes",
+    }
 
 
 def test_hugging_face_kernels_stays_importable(tmp_path):

@@ -20,7 +20,7 @@ from benchmarks.gpu_check.files import ROOT, OutOfTime, logged, stopped_after, w
 from benchmarks.harness import machine
 from benchmarks.step_contest import measure
 from benchmarks.step_providers import FAST, REFERENCE, Case, make_case
-from ijepa_fast import parity
+from ijepa_fast.verify import parity
 
 __all__ = ["main"]
 

@@ -21,8 +21,8 @@ from benchmarks.harness import machine
 from benchmarks.photographs import write_copies, write_photographs
 from benchmarks.step_contest import measure
 from benchmarks.step_providers import FAST, TOLERANCE, Case
-from ijepa_fast.cli import parse
 from ijepa_fast.config import Config
+from ijepa_fast.config.cli import parse
 
 __all__ = ["main"]
 

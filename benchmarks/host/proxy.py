@@ -33,12 +33,12 @@ from triton.runtime.jit import JITFunction
 
 import ijepa_fast.model
 from ijepa_fast.config import BatchConfig, Config
+from ijepa_fast.config.presets import preset
 from ijepa_fast.fast import block, capture
 from ijepa_fast.fast import step as fast_step
 from ijepa_fast.fast.attention import BACKENDS, CUDNN, Attention
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models
-from ijepa_fast.presets import preset
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules
 from ijepa_kernels import _launch

@@ -5,7 +5,7 @@ Pillow and DALI are imported where they are first used, never by importing this 
 
 from ijepa_fast.data.batch import Batch
 from ijepa_fast.data.build import build_index
-from ijepa_fast.data.cache import open_index
+from ijepa_fast.data.cache import load_table, open_index, save_table
 from ijepa_fast.data.crops import crop_windows
 from ijepa_fast.data.decoders import (
     DaliDecoder,
@@ -19,8 +19,13 @@ from ijepa_fast.data.index import Index, index_from_arrays, index_to_arrays
 from ijepa_fast.data.loader import Loader
 from ijepa_fast.data.order import epoch_order, positions, replacement_id, steps_per_epoch
 from ijepa_fast.data.quarantine import Quarantine, TooManyBadFiles
+from ijepa_fast.data.sets.named import NAMES, named_data
+from ijepa_fast.data.sets.scenes import CLASSES, Split, pose, silhouette
+from ijepa_fast.data.sets.shapes import cache_folder
 
 __all__ = [
+    "CLASSES",
+    "NAMES",
     "Batch",
     "DaliDecoder",
     "DecodeError",
@@ -29,16 +34,23 @@ __all__ = [
     "Loader",
     "PillowDecoder",
     "Quarantine",
+    "Split",
     "TooManyBadFiles",
     "build_index",
+    "cache_folder",
     "crop_windows",
     "default_threads",
     "epoch_order",
     "index_from_arrays",
     "index_to_arrays",
+    "load_table",
     "make_decoder",
+    "named_data",
     "open_index",
+    "pose",
     "positions",
     "replacement_id",
+    "save_table",
+    "silhouette",
     "steps_per_epoch",
 ]

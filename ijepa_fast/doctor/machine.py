@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ijepa_fast.data.shapes import cache_folder
-from ijepa_fast.distributed import slow_bfloat16
+from ijepa_fast.data import cache_folder
 from ijepa_fast.doctor.findings import Finding, Level, first_line
+from ijepa_fast.ranks import slow_bfloat16
 
 __all__ = ["existing_part", "limits", "processor_and_gpus", "room"]
 

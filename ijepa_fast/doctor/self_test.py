@@ -234,7 +234,7 @@ def _decode() -> list[Finding]:
 
 def _write(folder: Path) -> list[Finding]:
     """A file that is written, forced to the disk, renamed and read again."""
-    from ijepa_fast.durable import fsync, write_file
+    from ijepa_fast.state import fsync, write_file
 
     content = bytes(range(256)) * 4096
     part, final = (folder / f".ijepa-fast-doctor-{os.getpid()}{end}" for end in (".part", ""))

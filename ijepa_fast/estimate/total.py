@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ijepa_fast.config import Config, MaskConfig
-from ijepa_fast.distributed import BUCKET_ELEMENTS
 from ijepa_fast.estimate.costs import Costs, Rows
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import Block, build_models, matrix_layers
+from ijepa_fast.ranks import BUCKET_ELEMENTS
 
 __all__ = ["Estimate", "device_batch", "device_memory", "estimate", "ways_of"]
 

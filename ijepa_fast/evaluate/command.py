@@ -13,10 +13,7 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.checkpoint import CheckpointError
-from ijepa_fast.cli import UsageError
-from ijepa_fast.config import Config, DataConfig
-from ijepa_fast.encoder import Encoder, load_encoder, network_of
+from ijepa_fast.config import Config, DataConfig, UsageError
 from ijepa_fast.evaluate.features import Features, extract
 from ijepa_fast.evaluate.labelled import Split, labelled_data
 from ijepa_fast.evaluate.scores import (
@@ -29,7 +26,8 @@ from ijepa_fast.evaluate.scores import (
 )
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, build_models, initialise
-from ijepa_fast.weights import Pretrained, Which, read_weights
+from ijepa_fast.state import CheckpointError
+from ijepa_fast.weights import Encoder, Pretrained, Which, load_encoder, network_of, read_weights
 
 __all__ = ["EvaluateArgs", "main", "untrained"]
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_fast.config import DataConfig
-from ijepa_fast.encoder import Encoder
 from ijepa_fast.evaluate.labelled import Split
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.reference import normalise
+from ijepa_fast.weights import Encoder
 
 __all__ = [
     "LAST",

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import (
+    DecodeError,
     Decoder,
     Index,
     crop_windows,
     epoch_order,
     make_decoder,
+    named_data,
     open_index,
 )
-from ijepa_fast.data.decoders import DecodeError
-from ijepa_fast.data.named import named_data
 from ijepa_fast.keyed_random import Stream, uniform
 
 __all__ = [

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ijepa_fast.config import Config
-from ijepa_fast.encoder import Encoder
 from ijepa_fast.evaluate.features import (
     LAST,
     LAST_FOUR,
@@ -19,13 +18,14 @@ from ijepa_fast.evaluate.features import (
     Features,
     extract,
 )
+from ijepa_fast.evaluate.finetune import finetune
+from ijepa_fast.evaluate.knn import knn_accuracy
 from ijepa_fast.evaluate.labelled import Images, Split
-from ijepa_fast.finetune import finetune
-from ijepa_fast.knn import knn_accuracy
+from ijepa_fast.evaluate.linear import ProbeHead, linear_probe
+from ijepa_fast.evaluate.ridge import ridge_accuracy
+from ijepa_fast.evaluate.subsets import low_shot_rows
 from ijepa_fast.model import VisionTransformer
-from ijepa_fast.probe import ProbeHead, linear_probe
-from ijepa_fast.ridge import ridge_accuracy
-from ijepa_fast.subsets import low_shot_rows
+from ijepa_fast.weights import Encoder
 
 __all__ = [
     "FinetuneSettings",

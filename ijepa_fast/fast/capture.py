@@ -21,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ijepa_fast.distributed import all_reduce_sum_
 from ijepa_fast.fast.attention import Pair
 from ijepa_fast.fast.layout import Key, grid_sequences, pack, size_of, views
 from ijepa_fast.fast.step import FastStep
 from ijepa_fast.masks import Masks
+from ijepa_fast.ranks import all_reduce_sum_
 from ijepa_fast.reference import count_skip
 from ijepa_fast.schedules import StepValues
 

@@ -22,7 +22,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ijepa_fast.config import OptimConfig
-from ijepa_fast.distributed import all_reduce_max_, all_reduce_sum_
 from ijepa_fast.fast.attention import Pair, choose_attention
 from ijepa_fast.fast.block import Memory, PackedBlock, Settings, attach_copies
 from ijepa_fast.fast.float8 import Float8Block, check_device, round_weights
@@ -31,6 +30,7 @@ from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor, TargetEnco
 from ijepa_fast.fast.sharding import shard
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer, matrix_layers
+from ijepa_fast.ranks import all_reduce_max_, all_reduce_sum_
 from ijepa_fast.reference import TARGET_NORM_EPS, count_skip, parameter_groups
 from ijepa_fast.schedules import StepValues
 from ijepa_kernels import latent_loss

@@ -2,5 +2,10 @@
 
 from ijepa_fast.visualize.curves import draw_curves
 from ijepa_fast.visualize.masks import draw_masks
+from ijepa_fast.visualize.run_pictures import Pictures
 
-__all__ = ["draw_curves", "draw_masks"]
+__all__ = [
+    "Pictures",
+    "draw_curves",
+    "draw_masks",
+]

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from ijepa_fast.checkpoint import CheckpointError
-from ijepa_fast.visualize.decoder_commands import Predictor, Prove, TrainDecoder
+from ijepa_fast.state import CheckpointError
+from ijepa_fast.visualize.decoder.commands import Predictor, Prove, TrainDecoder
 from ijepa_fast.visualize.picture_commands import Curves, Masks, Neighbours, Pca
 
 __all__ = ["main"]

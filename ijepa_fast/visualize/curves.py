@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ijepa_fast.cli import UsageError
-from ijepa_fast.metrics import read_rows
+from ijepa_fast.config import UsageError
+from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.figure import pyplot, save
 
 __all__ = ["draw_curves", "draw_runs", "read_runs"]

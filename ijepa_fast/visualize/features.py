@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast.encoder import Encoder
 from ijepa_fast.visualize.figure import panel, pyplot, save
 from ijepa_fast.visualize.inputs import Pictures
+from ijepa_fast.weights import Encoder
 
 __all__ = [
     "Neighbours",

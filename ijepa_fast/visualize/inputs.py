@@ -12,17 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast import encoder as encoder_module
 from ijepa_fast import evaluate
-from ijepa_fast.checkpoint import load_latest
-from ijepa_fast.cli import UsageError, as_dict, parse
-from ijepa_fast.config import Config, DataConfig
-from ijepa_fast.data import make_decoder
-from ijepa_fast.data.decoders import DecodeError
-from ijepa_fast.encoder import Encoder
+from ijepa_fast.config import Config, DataConfig, UsageError, as_dict, parse
+from ijepa_fast.data import DecodeError, make_decoder
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
-from ijepa_fast.weights import read_weights
+from ijepa_fast.state import load_latest
+from ijepa_fast.weights import Encoder, read_weights
+from ijepa_fast.weights import encoder as encoder_module
 
 __all__ = [
     "Networks",

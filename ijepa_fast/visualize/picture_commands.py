@@ -6,8 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from ijepa_fast.cli import UsageError
-from ijepa_fast.config import Config
+from ijepa_fast.config import Config, UsageError
 from ijepa_fast.visualize import curves, features, inputs, masks
 from ijepa_fast.visualize.figure import check_out
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ijepa_fast.cli import UsageError
-from ijepa_fast.config import Config
+from ijepa_fast.config import Config, UsageError
 
 __all__ = ["METADATA", "NETWORKS", "Pretrained", "Shape", "Which"]
 

@@ -22,7 +22,6 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from benchmarks.photographs import write_photographs
-from ijepa_fast import checkpoint
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import (
     DaliDecoder,
@@ -37,6 +36,7 @@ from ijepa_fast.data.cache import load_table, save_table
 from ijepa_fast.data.index import COLUMNS, Index, Texts
 from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.table_file import TableError
+from ijepa_fast.state import checkpoint
 from tests.trainer.damage import mutate
 from tests.trainer.test_saving import _state
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.parity import replay
+from ijepa_fast.verify.parity import replay
 from tests.trainer import plain_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "p8_64.safetensors"

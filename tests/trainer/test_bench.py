@@ -2,18 +2,15 @@
 
 import functools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import ijepa_fast
+from benchmarks import __main__ as bench
 from benchmarks import command, harness
 from benchmarks.harness import Bench, Result
 from benchmarks.step_contest import measure
 from benchmarks.step_providers import make_case
-from ijepa_fast import bench
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +33,9 @@ def _refused(arguments, capsys) -> str:
     return err
 
 
-def test_without_a_clone_one_line_says_where_benchmarks_are(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ijepa_fast, "__file__", str(tmp_path / "ijepa_fast" / "__init__.py"))
-    # another project's
-    (tmp_path / "benchmarks").mkdir()
-    error = _refused([], capsys)
-    assert "benchmarks come with the repository" in error
-    assert "git clone" in error
-
-
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        ("benchmarks.command", "another package called benchmarks hides"),
         ("pytest", "benchmarks need pytest, which is not installed: pip install"),
     ],
 )
@@ -182,10 +169,3 @@ def test_small_and_full_cases():
     assert len(command._cases(True)) == 6
     assert len(command.choose(())) >= 9
     assert command.choose(None) == []
-
-
-def test_the_folder_is_found_from_the_package():
-    """With this clone, as `main` finds it."""
-    root = Path(ijepa_fast.__file__).parents[1]
-    assert bench._benchmarks(root, torch.device("cpu")) is command
-    assert str(root) in sys.path

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ijepa_fast import checkpoint
 from ijepa_fast.config import MaskConfig, OptimConfig
 from ijepa_fast.fast import CapturedStep, FastStep, capture
 from ijepa_fast.fast.layout import pack
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.schedules import StepValues
+from ijepa_fast.state import checkpoint
 from tests.trainer.test_fast import MEAN, STD, _batch, _elements, _networks
 
 VALUES = [

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_fast import checkpoint
-from ijepa_fast.checkpoint import CheckpointError, State
 from ijepa_fast.config import ModelConfig, OptimConfig
 from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
+from ijepa_fast.state import checkpoint
+from ijepa_fast.state.checkpoint import CheckpointError, State
 from tests.trainer import tiny
 
 MODEL = ModelConfig(

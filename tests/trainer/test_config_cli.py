@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 
 from ijepa_fast import train
-from ijepa_fast.cli import UsageError, as_dict, dump_yaml, parse
 from ijepa_fast.config import (
     ARCHITECTURES,
     Architecture,
@@ -28,7 +27,8 @@ from ijepa_fast.config import (
     ModelConfig,
     OptimConfig,
 )
-from ijepa_fast.presets import PRESETS, preset
+from ijepa_fast.config.cli import UsageError, as_dict, dump_yaml, parse
+from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.schedules import Schedules
 
 NAN, INF = float("nan"), float("inf")

@@ -14,18 +14,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_fast import distributed, model
-from ijepa_fast.checkpoint import Snapshot
+from ijepa_fast import model
 from ijepa_fast.config import BatchConfig, Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
-from ijepa_fast.distributed import BUCKET_ELEMENTS
+from ijepa_fast.config.presets import preset
 from ijepa_fast.estimate import Costs, Rows, device_batch, estimate, report
 from ijepa_fast.fast import FastStep, attention, make_mesh
 from ijepa_fast.fast import step as fast_step
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import attend, build_models
-from ijepa_fast.presets import preset
+from ijepa_fast.ranks import distributed
+from ijepa_fast.ranks.distributed import BUCKET_ELEMENTS
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
+from ijepa_fast.state.checkpoint import Snapshot
 from tests.trainer import tiny
 from tests.trainer.flash_on_cpu import flash_on_cpu
 

@@ -8,16 +8,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from ijepa_fast import evaluate, export
-from ijepa_fast.encoder import load_encoder
+from ijepa_fast import evaluate
 from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, extract
+from ijepa_fast.evaluate.knn import knn_accuracy
 from ijepa_fast.evaluate.labelled import labelled_data
+from ijepa_fast.evaluate.linear import linear_probe
+from ijepa_fast.evaluate.ridge import ridge_accuracy
 from ijepa_fast.evaluate.scores import score_knn
-from ijepa_fast.knn import knn_accuracy
-from ijepa_fast.probe import linear_probe
-from ijepa_fast.ridge import ridge_accuracy
-from ijepa_fast.subsets import low_shot_rows
-from ijepa_fast.weights import read_weights
+from ijepa_fast.evaluate.subsets import low_shot_rows
+from ijepa_fast.weights import export, read_weights
+from ijepa_fast.weights.encoder import load_encoder
 from tests.trainer import tiny
 
 CPU = torch.device("cpu")

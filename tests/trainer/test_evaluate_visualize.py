@@ -13,12 +13,12 @@ from PIL import Image
 from ijepa_fast import evaluate, visualize
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import build_index
-from ijepa_fast.encoder import load_encoder
 from ijepa_fast.evaluate import central_windows, encoder_features, labelled_data, pixels
 from ijepa_fast.masks import Masks
 from ijepa_fast.reference import normalise
 from ijepa_fast.visualize import figure
 from ijepa_fast.weights import read_weights
+from ijepa_fast.weights.encoder import load_encoder
 from tests.trainer import tiny
 
 DATA = DataConfig(crop=32, decoder="pillow", threads=1)

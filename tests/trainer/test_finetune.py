@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.finetune import Classifier, finetune, layer_groups
+from ijepa_fast.evaluate.finetune import Classifier, finetune, layer_groups
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, initialise
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.checkpoint import load_weights
 from ijepa_fast.config import Config, DataConfig, ModelConfig, OptimConfig
 from ijepa_fast.fast import CapturedStep, FastStep, capture
 from ijepa_fast.fast.float8 import Float8Block, check_device, product
+from ijepa_fast.state.checkpoint import load_weights
 from ijepa_kernels import quantize_rows
 from tests.trainer.test_fast import MEAN, STD, VALUES, _batch, _elements, _networks
 

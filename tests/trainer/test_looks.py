@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast import looks, monitors
-from ijepa_fast.checkpoint import load_latest
-from ijepa_fast.cli import UsageError, parse
 from ijepa_fast.config import EvalConfig
+from ijepa_fast.config.cli import UsageError, parse
+from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.data import open_index
-from ijepa_fast.looks import Looks, look_interval
+from ijepa_fast.evaluate import monitors
+from ijepa_fast.evaluate import online as looks
+from ijepa_fast.evaluate.online import Looks, look_interval
 from ijepa_fast.masks import sample_masks
-from ijepa_fast.presets import PRESETS, preset
 from ijepa_fast.reference import normalise
 from ijepa_fast.schedules import Schedules
+from ijepa_fast.state.checkpoint import load_latest
 from tests.trainer import tiny
 
 CPU = torch.device("cpu")

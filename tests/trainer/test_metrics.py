@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast import metrics
-from ijepa_fast.metrics import (
+from ijepa_fast.state import metrics
+from ijepa_fast.state.metrics import (
     Journal,
     Meter,
     MetricsFile,

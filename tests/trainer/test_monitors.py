@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
-from ijepa_fast.masks import sample_masks
-from ijepa_fast.model import build_models
-from ijepa_fast.monitors import (
+from ijepa_fast.evaluate.monitors import (
     collapse_warning,
     feature_std,
     lidar,
     prediction_cosine,
     rankme,
 )
+from ijepa_fast.masks import sample_masks
+from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
 

@@ -15,14 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ijepa_fast import model, parity, reference
-from ijepa_fast.comparison import key_bias_bounds
+from ijepa_fast import model, reference
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Attention, Mlp, Predictor, VisionTransformer
-from ijepa_fast.parity import LIMITS, main, replay
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules, StepValues
+from ijepa_fast.verify import parity
+from ijepa_fast.verify.comparison import key_bias_bounds
+from ijepa_fast.verify.parity import LIMITS, main, replay
 from tests.trainer.recordings import CASE, GOLDEN, OTHERS, failures, record
 
 

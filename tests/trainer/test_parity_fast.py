@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.comparison import FAST_LIMITS, LIMITS, RATIOS, Report
 from ijepa_fast.fast import FastStep
 from ijepa_fast.fast import block as packed_block
 from ijepa_fast.fast import networks as packed
@@ -22,9 +21,10 @@ from ijepa_fast.fast.attention import Pair, Sequences
 from ijepa_fast.fast.block import PackedBlock
 from ijepa_fast.fast.layout import Key, Layout, views
 from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor
-from ijepa_fast.parity import main, replay
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
+from ijepa_fast.verify.comparison import FAST_LIMITS, LIMITS, RATIOS, Report
+from ijepa_fast.verify.parity import main, replay
 from ijepa_kernels import latent_loss, patchify
 from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
 from ijepa_kernels.gather_tokens import Gather

@@ -4,8 +4,8 @@ import re
 import threading
 import time
 
-from ijepa_fast import preparation
-from ijepa_fast.preparation import Preparation
+from ijepa_fast.state import preparation
+from ijepa_fast.state.preparation import Preparation
 from tests.trainer import tiny
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast import distributed
+from ijepa_fast.ranks import distributed
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from ijepa_fast import train
-from ijepa_fast.cli import UsageError, as_dict, flatten, parse
 from ijepa_fast.config import Config
-from ijepa_fast.pictures import Pictures
-from ijepa_fast.presets import preset
-from ijepa_fast.released_yaml import is_released
-from ijepa_fast.run_folder import NOT_RECIPE
+from ijepa_fast.config.cli import UsageError, as_dict, flatten, parse
+from ijepa_fast.config.presets import preset
+from ijepa_fast.config.released_yaml import is_released
+from ijepa_fast.state.run_folder import NOT_RECIPE
+from ijepa_fast.visualize.run_pictures import Pictures
 from tests.trainer import tiny
 
 # the table "Released configurations" of the recipe: model, patch, crop, images a GPU, epochs,

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ijepa_fast import checkpoint, pictures, saving
-from ijepa_fast.allowance import Allowance
-from ijepa_fast.checkpoint import State
 from ijepa_fast.fast import FastStep
-from ijepa_fast.saving import Saver
+from ijepa_fast.state import checkpoint, saving
+from ijepa_fast.state.allowance import Allowance
+from ijepa_fast.state.checkpoint import State
+from ijepa_fast.state.saving import Saver
+from ijepa_fast.visualize import run_pictures as pictures
 from tests.trainer import tiny
 
 
@@ -220,7 +221,7 @@ def test_curves_are_drawn_while_training_goes_on(data, tmp_path, monkeypatch):
 def test_what_an_allowance_covers(monkeypatch):
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
-    monkeypatch.setattr("ijepa_fast.allowance.time", clock)
+    monkeypatch.setattr("ijepa_fast.state.allowance.time", clock)
     allowance = Allowance(0.01)
 
     def work(kind, seconds):

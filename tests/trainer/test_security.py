@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ijepa_fast import checkpoint
-from ijepa_fast.cli import load_yaml
+from ijepa_fast.config.cli import load_yaml
+from ijepa_fast.state import checkpoint
 from tests.trainer import tiny
 from tests.trainer.damage import mutate
 from tests.trainer.test_saving import _state

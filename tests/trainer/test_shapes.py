@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast.data import scenes, shapes
-from ijepa_fast.data.scenes import CLASSES, SIDE, Split, pose, render, silhouette
-from ijepa_fast.data.shapes import write_shapes
-from ijepa_fast.knn import knn_accuracy
+from ijepa_fast.data.sets import scenes, shapes
+from ijepa_fast.data.sets.scenes import CLASSES, SIDE, Split, pose, render, silhouette
+from ijepa_fast.data.sets.shapes import write_shapes
+from ijepa_fast.evaluate.knn import knn_accuracy
 
 TRAIN, TEST = 24, 16
 

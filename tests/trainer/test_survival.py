@@ -18,12 +18,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from ijepa_fast.data import Index, build_index, epoch_order
-from ijepa_fast.faults import KINDS, Faults
-from ijepa_fast.heartbeat import Heartbeat
-from ijepa_fast.rendezvous import agree_on_life
-from ijepa_fast.replay import main as replay_main
-from ijepa_fast.replay import read_replay
-from ijepa_fast.signals import Signals
+from ijepa_fast.ranks.faults import KINDS, Faults
+from ijepa_fast.ranks.heartbeat import Heartbeat
+from ijepa_fast.ranks.rendezvous import agree_on_life
+from ijepa_fast.ranks.signals import Signals
+from ijepa_fast.verify.replay import main as replay_main
+from ijepa_fast.verify.replay import read_replay
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     ended: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", ended.append)
     now = [100.0]
-    monkeypatch.setattr("ijepa_fast.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ijepa_fast.ranks.signals.time.monotonic", lambda: now[0])
     with Signals() as signals:
         signals.patient = True
         os.kill(os.getpid(), signal.SIGTERM)

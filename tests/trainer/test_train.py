@@ -24,9 +24,9 @@ from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
-from ijepa_fast.run_folder import RunFolder
-from ijepa_fast.saving import Saver
 from ijepa_fast.schedules import Schedules
+from ijepa_fast.state.run_folder import RunFolder
+from ijepa_fast.state.saving import Saver
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -376,7 +376,7 @@ def test_a_kill_before_the_first_checkpoint_starts_over(data, whole, out, monkey
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("ijepa_fast.checkpoint.write", die)
+        patch.setattr("ijepa_fast.state.checkpoint.write", die)
         with pytest.raises(Killed):
             tiny.run(data, out, checkpoint__keep_every=1)
     # noticed when the writing thread has died

@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast.cli import UsageError
+from ijepa_fast.config.cli import UsageError
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.reference import normalise, predict
 from ijepa_fast.visualize import __main__ as command_line
-from ijepa_fast.visualize import conditions as module
-from ijepa_fast.visualize import decoder, diffusion, figure, inputs, predictor
-from ijepa_fast.visualize.conditions import Conditions, block_pixels, block_side, paste
-from ijepa_fast.visualize.decoder import Budget, load_decoder, save_decoder, train_decoder
+from ijepa_fast.visualize import figure, inputs
+from ijepa_fast.visualize.decoder import conditions as module
+from ijepa_fast.visualize.decoder import decoder, diffusion, predictor
+from ijepa_fast.visualize.decoder.conditions import Conditions, block_pixels, block_side, paste
+from ijepa_fast.visualize.decoder.decoder import Budget, load_decoder, save_decoder, train_decoder
 from tests.trainer import tiny
 
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast import export
 from ijepa_fast.config import DataConfig, MaskConfig
-from ijepa_fast.encoder import Encoder, network_of
 from ijepa_fast.masks import mean_tokens, sample_masks
 from ijepa_fast.model import VisionTransformer, initialise
 from ijepa_fast.visualize import __main__ as command_line
 from ijepa_fast.visualize import curves, features, figure, inputs, masks
-from ijepa_fast.weights import Shape, read_weights
+from ijepa_fast.weights import Shape, export, read_weights
+from ijepa_fast.weights.encoder import Encoder, network_of
 from tests.trainer import tiny
 
 DATA = DataConfig(crop=32, decoder="pillow", threads=1)

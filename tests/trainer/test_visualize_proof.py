@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast.data.named import NAMES
-from ijepa_fast.data.scenes import CLASSES, render
+from ijepa_fast.data.sets.named import NAMES
+from ijepa_fast.data.sets.scenes import CLASSES, render
 from ijepa_fast.visualize import __main__ as command_line
-from ijepa_fast.visualize import decoder_commands, inputs, proof
-from ijepa_fast.visualize.conditions import Conditions
-from ijepa_fast.visualize.decoder import load_decoder
+from ijepa_fast.visualize import inputs
+from ijepa_fast.visualize.decoder import commands as decoder_commands
+from ijepa_fast.visualize.decoder import proof
+from ijepa_fast.visualize.decoder.conditions import Conditions
+from ijepa_fast.visualize.decoder.decoder import load_decoder
 from tests.trainer import tiny
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -185,14 +187,14 @@ def test_the_share_of_the_object_in_the_context():
 
 
 def _with_silhouette(number, name):
-    from ijepa_fast.data import scenes
+    from ijepa_fast.data.sets import scenes
 
     return scenes._render("test", number, name)
 
 
 @pytest.mark.parametrize("number", [0, 5])
 def test_the_share_against_the_pixels_of_the_silhouette(number):
-    from ijepa_fast.data.scenes import pose, silhouette
+    from ijepa_fast.data.sets.scenes import pose, silhouette
 
     name = CLASSES[number % 8]
     mask = silhouette(name, pose("test", number))

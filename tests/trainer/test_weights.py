@@ -20,20 +20,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ijepa_fast
-from ijepa_fast import checkpoint, export, model_card
-from ijepa_fast.cli import UsageError, parse
 from ijepa_fast.config import ARCHITECTURES
-from ijepa_fast.encoder import load_encoder, network_of
+from ijepa_fast.config.cli import UsageError, parse
 from ijepa_fast.model import Predictor, initialise
+from ijepa_fast.state import checkpoint
 from ijepa_fast.weights import (
     Pretrained,
     Shape,
+    export,
     fit_to,
     hugging_face_names,
+    model_card,
     read_weights,
     resample_positions,
     start_weights,
 )
+from ijepa_fast.weights.encoder import load_encoder, network_of
 from tests.trainer import tiny
 
 SMALL = Shape(image_size=(24, 24), patch_size=8, width=32, depth=2, heads=2, mlp_hidden=48)
@@ -834,7 +836,7 @@ def test_a_folder_that_reads_back_otherwise_is_not_left(run, tmp_path, monkeypat
         first = next(iter(tensors))
         save_file({**tensors, first: tensors[first] + 1}, *arguments, **options)
 
-    monkeypatch.setattr("ijepa_fast.export.save_file", wrong)
+    monkeypatch.setattr("ijepa_fast.weights.export.save_file", wrong)
     code, printed = _export(run, tmp_path / "x", capsys)
     assert code == 2
     assert "is not what is read back" in printed.err

@@ -26,10 +26,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from ijepa_fast import distributed, train
-from ijepa_fast.cli import parse
+from ijepa_fast import train
+from ijepa_fast.config.cli import parse
 from ijepa_fast.fast import FastStep
-from ijepa_fast.pictures import Pictures
+from ijepa_fast.ranks import distributed
+from ijepa_fast.visualize.run_pictures import Pictures
 
 __all__ = [
     "RECIPE",

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ijepa_fast.allowance import Allowance
 from ijepa_fast.data import Batch
 from ijepa_fast.masks import Masks
+from ijepa_fast.state import Allowance
 
 __all__ = ["Pictures"]
 

@@ -1,8 +1,7 @@
-"""``python -m ijepa_fast.bench``: the benchmarks of ops and training step on this machine.
+"""``python -m benchmarks``: ops and training step on this machine.
 
-They lie in the repository's folder `benchmarks`, not in the package, and are found from a clone.
 Every op and every step is held against the reference before it is timed. Exit codes: 0 done, 1
-something is wrong or could not be measured (it is named), 2 wrong usage, or no clone.
+something is wrong or could not be measured (it is named), 2 wrong usage.
 """
 
 import functools
@@ -16,15 +15,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
-import ijepa_fast
-from ijepa_fast.cli import UsageError
+from ijepa_fast.config import UsageError
 
 __all__ = ["BenchArgs", "main"]
-
-NO_CLONE = (
-    "benchmarks come with the repository, not with the installed package: git clone it, and run "
-    "this again in the clone"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,39 +56,28 @@ def _check(args: BenchArgs) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def _benchmarks(root: Path, device: torch.device) -> Any:
-    """The module `benchmarks.command` of a clone.
+def _command(device: torch.device) -> Any:
+    """The module `benchmarks.command`, for this device.
 
     Raises:
-        UsageError: there is no clone, or a package that the benchmarks need is missing.
+        UsageError: a package that the benchmarks need is missing.
     """
-    if not (root / "benchmarks" / "command.py").is_file():
-        raise UsageError(NO_CLONE)
-    # benchmarks, and the tests' plain computations that they are held against
-    for folder in (root / "kernels", root):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
     try:
         importlib.import_module("benchmarks.harness").use(device)
         return importlib.import_module("benchmarks.command")
     except ModuleNotFoundError as error:
-        name = error.name or ""
-        if name.partition(".")[0] == "benchmarks":
-            raise UsageError(
-                f"another package called benchmarks hides the one in the clone ({error}): "
-                "uninstall it, or use another environment"
-            ) from None
         raise UsageError(
-            f"benchmarks need {name}, which is not installed: pip install 'ijepa-fast[train,test]'"
+            f"benchmarks need {error.name}, which is not installed: "
+            "pip install 'ijepa-fast[train,test]'"
         ) from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = tyro.cli(BenchArgs, args=argv, prog="python -m ijepa_fast.bench")
+    args = tyro.cli(BenchArgs, args=argv, prog="python -m benchmarks")
     try:
         device = _check(args)
-        command = _benchmarks(Path(ijepa_fast.__file__).parents[1], device)
+        command = _command(device)
         both = args.ops is None and not args.step
         chosen = command.choose(() if both else args.ops)
     except ValueError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_fast.config import ARCHITECTURES, ModelConfig
+from ijepa_fast.config.schema import ARCHITECTURES, ModelConfig
 
 __all__ = ["Conversion", "convert", "is_released"]
 

@@ -7,8 +7,8 @@ from typing import Literal
 import yaml
 
 from ijepa_fast import __version__
-from ijepa_fast.cli import as_dict
-from ijepa_fast.weights import Pretrained, Which
+from ijepa_fast.config import as_dict
+from ijepa_fast.weights.pretrained import Pretrained, Which
 
 __all__ = ["model_card"]
 

@@ -17,12 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ijepa_fast import checkpoint, distributed
-from ijepa_fast.cli import as_dict
-from ijepa_fast.data import Index, Loader, Quarantine
-from ijepa_fast.data.order import epoch_order, replacement_id
-from ijepa_fast.metrics import NonFiniteError
+from ijepa_fast.config import as_dict
+from ijepa_fast.data import Index, Loader, Quarantine, epoch_order, replacement_id
+from ijepa_fast.ranks import distributed
 from ijepa_fast.run import Run
+from ijepa_fast.state import NonFiniteError, checkpoint
 
 __all__ = ["REPLAY_FORMAT", "name_samples"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_fast.data.shapes import cache_folder
+from ijepa_fast.data.sets.shapes import cache_folder
 
 __all__ = ["FASHION_MNIST", "find_idx", "write_idx"]
 

@@ -5,7 +5,7 @@ configurations.
 from collections.abc import Callable
 from dataclasses import replace
 
-from ijepa_fast.config import (
+from ijepa_fast.config.schema import (
     BatchConfig,
     Config,
     DataConfig,

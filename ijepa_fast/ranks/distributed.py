@@ -16,8 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast.heartbeat import Heartbeat
-from ijepa_fast.rendezvous import agree_on_life
+from ijepa_fast.ranks.heartbeat import Heartbeat
+from ijepa_fast.ranks.rendezvous import agree_on_life
 
 __all__ = [
     "Agreement",

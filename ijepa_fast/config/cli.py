@@ -15,9 +15,9 @@ from typing import Any
 import tyro
 import yaml
 
-from ijepa_fast.config import Config
-from ijepa_fast.presets import PRESETS, preset
-from ijepa_fast.released_yaml import Conversion, convert, is_released
+from ijepa_fast.config.presets import PRESETS, preset
+from ijepa_fast.config.released_yaml import Conversion, convert, is_released
+from ijepa_fast.config.schema import Config
 
 __all__ = [
     "Invocation",

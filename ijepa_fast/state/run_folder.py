@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ijepa_fast.checkpoint import checkpoint_folders
-from ijepa_fast.cli import UsageError, as_dict, dump_yaml, flatten, load_yaml
-from ijepa_fast.config import Config
+from ijepa_fast.config import Config, UsageError, as_dict, dump_yaml, flatten, load_yaml
+from ijepa_fast.state.checkpoint import checkpoint_folders
 
 __all__ = ["RunFolder", "recipe_difference"]
 

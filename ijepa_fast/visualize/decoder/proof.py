@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ijepa_fast.data.scenes import CLASSES, pose, silhouette
-from ijepa_fast.data.scenes import Split as Part
+from ijepa_fast.data import CLASSES, pose, silhouette
+from ijepa_fast.data import Split as Part
 from ijepa_fast.keyed_random import Stream, torch_generator
-from ijepa_fast.visualize.conditions import Conditions
-from ijepa_fast.visualize.decoder import Decoder
+from ijepa_fast.visualize.decoder.conditions import Conditions
+from ijepa_fast.visualize.decoder.decoder import Decoder
+from ijepa_fast.visualize.decoder.predictor import spread
 from ijepa_fast.visualize.inputs import device
-from ijepa_fast.visualize.predictor import spread
 
 __all__ = [
     "Estimate",

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_fast.data.scenes import CLASSES, SIZES, Split, render
+from ijepa_fast.data.sets.scenes import CLASSES, SIZES, Split, render
 
 __all__ = ["CLASSES", "SIZES", "cache_folder", "render", "write_shapes"]
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_fast import evaluate
-from ijepa_fast.cli import UsageError
-from ijepa_fast.data.named import NAMES
-from ijepa_fast.durable import write_file
-from ijepa_fast.visualize import inputs, predictor, proof
-from ijepa_fast.visualize.conditions import block_side, conditions
-from ijepa_fast.visualize.decoder import (
+from ijepa_fast.config import UsageError
+from ijepa_fast.data import NAMES
+from ijepa_fast.state import write_file
+from ijepa_fast.visualize import inputs
+from ijepa_fast.visualize.decoder import predictor, proof
+from ijepa_fast.visualize.decoder.conditions import block_side, conditions
+from ijepa_fast.visualize.decoder.decoder import (
     Budget,
     Decoder,
     Training,

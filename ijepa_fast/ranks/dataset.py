@@ -8,11 +8,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_fast import distributed
 from ijepa_fast.config import Config
-from ijepa_fast.data import Index, index_from_arrays, index_to_arrays, open_index
-from ijepa_fast.data.cache import load_table, save_table
-from ijepa_fast.data.named import named_data
+from ijepa_fast.data import (
+    Index,
+    index_from_arrays,
+    index_to_arrays,
+    load_table,
+    named_data,
+    open_index,
+    save_table,
+)
+from ijepa_fast.ranks import distributed
 
 __all__ = ["load_index"]
 

@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast import evaluate, monitors
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
-from ijepa_fast.evaluate import Split
+from ijepa_fast.evaluate import monitors
+from ijepa_fast.evaluate.command import untrained
+from ijepa_fast.evaluate.labelled import Split, labelled_data
+from ijepa_fast.evaluate.scores import knn_scores
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
@@ -133,14 +135,14 @@ class Looks:
             row["data"] = root
             encoders = {name: target}
             if baselines and name != UNTRAINED:
-                encoders = {UNTRAINED: evaluate.untrained(self.config).to(self.device), **encoders}
-            row["knn"] = evaluate.knn_scores(encoders, splits, self.config, with_pixels=baselines)
+                encoders = {UNTRAINED: untrained(self.config).to(self.device), **encoders}
+            row["knn"] = knn_scores(encoders, splits, self.config, with_pixels=baselines)
         seconds = time.perf_counter() - started
         return {**row, "timing": {"look_seconds": round(seconds, 3)}}
 
     def _labelled(self, root: str) -> tuple[Split, Split]:
         if self._splits is None:
-            self._splits = evaluate.labelled_data(root, self.config.data, self.device)
+            self._splits = labelled_data(root, self.config.data, self.device)
         return self._splits
 
     def _load(self) -> tuple[Tensor, list[Tensor]]:
@@ -177,7 +179,7 @@ class Looks:
     def monitors(
         self, context: VisionTransformer, target: VisionTransformer, predictor: Predictor
     ) -> dict[str, float]:
-        """Numbers about the features of the run's own images; see `ijepa_fast.monitors`."""
+        """Numbers about the features of the run's own images; see `monitors`."""
         config = self.config
         images, views = self._load()
         mean, std = (

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ijepa_fast.durable import fsync, safetensors_pieces, sha256_of, write_file
+from ijepa_fast.state.durable import fsync, safetensors_pieces, sha256_of, write_file
 
 __all__ = [
     "FORMAT_VERSION",

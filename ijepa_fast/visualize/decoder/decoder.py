@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ijepa_fast.cli import UsageError
-from ijepa_fast.durable import fsync, safetensors_pieces, sha256_of, write_file
+from ijepa_fast.config import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
-from ijepa_fast.visualize.conditions import Conditions
-from ijepa_fast.visualize.diffusion import Denoiser, Told, add_noise, ddim, velocity
+from ijepa_fast.state import fsync, safetensors_pieces, sha256_of, write_file
+from ijepa_fast.visualize.decoder.conditions import Conditions
+from ijepa_fast.visualize.decoder.diffusion import Denoiser, Told, add_noise, ddim, velocity
 from ijepa_fast.visualize.inputs import Networks, device
 
 __all__ = [

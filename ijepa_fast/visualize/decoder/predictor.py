@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_fast.visualize.conditions import Conditions, conditions, paste
+from ijepa_fast.visualize.decoder.conditions import Conditions, conditions, paste
 from ijepa_fast.visualize.figure import panel, patch_pixels, pyplot, save
 from ijepa_fast.visualize.inputs import Networks, Pictures
 from ijepa_fast.visualize.masks import outline

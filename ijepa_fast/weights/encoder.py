@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.reference import normalise
-from ijepa_fast.weights import Pretrained, Shape, Which, fit_to, read_weights, resample_positions
+from ijepa_fast.weights.fit import fit_to, resample_positions
+from ijepa_fast.weights.pretrained import Pretrained, Shape, Which
+from ijepa_fast.weights.read import read_weights
 
 __all__ = ["Encoder", "load_encoder", "network_of"]
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ijepa_fast.data.idx import FASHION_MNIST, find_idx, write_idx
-from ijepa_fast.data.shapes import write_shapes
+from ijepa_fast.data.sets.idx import FASHION_MNIST, find_idx, write_idx
+from ijepa_fast.data.sets.shapes import write_shapes
 
 __all__ = ["NAMES", "named_data"]
 

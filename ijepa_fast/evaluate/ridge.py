@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.knn import check_features, class_index
-from ijepa_fast.subsets import held_out_folds, selection_text
+from ijepa_fast.evaluate.knn import check_features, class_index
+from ijepa_fast.evaluate.subsets import held_out_folds, selection_text
 
 __all__ = ["PENALTIES", "RidgeResult", "ridge_accuracy"]
 

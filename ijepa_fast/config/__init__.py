@@ -1,0 +1,52 @@
+"""What a run is told: the schema of all settings, named presets, the command line, and the released
+trainer's YAML.
+"""
+
+from ijepa_fast.config.cli import (
+    Invocation,
+    UsageError,
+    as_dict,
+    dump_yaml,
+    flatten,
+    from_tree,
+    load_yaml,
+    parse,
+)
+from ijepa_fast.config.presets import PRESETS, preset
+from ijepa_fast.config.schema import (
+    ARCHITECTURES,
+    Architecture,
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "PRESETS",
+    "Architecture",
+    "BatchConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "Invocation",
+    "LogConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "UsageError",
+    "as_dict",
+    "dump_yaml",
+    "flatten",
+    "from_tree",
+    "load_yaml",
+    "parse",
+    "preset",
+]

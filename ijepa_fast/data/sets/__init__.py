@@ -1,0 +1,3 @@
+"""The embedded and the named data sets."""
+
+__all__: list[str] = []

@@ -1,0 +1,51 @@
+"""What a run leaves on disk and goes on from: checkpoints, metrics, its folder."""
+
+from ijepa_fast.state.allowance import Allowance
+from ijepa_fast.state.checkpoint import (
+    CheckpointError,
+    NonFiniteState,
+    checkpoint_folders,
+    load_latest,
+)
+from ijepa_fast.state.durable import fsync, require_room, safetensors_pieces, sha256_of, write_file
+from ijepa_fast.state.metrics import (
+    Journal,
+    Meter,
+    MetricsFile,
+    NonFiniteError,
+    Reporter,
+    Watch,
+    id_hash,
+    peak_flops,
+    read_rows,
+)
+from ijepa_fast.state.preparation import Preparation
+from ijepa_fast.state.run_folder import RunFolder
+from ijepa_fast.state.sample_log import SampleLog
+from ijepa_fast.state.saving import Saver
+
+__all__ = [
+    "Allowance",
+    "CheckpointError",
+    "Journal",
+    "Meter",
+    "MetricsFile",
+    "NonFiniteError",
+    "NonFiniteState",
+    "Preparation",
+    "Reporter",
+    "RunFolder",
+    "SampleLog",
+    "Saver",
+    "Watch",
+    "checkpoint_folders",
+    "fsync",
+    "id_hash",
+    "load_latest",
+    "peak_flops",
+    "read_rows",
+    "require_room",
+    "safetensors_pieces",
+    "sha256_of",
+    "write_file",
+]

@@ -1,0 +1,267 @@
+"""Replays recorded steps of the published trainer and holds a path against them.
+
+``python -m ijepa_fast.parity FILE`` loads initial weights, images and masks from a safetensors
+file, trains the recorded number of steps and compares losses, schedules, the first step's
+prediction, latent target and gradients, and the final weights of all three networks. In bfloat16
+the fast path is also held against the reference path's errors. Exit code 0 only if every limit
+holds and every tensor of the file was used.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from ijepa_fast.config import OptimConfig
+from ijepa_fast.fast import FastStep, Memory
+from ijepa_fast.model import Predictor, VisionTransformer
+from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.verify.comparison import (
+    FAST_LIMITS,
+    LIMITS,
+    Limits,
+    Report,
+    Row,
+    key_bias_bounds,
+    relative,
+)
+from ijepa_fast.verify.recording import IMAGENET_MEAN, IMAGENET_STD, Recording
+
+__all__ = ["LIMITS", "Limits", "Report", "Row", "main", "replay"]
+
+Which = Literal["reference", "fast"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Turns TF32 off, in matrix products and cuDNN, and restores the settings afterwards."""
+    saved = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
+
+
+def replay(
+    file: Path,
+    *,
+    dtype: Precision = "float32",
+    device: torch.device | None = None,
+    path: Which = "reference",
+    attention: str = "auto",
+    memory: Memory = "none",
+) -> Report:
+    """Trains the recorded steps and compares.
+
+    Args:
+        file: recording in safetensors format.
+        dtype: `float32`, or `bfloat16` for products in it.
+        device: where to run, by default CUDA where there is one.
+        path: which implementation of the step.
+        attention: back end of the fast path's attention.
+        memory: what the fast path recomputes.
+
+    Raises:
+        ValueError: the file is unreadable or lacks an entry, the back end of attention cannot be
+            used here, or an option is not the reference path's.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if path == "reference":
+        for name, value, plain in (
+            ("attention", attention, ("auto", "sdpa")),
+            ("memory", memory, ("none",)),
+        ):
+            if value not in plain:
+                raise ValueError(
+                    f"{name} must be {' or '.join(plain)} with path reference, got {value!r}"
+                )
+    recording = Recording(file)
+    config = OptimConfig(loss=recording.case["loss"], precision=dtype)
+    report = Report(path=path, dtype=dtype)
+    with exact_float32():
+        if path == "reference":
+            _replay(recording, report, LIMITS[dtype], _reference(recording, config, device))
+        else:
+            encoder, predictor = _networks(recording, device)
+            step = FastStep(
+                encoder,
+                predictor,
+                config,
+                mean=IMAGENET_MEAN,
+                std=IMAGENET_STD,
+                attention=attention,
+                memory=memory,
+            )
+            _replay(recording, report, FAST_LIMITS[dtype], step)
+            if dtype == "bfloat16":
+                reference = Report(path="reference", dtype=dtype)
+                step_ = _reference(recording, config, device)
+                _replay(recording, reference, LIMITS[dtype], step_)
+                report.add_ratios(reference)
+    report.unused = sorted(recording.unused)
+    return report
+
+
+def _networks(recording: Recording, device: torch.device) -> tuple[VisionTransformer, Predictor]:
+    """Those of the recording, with its initial weights."""
+    encoder, predictor = recording.networks()
+    recording.load(encoder, "init.encoder.")
+    recording.load(predictor, "init.predictor.")
+    return encoder.to(device), predictor.to(device)
+
+
+def _reference(recording: Recording, config: OptimConfig, device: torch.device) -> ReferenceStep:
+    networks = _networks(recording, device)
+    return ReferenceStep(*networks, config, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+
+def _tables(recording: Recording, report: Report) -> None:
+    """Holds the position tables against the recorded ones, which `_networks` loads."""
+    encoder, predictor = recording.networks()
+    for name, table in (
+        ("encoder.pos_embed", encoder.pos_embed),
+        ("predictor.predictor_pos_embed", predictor.predictor_pos_embed),
+    ):
+        label = f"init.{name}"
+        error = relative(table, recording.take(label))
+        report.add("forward", label, error, LIMITS["float32"].forward)
+
+
+def _replay(
+    recording: Recording, report: Report, limits: Limits, step: ReferenceStep | FastStep
+) -> None:
+    case = recording.case
+    _tables(recording, report)
+    trained = {"encoder": step.encoder, "predictor": step.predictor}
+    schedules, steps = recording.schedules(), []
+    for entry in ("loss", "lr", "wd", "momentum"):
+        if (count := recording.take(entry).numel()) != case["steps"]:
+            raise ValueError(
+                f"FILE must hold {entry!r} of every step ({case['steps']}), got {count} values"
+            )
+    for index in range(case["steps"]):
+        values = schedules.at(index + 1)
+        images = recording.images(index).to(step.device)
+        masks = recording.masks(index, step.encoder.pos_embed.shape[1])
+        # each takes what its own `prepare` returns
+        batch: Any = step.prepare(masks)
+        if index == 0:
+            _forward_rows(recording, report, limits, *step.forward(images, batch)[:2])
+        rows = case["npred"] * case["nenc"] * case["B"] * masks.target_index.shape[2]
+        loss, _ = step.accumulate(images, batch, rows * case["dim"])
+        if index == 0:
+            for name, network in trained.items():
+                for key, parameter in network.named_parameters():
+                    label = f"step0.grad.{name}.{key}"
+                    expected = recording.take(label)
+                    assert parameter.grad is not None
+                    report.add_weights(
+                        "gradient",
+                        label,
+                        parameter.grad,
+                        expected,
+                        limits.gradient,
+                        limits.key_gradient,
+                    )
+        step.update(values)
+        steps.append(values)
+        expected_loss = float(recording.take("loss")[index])
+        error = abs(float(loss) - expected_loss) / abs(expected_loss)
+        report.add("loss", f"step{index}.loss", error, limits.loss)
+        for entry, value in (
+            ("lr", values.lr),
+            ("wd", values.weight_decay),
+            ("momentum", values.momentum),
+        ):
+            recorded = float(recording.take(entry)[index])
+            error = abs(value - recorded) / (abs(recorded) or 1.0)
+            report.add("schedule", f"step{index}.{entry}", error, limits.schedule)
+    bounds = key_bias_bounds(steps, step.config)
+    # not the modules' parameters: in bfloat16 the fast path's target encoder has rounded ones
+    for name, actual in step.masters().items():
+        if name.endswith("pos_embed"):
+            continue
+        label = f"final.{name}"
+        expected = recording.take(label)
+        averaged = name.startswith("target_encoder.")
+        # each run rounds a weight once a step, an average twice
+        rounding = 2 * case["steps"] * torch.finfo(torch.float32).eps * float(expected.abs().max())
+        key_limit = bounds[averaged] + rounding
+        report.add_weights("final weights", label, actual, expected, limits.weights, key_limit)
+        if averaged:
+            initial = recording.take(f"init.{name.removeprefix('target_')}")
+            report.add_movement(limits, label, actual, expected, initial)
+
+
+def _forward_rows(
+    recording: Recording, report: Report, limits: Limits, prediction: Tensor, target: Tensor
+) -> None:
+    """Both sides of the loss, in the recording's order: [target, context, image]."""
+    repeated = target.unsqueeze(1).expand_as(prediction)
+    for name, actual in (("prediction", prediction), ("latent_target", repeated)):
+        expected = recording.take(f"step0.{name}")
+        error = relative(actual.flatten(0, 2), expected)
+        report.add("forward", f"step0.{name}", error, limits.forward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityArgs:
+    """Replay a recording of the published trainer and compare step for step."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """Recording (safetensors)."""
+    path: Which = "reference"
+    """Which implementation of the step to hold against it."""
+    dtype: Precision = "float32"
+    """bfloat16 runs matrix products in it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is CUDA where there is one."""
+    attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
+    """Back end of attention on the fast path; auto takes the first that runs here."""
+    memory: Memory = "none"
+    """What the fast path recomputes in the backward pass: nothing but norms and GELUs, or whole
+    blocks.
+    """
+    json: bool = False
+    """Print all comparisons as JSON instead of the table."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0 all held, 1 something did not, 2 unusable input."""
+    args = tyro.cli(ParityArgs, args=argv, prog="python -m ijepa_fast.parity")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: device must be auto or cpu here, got cuda: no CUDA device", file=sys.stderr)
+        return 2
+    try:
+        report = replay(
+            args.file,
+            dtype=args.dtype,
+            device=None if args.device == "auto" else torch.device(args.device),
+            path=args.path,
+            attention=args.attention,
+            memory=args.memory,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        rows = [{**dataclasses.asdict(row), "ok": row.ok} for row in report.rows]
+        result = {"ok": report.ok, "path": report.path, "dtype": report.dtype, "rows": rows}
+        print(json.dumps({**result, "unused": report.unused}, indent=1))
+    else:
+        print(report.table())
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Weights out: ``python -m ijepa_fast.export RUN OUT --format hf|timm|torch``.
+
+- ``hf``: a folder for ``transformers.IJepaModel.from_pretrained``, without remote code. Names are
+  those of the hub's files, which versions 4 and 5 read; LayerNorm's eps is written out, as the
+  library's default is another.
+- ``timm``: a folder for ``timm.create_model("local-dir:OUT")``; its ``model.safetensors``
+  has timm's plain names.
+- ``torch``: ``model.safetensors`` with context encoder, target encoder and predictor under our
+  names, to start another run from (``--init``).
+
+Each comes with a model card. The folder is written beside its place and renamed.
+"""
+
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ijepa_fast.config import UsageError
+from ijepa_fast.model import NORM_EPS
+from ijepa_fast.state import CheckpointError, read_rows
+from ijepa_fast.weights.model_card import model_card
+from ijepa_fast.weights.names import hugging_face_names
+from ijepa_fast.weights.pretrained import METADATA, Pretrained, Shape, Which
+from ijepa_fast.weights.read import read_weights
+
+__all__ = ["ExportArgs", "export", "main"]
+
+Format = Literal["hf", "timm", "torch"]
+_BILINEAR = 2
+
+
+def _hugging_face(
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+) -> None:
+    shape = weights.shape
+    height, width = shape.image_size
+    config = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.mlp_hidden,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_eps": NORM_EPS,
+        "image_size": height if height == width else [height, width],
+        "patch_size": shape.patch_size,
+        "num_channels": shape.in_channels,
+        "qkv_bias": True,
+        "torch_dtype": "float32",
+    }
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": _BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(weights.mean),
+        "image_std": list(weights.std),
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", processor)
+    _write_tensors(folder, hugging_face_names(state), weights, kind)
+
+
+def timm_arguments(shape: Shape) -> dict[str, Any]:
+    """What timm's VisionTransformer is built from."""
+    ratio = shape.mlp_hidden / shape.width
+    while int(shape.width * ratio) < shape.mlp_hidden:
+        # timm cuts the product off
+        ratio += 1e-9
+    return {
+        "img_size": list(shape.image_size),
+        "patch_size": shape.patch_size,
+        "in_chans": shape.in_channels,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "mlp_ratio": ratio,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+    }
+
+
+def _timm(
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+) -> None:
+    shape = weights.shape
+    config = {
+        # any of its vision transformers; all dimensions are arguments
+        "architecture": "vit_base_patch16_224",
+        "num_classes": 0,
+        "num_features": shape.width,
+        "global_pool": "avg",
+        "model_args": timm_arguments(shape),
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": [shape.in_channels, *shape.image_size],
+            "fixed_input_size": True,
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "mean": list(weights.mean),
+            "std": list(weights.std),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    _write_json(folder / "config.json", config)
+    _write_tensors(folder, state, weights, kind)
+
+
+def _torch(weights: Pretrained, folder: Path) -> None:
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, network in weights.networks.items()
+        for key, tensor in network.items()
+    }
+    _write_tensors(folder, tensors, weights, weights.only)
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained, kind: Which | None
+) -> None:
+    """`kind`: which encoder it is, where the file holds one."""
+    shape = weights.shape
+    told = {
+        **({"encoder": kind} if kind else {}),
+        "image_size": list(shape.image_size),
+        "heads": shape.heads,
+        "mean": list(weights.mean),
+        "std": list(weights.std),
+    }
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    metadata = {"format": "pt", METADATA: json.dumps(told)}
+    save_file(contiguous, folder / "model.safetensors", metadata=metadata)
+
+
+def export(
+    weights: Pretrained,
+    out: Path,
+    *,
+    layout: Format,
+    which: Which = "target",
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Writes weights into a new folder, and reads them back to see that nothing changed.
+
+    Args:
+        weights: what to write.
+        out: the folder; it must not exist, or be empty.
+        layout: see above.
+        which: the encoder, for `hf` and `timm`.
+        metrics: for the model card: name -> accuracy in 0..1.
+
+    Raises:
+        UsageError: the folder is there and not empty, or there is no such encoder.
+        OSError: it cannot be written.
+    """
+    if layout == "torch" and which != "target":
+        raise UsageError(f"encoder must be left out with format torch (all go), got {which}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"OUT must be a new or empty folder, got {out}")
+    state, kind = weights.encoder(which), weights.kind(which)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    folder.mkdir()
+    try:
+        if layout == "hf":
+            _hugging_face(weights, state, folder, kind)
+        elif layout == "timm":
+            _timm(weights, state, folder, kind)
+        else:
+            _torch(weights, folder)
+        card = model_card(weights, layout=layout, which=which, metrics=metrics or {})
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        _check(folder, weights, state, layout)
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layout: Format) -> None:
+    """What was written is read back: names, shapes and every number."""
+    back = read_weights(folder if layout == "hf" else folder / "model.safetensors")
+    same = (back.shape, back.mean, back.std) == (
+        weights.shape,
+        tuple(weights.mean),
+        tuple(weights.std),
+    )
+    pairs = [(state, back.encoder("target"))] if layout != "torch" else []
+    if layout == "torch":
+        pairs = [(network, back.networks[name]) for name, network in weights.networks.items()]
+    for given, read in pairs:
+        same &= given.keys() == read.keys()
+        same = same and all(torch.equal(given[key], read[key]) for key in given)
+    if not same:
+        raise OSError(f"what was written to {folder} is not what is read back")
+
+
+def _run_metrics(run: Path) -> dict[str, float]:
+    """The kNN accuracies that the run itself measured at its start and its end; those of the data
+    and of as many images as it measured last.
+    """
+    rows = [row for row in read_rows(run / "metrics.jsonl") if isinstance(row.get("knn"), dict)]
+    if not rows:
+        return {}
+    data, images = rows[-1].get("data"), rows[-1].get("images")
+    part = f" ({images[0]} training and {images[1]} test images)" if images else ""
+    alike = [row for row in rows if (row.get("data"), row.get("images")) == (data, images)]
+    return {
+        f"kNN on {Path(str(data)).name}{part}, {name}": value
+        for row in (alike[0], alike[-1])
+        for name, value in row["knn"].items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """Writes a run's weights for other libraries."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run's folder, one of its checkpoints, or any weights that `evaluate` takes."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write; it must not exist."""
+    format: Format = "hf"
+    """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
+    encoder: Which = "target"
+    """Which of the two encoders; the target encoder has the better features."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that foreign weights were trained at, where their file does not tell."""
+    heads: int | None = None
+    """Attention heads of foreign weights, where their file does not tell."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the image channels in 0-1 units, instead of what the file tells."""
+    std: tuple[float, float, float] | None = None
+    """Their standard deviation, likewise."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = tyro.cli(ExportArgs, args=argv, prog="python -m ijepa_fast.export")
+    try:
+        weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
+        weights = weights.with_normalisation(args.mean, args.std)
+        doubt = weights.doubt()
+        if doubt:
+            print(doubt, file=sys.stderr)
+        metrics = _run_metrics(args.run) if args.run.is_dir() else {}
+        export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    what = "all networks" if args.format == "torch" else weights.title(args.encoder)
+    print(
+        f"{what} of {weights.source} written to {args.out} ({size / 2**20:.1f} MiB) and read back"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
