@@ -29,8 +29,9 @@ import torch
 from ijepa_fast import run, train
 from ijepa_fast.data import Index, build_index
 from ijepa_fast.data.index import COLUMNS
+from ijepa_fast.evaluate import ScheduledEvaluation
 from ijepa_fast.fast import FastStep
-from ijepa_fast.state import allowance, checkpoint
+from ijepa_fast.state import allowance, checkpoint, saves
 from ijepa_fast.visualize import run_pictures as pictures
 from tests.trainer import tiny
 
@@ -67,9 +68,9 @@ class Clock:
     def step(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """A part of the bare step, timed."""
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             started = time.thread_time()
-            result = original(*arguments)
+            result = original(*arguments, **options)
             now = time.thread_time()
             if self.steps:
                 self.inside += now - started
@@ -114,7 +115,7 @@ class Clock:
             return write(*arguments)
 
         with contextlib.ExitStack() as stack:
-            for module in (allowance, pictures, run):
+            for module in (allowance, pictures, saves):
                 stack.enter_context(mock.patch.object(module, "time", pretended))
             stack.enter_context(mock.patch.object(run, "load_index", return_value=index))
             stack.enter_context(mock.patch.object(checkpoint, "write", slow))
@@ -122,7 +123,8 @@ class Clock:
                 timed = self.step(getattr(FastStep, name))
                 stack.enter_context(mock.patch.object(FastStep, name, timed))
             for owner, names in (
-                (run.Run, {"save": "saves", "finish_saving": "saves", "look": "looks"}),
+                (saves.Saves, {"save": "saves", "finish": "saves"}),
+                (ScheduledEvaluation, {"look": "looks"}),
                 (pictures.Pictures, {"masks": "pictures", "curves": "pictures"}),
             ):
                 for name, kind in names.items():

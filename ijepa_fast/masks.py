@@ -63,6 +63,14 @@ class Masks:
             self.target_index.to(device, non_blocking=non_blocking),
         )
 
+    def elements(self, images: int, width: int) -> int:
+        """Elements of the predictions of a global batch of so many images, which the loss is the
+        mean over: images * C * M * T * width. One step's images share these sizes.
+        """
+        own, blocks, length = self.target_index.shape
+        contexts = (len(self.context_cu) - 1) // own
+        return images * contexts * blocks * length * width
+
     def pin_memory(self) -> "Masks":
         """Copy to page-locked memory, from where ``to(..., non_blocking=True)`` overlaps."""
         return Masks(

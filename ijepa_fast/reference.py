@@ -25,6 +25,7 @@ from ijepa_fast.schedules import StepValues
 
 __all__ = [
     "ReferenceStep",
+    "any_bad",
     "count_skip",
     "ema_update_",
     "feature_std",
@@ -34,6 +35,7 @@ __all__ = [
     "pad_contexts",
     "parameter_groups",
     "predict",
+    "set_rates",
 ]
 
 TARGET_NORM_EPS = 1e-5
@@ -181,6 +183,23 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], keep: Tensor, take
     torch._foreach_add_(targets, torch._foreach_mul(sources, take))
 
 
+def set_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
+    """Sets what the schedules say for the next update; see `parameter_groups`."""
+    for group in optimizer.param_groups:
+        group["lr"] = values.lr
+        group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
+        if "momentum" in group:
+            group["momentum"] = values.momentum
+
+
+def any_bad(gradients: list[Tensor], loss: Tensor) -> Tensor:
+    """1.0 where a gradient or the loss is not finite on any rank, else 0.0; not read back."""
+    norms = torch.stack([*torch._foreach_norm(gradients), loss])
+    bad = (~torch.isfinite(norms).all()).float()
+    all_reduce_max_(bad)
+    return bad
+
+
 def count_skip(skipped: Tensor, bad: Tensor) -> Tensor:
     """Counts one update.
 
@@ -270,7 +289,9 @@ class ReferenceStep:
             prediction = predict(self.encoder, self.predictor, x, masks)
         return prediction, target, features
 
-    def accumulate(self, images: Tensor, masks: Masks, elements: int) -> tuple[Tensor, Tensor]:
+    def accumulate(
+        self, images: Tensor, masks: Masks, elements: int, *, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-step; gradients add to those already there.
 
         Args:
@@ -278,6 +299,7 @@ class ReferenceStep:
             masks: of these images, on the training device.
             elements: elements of the predictions of the whole global batch, over all ranks and
                 micro-steps; the loss is the mean over them.
+            last: of its optimiser step; makes no difference here.
 
         Returns:
             This micro-step's share of the loss, and `feature_std`: scalars on the device.
@@ -296,15 +318,11 @@ class ReferenceStep:
         Adam's step count nor the target encoder; ``skipped`` counts it. Nothing is read back to
         the host.
         """
-        gradients = [p.grad for p in self.parameters]
-        assert all(g is not None for g in gradients), "update() before accumulate()"
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        assert len(gradients) == len(self.parameters), "update() before accumulate()"
         all_reduce_sum_(gradients)
-        norms = torch.stack([*torch._foreach_norm(gradients), self._loss])
-        bad = (~torch.isfinite(norms).all()).float()
-        all_reduce_max_(bad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = values.lr
-            group["weight_decay"] = values.weight_decay if group["decays"] else 0.0
+        bad = any_bad(gradients, self._loss)
+        set_rates(self.optimizer, values)
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # read by the fused kernel
         self.optimizer.step()
         ema_update_(

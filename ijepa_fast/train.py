@@ -9,9 +9,8 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +18,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import estimate
-from ijepa_fast.config import Config, Invocation, UsageError, dump_yaml, parse
+from ijepa_fast.config import Config, Invocation, UsageError, as_dict, dump_yaml, parse
 from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
+from ijepa_fast.evaluate import ScheduledEvaluation
 from ijepa_fast.masks import check_masks, sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
 from ijepa_fast.run import Run
-from ijepa_fast.schedules import StepValues
 from ijepa_fast.state import (
+    Allowance,
     CheckpointError,
+    Journal,
     Meter,
+    MetricsFile,
     NonFiniteError,
     NonFiniteState,
     Preparation,
+    Reporter,
     RunFolder,
+    SampleLog,
+    Saves,
+    Watch,
+    checkpoint,
     checkpoint_folders,
     id_hash,
     peak_flops,
 )
+from ijepa_fast.step import TrainingStep
 from ijepa_fast.verify import name_samples
+from ijepa_fast.visualize import Pictures
 
 __all__ = ["main", "train"]
 
@@ -44,16 +53,69 @@ __all__ = ["main", "train"]
 _logger = logging.getLogger("ijepa_fast.train")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sums:
-    """This rank's share of one step's loss, feature std and hash of sample ids."""
+class _Beside:
+    """What stands beside the steps of a run: metrics, saves, evaluation, pictures."""
 
-    loss: Tensor
-    feature_std: Tensor
-    ids_hash: Tensor
+    def __init__(self, run: Run, preparation: Preparation) -> None:
+        config, path = run.config, Path(run.config.out)
+        unfinished = run.step < run.end
+        metrics = reporter = None
+        if run.folder:
+            interval = config.log.interval if unfinished else 1
+            metrics = MetricsFile(path / "metrics.jsonl", step=run.step, interval=interval)
+            events = path / "tensorboard" if config.log.tensorboard else None
+            reporter = Reporter(last_step=run.end, tensorboard=events, step=run.step)
+        self.preparation = preparation
+        self.journal = Journal(metrics, reporter)
+        allowance = Allowance()
+        self.pictures = Pictures(run.folder.path if run.folder else None, allowance)
+        self.evaluation = ScheduledEvaluation(
+            config,
+            run.index,
+            run.ranks.device,
+            lambda: checkpoint.gather(run.training.masters(), keep=run.ranks.is_main),
+            self.journal,
+            allowance,
+            run_steps=run.schedules.run_steps,
+            world=run.ranks.world,
+        )
+        epochs = config.checkpoint.keep_every
+        # a run that is complete saves nothing more
+        self.saves: Saves | None = None
+        self.samples: SampleLog | None = None
+        if unfinished:
+            self.saves = Saves(
+                run.training,
+                config.checkpoint,
+                run.ranks,
+                run.folder,
+                self.journal,
+                allowance,
+                step=run.step,
+                every=epochs * run.schedules.steps_per_epoch if epochs else None,
+                meta={"config": as_dict(config), "data": run.digest, "images": len(run.index)},
+                after=self.pictures.curves_at_times,
+            )
+            if config.log.samples:
+                self.samples = SampleLog(path / f"samples-rank{run.ranks.rank}.jsonl", run.step)
+
+    def curves(self) -> None:
+        """Draws the metrics so far."""
+        if self.journal.file:
+            self.pictures.curves(self.journal.file.rows)
+
+    def close(self) -> None:
+        """Waits for a checkpoint that is being written; closes the metrics and the progress bar."""
+        if self.saves:
+            self.saves.close()
+        if self.samples:
+            self.samples.close()
+        if self.journal.file and self.journal.reporter:
+            self.journal.reporter.close()
+            self.journal.file.close()
 
 
-def train(run: Run, signals: Signals) -> int:
+def train(run: Run, beside: _Beside, signals: Signals) -> int:
     """Trains to the end; returns the signal that ended it before, or 0.
 
     Nothing in the loop waits for the device: numbers are read one log interval late.
@@ -61,7 +123,9 @@ def train(run: Run, signals: Signals) -> int:
     Raises:
         NonFiniteError: three steps in a row were skipped.
     """
-    config, ranks = run.config, run.ranks
+    config, ranks, evaluation = run.config, run.ranks, beside.evaluation
+    saves, journal, watch = beside.saves, beside.journal, Watch(ranks.device)
+    assert saves is not None
     meter = Meter(
         images=config.batch.global_,
         world=ranks.world,
@@ -70,12 +134,55 @@ def train(run: Run, signals: Signals) -> int:
         device=ranks.device,
     )
     agreement = distributed.Agreement()
-    faults = Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank)
+    training = Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank).around(run.training, run.step)
     received = 0
+    beside.preparation.begin("first batch")
+    with _loader(run) as loader:
+        meter.restart(run.step, 0.0)
+        signals.patient = True
+        while run.step < run.end and not received:
+            values = run.schedules.at(run.step + 1)
+            numbers, ids_hash = _forward_backward(run, beside, training, loader)
+            training.update(values)
+            run.step += 1
+            if not beside.preparation.done:
+                numbers[0].item()  # waits for the first step
+                beside.preparation.finish()
+            ends, skipped = run.step == run.end, training.skipped
+            broken = watch.look(run.step, skipped, last=ends)
+            if run.step % config.log.interval == 0 or ends or broken:
+                distributed.all_reduce_sum_([numbers])
+                distributed.all_reduce_sum_([ids_hash])
+                row = {"step": run.step, "epoch": run.epoch, **asdict(values)}
+                timing = meter.read(run.step, loader.wait_seconds, run.end)
+                journal.queue(row, numbers, skipped=skipped, ids_hash=ids_hash, timing=timing)
+            if broken:
+                journal.flush()
+                raise broken
+            wishes = [
+                signals.received,
+                int(saves.wanted(run.step + agreement.delay)),
+                int(ranks.is_main and evaluation.refused()),
+            ]
+            received, save, no_look = agreement.exchange(wishes)
+            last = bool(received or ends)
+            if last or (save and saves.due(run.step, agreement.delay)):
+                saves.save(run.step, last=last)
+            if evaluation.due(run.step) and not last:
+                evaluation.between(run.step, refused=bool(no_look))
+                meter.restart(run.step, loader.wait_seconds)
+        agreement.finish()
+    saves.finish()
+    signals.patient = False
+    # what the ranks agreed on: the signal may have reached another rank only
+    return received if run.step < run.end else 0
+
+
+def _loader(run: Run) -> Loader:
+    config, ranks = run.config, run.ranks
     # the ranks of one machine share its cores
     threads = config.data.threads or default_threads(ranks.local_world)
-    run.preparation.begin("first batch")
-    with Loader(
+    return Loader(
         run.index,
         replace(config.data, threads=threads),
         seed=config.seed,
@@ -87,85 +194,36 @@ def train(run: Run, signals: Signals) -> int:
         world=ranks.world,
         device=ranks.device,
         quarantine=run.quarantine,
-    ) as loader:
-        meter.restart(run.step, 0.0)
-        signals.patient = True
-        while run.step < run.end:
-            values = run.schedules.at(run.step + 1)
-            faults.strike(run.step + 1, run.training)
-            with faults.images(run.step + 1, run.training):
-                sums = _forward_backward(run, loader)
-            faults.gradients(run.step + 1, run.training)
-            run.training.update(values)
-            run.step += 1
-            run.tell_first_step(sums.loss)
-            ends = run.step == run.end
-            broken = run.watch.look(run.step, run.training.skipped, last=ends)
-            if run.step % config.log.interval == 0 or ends or broken:
-                _report(run, values, sums, meter.read(run.step, loader.wait_seconds, run.end))
-            if broken:
-                run.journal.flush()
-                raise broken
-            run.saver.check()
-            wishes = [signals.received, *run.wishes(agreement.delay)]
-            received, save, no_look = agreement.exchange(wishes)
-            # an agreement may be a step old: what was saved meanwhile is not due any more
-            due = save and run.step - run.saved_step > agreement.delay
-            if received or due or ends:
-                run.save(last=bool(received or ends))
-            if run.look_every and run.step % run.look_every == 0 and not (received or ends):
-                run.look_between(refused=bool(no_look))
-                meter.restart(run.step, loader.wait_seconds)
-            if received:
-                break
-        agreement.finish()
-    run.finish_saving()
-    signals.patient = False
-    # what the ranks agreed on: the signal may have reached another rank only
-    return received if run.step < run.end else 0
+    )
 
 
-def _forward_backward(run: Run, loader: Loader) -> _Sums:
-    """All micro-steps of one optimiser step."""
-    config, ranks = run.config, run.ranks
-    loss = feature_std = torch.zeros((), device=ranks.device)
+def _forward_backward(
+    run: Run, beside: _Beside, training: TrainingStep, loader: Loader
+) -> tuple[Tensor, Tensor]:
+    """All micro-steps of one optimiser step: this rank's share of its loss and of the features'
+    std, (2,) on the device; and of the hash of sample ids, on the host.
+    """
+    config, ranks, total = run.config, run.ranks, loader.accumulation
+    numbers = torch.zeros(2, device=ranks.device)
     ids_hash = torch.zeros((), dtype=torch.int64)
-    for micro_step in range(loader.accumulation):
+    for micro_step in range(total):
         batch = next(loader)
         own = positions(ranks.rank, ranks.world, micro_step, run.device_batch)
         masks = sample_masks(
             config.masks, grid=config.grid, seed=config.seed, step=run.step, positions=own
         )
         if run.step == micro_step == 0:
-            run.preparation.begin("masks.png")
-            run.pictures.masks(batch, masks, config.grid)
-        _, num_targets, target_length = masks.target_index.shape
-        # of the whole global batch: its images share one target size
-        rows = config.batch.global_ * config.masks.num_contexts * num_targets * target_length
-        elements = rows * config.model.architecture.width
-        last = micro_step == loader.accumulation - 1
-        part, part_std = run.accumulate(batch.images, masks, elements, last=last)
-        loss = loss + part
-        feature_std = feature_std + part_std / (loader.accumulation * ranks.world)
-        ids_hash = ids_hash + id_hash(batch.ids, own)
-        if run.samples:
-            run.samples.add(run.step + 1, micro_step, own, batch.ids)
-    return _Sums(loss=loss, feature_std=feature_std, ids_hash=ids_hash)
-
-
-def _report(run: Run, values: StepValues, sums: _Sums, timing: dict[str, Any]) -> None:
-    numbers = torch.stack([sums.loss, sums.feature_std])
-    distributed.all_reduce_sum_([numbers])
-    distributed.all_reduce_sum_([sums.ids_hash])
-    row = {
-        "step": run.step,
-        "epoch": (run.step - 1) // run.schedules.steps_per_epoch,
-        "lr": values.lr,
-        "weight_decay": values.weight_decay,
-        "momentum": values.momentum,
-    }
-    skipped = run.training.skipped
-    run.journal.queue(row, numbers, skipped=skipped, ids_hash=sums.ids_hash, timing=timing)
+            beside.preparation.begin("masks.png")
+            beside.pictures.masks(batch, masks, config.grid)
+        beside.preparation.begin("first step")
+        elements = masks.elements(config.batch.global_, config.model.architecture.width)
+        prepared, last = training.prepare(masks), micro_step == total - 1
+        loss, std = training.accumulate(batch.images, prepared, elements, last=last)
+        numbers += torch.stack([loss, std / (total * ranks.world)])
+        ids_hash += id_hash(batch.ids, own)
+        if beside.samples:
+            beside.samples.add(run.step + 1, micro_step, own, batch.ids)
+    return numbers, ids_hash
 
 
 def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, int]:
@@ -200,30 +258,11 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
     try:
         with Signals() as signals, Preparation() as preparation:
             run = Run(config, ranks, folder, device_batch, preparation)
+            beside = _Beside(run, preparation)
             try:
-                run.announce()
-                if run.step == 0:
-                    run.look(ends=True)
-                    distributed.barrier()
-                received = 0
-                if run.step == run.end:
-                    _logger.info("the run is complete at step %d: nothing to train", run.end)
-                else:
-                    started = time.perf_counter()
-                    try:
-                        received = train(run, signals)
-                    except NonFiniteError as error:
-                        raise name_samples(run, error) from error
-                    _logger.info("trained for %.0f s", time.perf_counter() - started)
-                if received:
-                    run.draw_curves()
-                    _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
-                    return 128 + received
-                run.look(ends=True)
-                run.summary()
-                _logger.info("done: %s", Path(config.out))
+                return _ends(run, beside, signals)
             finally:
-                run.close()
+                beside.close()
     except Exception as error:
         # into train.log only; main() decides what the user sees
         _logger.debug("ended by an error", exc_info=error)
@@ -231,6 +270,34 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
     finally:
         if folder:
             folder.close()
+
+
+def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
+    """The first evaluation, training, and the last one; returns the exit code."""
+    evaluation, received = beside.evaluation, 0
+    run.announce(looks=bool(evaluation.every))
+    if run.step == 0:
+        if evaluation.every:
+            beside.preparation.begin("first look")
+        evaluation.look(0, ends=True)
+        distributed.barrier()
+    if run.step == run.end:
+        _logger.info("the run is complete at step %d: nothing to train", run.end)
+    else:
+        started = time.perf_counter()
+        try:
+            received = train(run, beside, signals)
+        except NonFiniteError as error:
+            raise name_samples(run, error) from error
+        _logger.info("trained for %.0f s", time.perf_counter() - started)
+    if received:
+        beside.curves()
+        _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
+        return 128 + received
+    evaluation.look(run.step, ends=True)
+    evaluation.summary(run.step)
+    beside.curves()
+    _logger.info("done: %s", Path(run.config.out))
     return 0
 
 

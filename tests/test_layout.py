@@ -21,10 +21,11 @@ PACKAGES = [*TRAINER, *KERNELS]
 # rooms, from the ground up; each imports from its own floor or from lower ones, never in a circle
 FLOORS = (
     ("keyed_random", "config"),
-    ("model", "masks", "schedules", "data", "state"),
+    ("model", "masks", "schedules", "data"),
     ("ranks",),
-    ("reference", "estimate"),
+    ("reference", "estimate", "state"),
     ("fast", "weights"),
+    ("step",),
     ("evaluate",),
     ("visualize",),
     ("run",),

@@ -16,23 +16,19 @@ from ijepa_fast.evaluate.labelled import (
     labelled_data,
     parts_of,
 )
-from ijepa_fast.evaluate.monitors import collapse_warning
-from ijepa_fast.evaluate.online import UNTRAINED, Looks, look_interval
+from ijepa_fast.evaluate.scheduled import ScheduledEvaluation
 from ijepa_fast.evaluate.scores import knn_scores, knn_table
 
 __all__ = [
     "BATCH",
-    "UNTRAINED",
     "Images",
-    "Looks",
+    "ScheduledEvaluation",
     "Split",
     "central_windows",
-    "collapse_warning",
     "encoder_features",
     "knn_scores",
     "knn_table",
     "labelled_data",
-    "look_interval",
     "main",
     "parts_of",
     "pixels",

@@ -211,7 +211,10 @@ class CapturedStep(FastStep):
         assert self.mesh is None
         # float64, as the numbers are that a step is given otherwise
         self._values = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._set(*self._values.unbind())
+        lr, weight_decay, momentum = self._values.unbind()
+        for group in self.optimizer.param_groups:
+            group["lr"], group["momentum"] = lr, momentum
+            group["weight_decay"] = weight_decay if group["decays"] else 0.0
         self._gradients = _Gradients(self.parameters)
         self._numbers = torch.zeros(2, device=self.device)
         self._counted = torch.zeros_like(self.skipped)
@@ -229,7 +232,7 @@ class CapturedStep(FastStep):
         return Packed(*pack(masks, self.num_patches, padded=self._padded, few=True))
 
     def accumulate(  # type: ignore[override]
-        self, images: Tensor, batch: Packed, elements: int
+        self, images: Tensor, batch: Packed, elements: int, *, last: bool = True
     ) -> tuple[Tensor, Tensor]:
         """See `FastStep.accumulate`."""
         flat, key = batch

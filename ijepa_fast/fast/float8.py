@@ -110,7 +110,7 @@ class Float8Block(PackedBlock):
         self,
         x: Tensor,
         f: Branch | None,
-        pair: Pair,  # noqa: ARG002
+        pair: Pair,
     ) -> tuple[Tensor, Any, Tensor]:
         """See `PackedBlock.keys_values`; the normalised rows are in float8."""
         x, y = self._norm(self.norm1, x, f)

@@ -30,8 +30,14 @@ from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor, TargetEnco
 from ijepa_fast.fast.sharding import shard
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer, matrix_layers
-from ijepa_fast.ranks import all_reduce_max_, all_reduce_sum_
-from ijepa_fast.reference import TARGET_NORM_EPS, count_skip, parameter_groups
+from ijepa_fast.ranks import all_reduce_sum_
+from ijepa_fast.reference import (
+    TARGET_NORM_EPS,
+    any_bad,
+    count_skip,
+    parameter_groups,
+    set_rates,
+)
 from ijepa_fast.schedules import StepValues
 from ijepa_kernels import latent_loss
 from ijepa_kernels.optim import AdamWEMA
@@ -188,16 +194,9 @@ class FastStep:
         )
         return prediction, target[:, 0], features
 
-    def reduce_gradients(self, wanted: bool) -> None:
-        """Whether the next micro-step's backward pass reduces sharded gradients over the ranks;
-        only the last of a step needs to, and until then they add up unsharded, in float32.
-        """
-        if self.mesh is not None:
-            for network in (self.encoder, self.predictor):
-                assert isinstance(network, FSDPModule)
-                network.set_requires_gradient_sync(wanted)
-
-    def accumulate(self, images: Tensor, batch: Layout, elements: int) -> tuple[Tensor, Tensor]:
+    def accumulate(
+        self, images: Tensor, batch: Layout, elements: int, *, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-step; gradients add to those already there.
 
         Args:
@@ -205,12 +204,18 @@ class FastStep:
             batch: from `prepare`.
             elements: elements of the predictions of the whole global batch, over all ranks and
                 micro-steps; the loss is the mean over them.
+            last: of its optimiser step: sharded gradients are reduced over the ranks then, and
+                until then add up unsharded, in float32.
 
         Returns:
             This micro-step's share of the loss, and the standard deviation of the target encoder's
             features over the rows that some target needs, mean over channels: scalars on the
             device.
         """
+        if self.mesh is not None:
+            for network in (self.encoder, self.predictor):
+                assert isinstance(network, FSDPModule)
+                network.set_requires_gradient_sync(last)
         loss, std = self._backward(images, batch, elements)
         self._loss += loss
         return loss, std
@@ -265,22 +270,12 @@ class FastStep:
             all_reduce_sum_(shards)
         else:
             shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        norms = torch.stack([*torch._foreach_norm(shards), self._loss])
-        bad = (~torch.isfinite(norms).all()).float()
-        all_reduce_max_(bad)
-        self._set(values.lr, values.weight_decay, values.momentum)
+        bad = any_bad(shards, self._loss)
+        set_rates(self.optimizer, values)
         self._update(bad)
         self.skipped = count_skip(self.skipped, bad)
         self.optimizer.zero_grad(set_to_none=True)
         self._loss.zero_()
-
-    def _set(
-        self, lr: float | Tensor, weight_decay: float | Tensor, momentum: float | Tensor
-    ) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = weight_decay if group["decays"] else 0.0
-            group["momentum"] = momentum
 
     def _update(self, bad: Tensor) -> None:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler sets it

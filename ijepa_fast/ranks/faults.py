@@ -8,13 +8,12 @@ again.
 import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 __all__ = ["KINDS", "Faults", "InjectedFault"]
@@ -33,16 +32,6 @@ _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTE
 
 class InjectedFault(RuntimeError):
     """The fault of kind `raise`."""
-
-
-class Training(Protocol):
-    """What faults are done to: `ReferenceStep` or `FastStep`."""
-
-    mean: Tensor
-    parameters: list[nn.Parameter]
-
-    def round(self) -> None:
-        """Follows a change of the masters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,43 +60,64 @@ class Faults:
                 planned.append((int(fields[1]), fields[2]))
         return cls(planned=tuple(planned))
 
-    def _due(self, step: int) -> Sequence[str]:
+    def due(self, step: int) -> Sequence[str]:
+        """Kinds that strike at a step."""
         return [kind for at, kind in self.planned if at == step]
 
-    @torch.no_grad()
-    def strike(self, step: int, training: Training) -> None:
-        """Before a step: what ends or stops the process, and damage to a weight.
+    def around(self, training: Any, done: int) -> Any:
+        """A step that suffers these faults; the step itself where there are none.
 
-        Raises:
-            InjectedFault: on request.
+        Args:
+            training: a training step.
+            done: optimiser steps so far.
         """
-        for kind in self._due(step):
-            if kind in _SIGNALS:
-                os.kill(os.getpid(), _SIGNALS[kind])
-            elif kind == "raise":
-                raise InjectedFault(f"a fault was asked for at step {step} by IJEPA_FAST_FAULT")
-            elif kind == "nan-weight":
-                _spoil(training.parameters[0])
-                training.round()
+        return _Suffering(training, self, done) if self.planned else training
 
-    @contextmanager
-    def images(self, step: int, training: Training) -> Iterator[None]:
-        """Around the forward and backward passes: damage to the pixels."""
+
+class _Suffering:
+    """A training step with faults before its first micro-step, in its pixels and gradients."""
+
+    def __init__(self, training: Any, faults: Faults, done: int) -> None:
+        self._training, self._faults, self._done = training, faults, done
+        self._begun = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._training, name)
+
+    def accumulate(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """The step's own, with what is due."""
+        training, due = self._training, self._faults.due(self._done + 1)
+        if not self._begun:
+            self._begun = True
+            self._strike(due)
         mean = training.mean
-        if "nan-image" in self._due(step):
+        if "nan-image" in due:
             training.mean = torch.full_like(mean, math.nan)
         try:
-            yield
+            sums: tuple[Tensor, Tensor] = training.accumulate(*args, **options)
+            return sums
         finally:
             training.mean = mean
 
     @torch.no_grad()
-    def gradients(self, step: int, training: Training) -> None:
-        """After the backward pass: damage to a gradient."""
-        if "nan-gradient" in self._due(step):
-            gradient = training.parameters[0].grad
-            assert gradient is not None
-            _spoil(gradient)
+    def _strike(self, due: Sequence[str]) -> None:
+        for kind in due:
+            if kind in _SIGNALS:
+                os.kill(os.getpid(), _SIGNALS[kind])
+            elif kind == "raise":
+                step = self._done + 1
+                raise InjectedFault(f"a fault was asked for at step {step} by IJEPA_FAST_FAULT")
+            elif kind == "nan-weight":
+                _spoil(self._training.parameters[0])
+                self._training.round()
+
+    @torch.no_grad()
+    def update(self, values: Any) -> None:
+        """The step's own, with what is due."""
+        self._done, self._begun = self._done + 1, False
+        if "nan-gradient" in self._faults.due(self._done):
+            _spoil(self._training.parameters[0].grad)
+        self._training.update(values)
 
 
 def _spoil(tensor: Tensor) -> None:

@@ -22,7 +22,7 @@ from ijepa_fast.state.metrics import (
 from ijepa_fast.state.preparation import Preparation
 from ijepa_fast.state.run_folder import RunFolder
 from ijepa_fast.state.sample_log import SampleLog
-from ijepa_fast.state.saving import Saver
+from ijepa_fast.state.saves import Saves
 
 __all__ = [
     "Allowance",
@@ -36,7 +36,7 @@ __all__ = [
     "Reporter",
     "RunFolder",
     "SampleLog",
-    "Saver",
+    "Saves",
     "Watch",
     "checkpoint_folders",
     "fsync",

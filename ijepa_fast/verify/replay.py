@@ -20,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ijepa_fast.config import Config, UsageError, from_tree
-from ijepa_fast.fast import FastStep
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.ranks import distributed
-from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.step import TrainingStep, make_step, one_device
 from ijepa_fast.verify.nonfinite import REPLAY_FORMAT
 
 __all__ = ["Replay", "main", "read_replay", "replay"]
@@ -87,17 +86,15 @@ def read_replay(path: Path) -> Replay:
     return recorded
 
 
-def _training(recorded: Replay, path: str, device: torch.device) -> ReferenceStep | FastStep:
-    config = recorded.config
-    encoder, predictor = build_models(config.model, config.data.crop_size)
-    networks = encoder.to(device), predictor.to(device)
-    mean, std = config.data.mean, config.data.std
-    training: ReferenceStep | FastStep
+def _training(
+    recorded: Replay, path: Literal["fast", "reference"], device: torch.device
+) -> TrainingStep:
+    config = replace(one_device(recorded.config), path="fast")
     if path == "reference":
-        training = ReferenceStep(*networks, config.optim, mean=mean, std=std)
-    else:
-        target = config.target_precision
-        training = FastStep(*networks, config.optim, mean=mean, std=std, target_precision=target)
+        optim = replace(config.optim, residual="float32")
+        config = replace(config, path=path, optim=optim, target_precision="same")
+    networks = build_models(config.model, config.data.crop_size)
+    training = make_step(config, *networks, device)
     masters = training.masters()
     wrong = [
         name
@@ -115,7 +112,9 @@ def _training(recorded: Replay, path: str, device: torch.device) -> ReferenceSte
     return training
 
 
-def replay(recorded: Replay, path: str, device: torch.device) -> dict[str, Any]:
+def replay(
+    recorded: Replay, path: Literal["fast", "reference"], device: torch.device
+) -> dict[str, Any]:
     """Computes the step.
 
     Args:
@@ -128,7 +127,7 @@ def replay(recorded: Replay, path: str, device: torch.device) -> dict[str, Any]:
         batch, id, file) of the samples whose own loss is not finite.
     """
     config, size = recorded.config, recorded.device_batch
-    training: Any = _training(recorded, path, device)
+    training = _training(recorded, path, device)
     weights = [name for name, value in recorded.weights.items() if not value.isfinite().all()]
     loss, samples = torch.zeros((), device=device), []
     for begin in range(0, config.batch.global_, size):
@@ -141,8 +140,7 @@ def replay(recorded: Replay, path: str, device: torch.device) -> dict[str, Any]:
             positions=places,
         )
         images = recorded.images[begin : begin + size].to(device)
-        _, blocks, length = masks.target_index.shape
-        rows = config.batch.global_ * config.masks.num_contexts * blocks * length
+        elements = masks.elements(config.batch.global_, config.model.architecture.width)
         batch = training.prepare(masks)
         with torch.no_grad():
             # (M, C, B, T, D) against (M, B, T, D)
@@ -151,7 +149,7 @@ def replay(recorded: Replay, path: str, device: torch.device) -> dict[str, Any]:
         for place in torch.nonzero(~off.isfinite()).flatten().tolist():
             where = begin + place
             samples.append((where, int(recorded.ids[where]), recorded.files[where]))
-        part, _ = training.accumulate(images, batch, rows * config.model.architecture.width)
+        part, _ = training.accumulate(images, batch, elements)
         loss = loss + part
     gradients = [
         name
@@ -196,8 +194,10 @@ def main(argv: list[str] | None = None) -> int:
         recorded = read_replay(arguments.file)
         if arguments.precision == "float32":
             optim = replace(recorded.config.optim, precision="float32", residual="float32")
-            recorded = replace(recorded, config=replace(recorded.config, optim=optim))
-        paths = ("reference", "fast") if arguments.path == "both" else (arguments.path,)
+            config = replace(recorded.config, optim=optim, target_precision="same")
+            recorded = replace(recorded, config=config)
+        both: tuple[Literal["fast", "reference"], ...] = ("reference", "fast")
+        paths = both if arguments.path == "both" else (arguments.path,)
         found = {path: replay(recorded, path, device) for path in paths}
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

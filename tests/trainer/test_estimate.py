@@ -372,13 +372,11 @@ def _in_rank(environment, folder, precision):
             )
             original(self, *rest)
 
-        training.reduce_gradients(True)
         with mock.patch.object(torch.Tensor, "backward", height):
             training.accumulate(images, prepared, 1000)
         sharded = _state_bytes(training)
         training.update(VALUES)
-        training.reduce_gradients(False)
-        training.accumulate(images, prepared, 1000)
+        training.accumulate(images, prepared, 1000, last=False)
         sizes = []
         for p in _fsdp_params(training):
             whole = p.unsharded_accumulated_grad

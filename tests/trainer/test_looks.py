@@ -224,7 +224,9 @@ def test_views_are_crops_where_the_recipe_has_none(data):
 
 def test_a_collapse_is_said_by_a_run_that_did_not_look_at_first(data, tmp_path, run, monkeypatch):
     seen = []
-    monkeypatch.setattr("ijepa_fast.run.collapse_warning", lambda now, first: seen.append(first))
+    monkeypatch.setattr(
+        "ijepa_fast.evaluate.scheduled.collapse_warning", lambda now, first: seen.append(first)
+    )
     out = tmp_path / "run"
     assert tiny.run(data, out, max_steps=2) == 0
     assert tiny.run(data, out, max_steps=4, eval__every=1) == 0
@@ -248,7 +250,7 @@ def test_a_collapse_is_said(data, tmp_path, monkeypatch):
         seen.append((now, first))
         return "features collapse: advice" if len(seen) == 2 else None
 
-    monkeypatch.setattr("ijepa_fast.run.collapse_warning", judge)
+    monkeypatch.setattr("ijepa_fast.evaluate.scheduled.collapse_warning", judge)
     assert tiny.run(data, tmp_path / "run", eval__every=2, max_steps=6) == 0
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("features collapse: advice") == 1
@@ -263,7 +265,7 @@ def test_looks_that_take_too_long_are_left_out_unless_asked_for(
     settings, data, tmp_path, monkeypatch
 ):
     """Those of 15 short steps take far more than 1 % of the run."""
-    monkeypatch.setattr("ijepa_fast.run.look_interval", lambda *_: 4)
+    monkeypatch.setattr("ijepa_fast.evaluate.scheduled.look_interval", lambda *_: 4)
     out = tmp_path / "run"
     assert tiny.run(data, out, eval__data=data, **settings) == 0
     left_out = [int(n) for n in re.findall(r"no look at step (\d+): saves,", _log(out))]

@@ -40,14 +40,14 @@ def _planted(path, *steps):
     step: Any = STEPS[path]
     original, count = step.accumulate, 0
 
-    def accumulate(self, *arguments):
+    def accumulate(self, *arguments, **options):
         nonlocal count
         count += 1
         mean = self.mean
         if count in steps:
             self.mean = torch.full_like(mean, math.nan)
         try:
-            return original(self, *arguments)
+            return original(self, *arguments, **options)
         finally:
             self.mean = mean
 

@@ -87,10 +87,10 @@ def _poison(monkeypatch, *steps):
     """Makes the gradients of these steps (counted from 1 in this process) not finite."""
     original, count = FastStep.accumulate, 0
 
-    def accumulate(self, *arguments):
+    def accumulate(self, *arguments, **options):
         nonlocal count
         count += 1
-        result = original(self, *arguments)
+        result = original(self, *arguments, **options)
         if count in steps:
             self.parameters[3].grad.view(-1)[0] = torch.inf
         return result

@@ -1,0 +1,154 @@
+"""When a run saves, what, and what happens after it."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ijepa_fast.config import CheckpointConfig, UsageError
+from ijepa_fast.ranks import distributed
+from ijepa_fast.state import checkpoint
+from ijepa_fast.state.allowance import Allowance
+from ijepa_fast.state.durable import require_room
+from ijepa_fast.state.metrics import Journal
+from ijepa_fast.state.run_folder import RunFolder
+from ijepa_fast.state.saving import Saver
+
+__all__ = ["Saves"]
+
+_logger = logging.getLogger(__name__)
+
+
+class Saves:
+    """Copies a run's state now and then; rank 0 writes the copies while training goes on.
+
+    Args:
+        training: whose state it is.
+        config: how often, and how many to keep.
+        ranks: this rank.
+        folder: the run's, on rank 0.
+        journal: its metrics; what is queued is written before a checkpoint counts.
+        allowance: counts the time.
+        step: steps done at the start.
+        every: steps of `keep_every` epochs, None without.
+        meta: what a checkpoint tells besides its tensors.
+        after: is called with the metrics' rows when a checkpoint is on the disk, by the thread that
+            wrote it.
+
+    Raises:
+        UsageError: there is no room for a checkpoint (on rank 0; the others leave with it).
+    """
+
+    def __init__(
+        self,
+        training: checkpoint.Training,
+        config: CheckpointConfig,
+        ranks: distributed.Ranks,
+        folder: RunFolder | None,
+        journal: Journal,
+        allowance: Allowance,
+        *,
+        step: int,
+        every: int | None,
+        meta: dict[str, Any],
+        after: Callable[[Sequence[dict[str, Any]]], None],
+    ) -> None:
+        self._training, self._config, self._ranks = training, config, ranks
+        self._folder, self._journal, self._allowance = folder, journal, allowance
+        self._every, self._meta, self._after = every, meta, after
+        self._step, self._at = step, time.monotonic()
+        self._writer = Saver(step or None)
+        self._broken: str | None = None
+        self._snapshot = checkpoint.Snapshot(training, keep=ranks.is_main)
+        distributed.on_main(ranks, self._require_room)
+
+    def _require_room(self) -> None:
+        assert self._folder is not None
+        size = self._snapshot.nbytes
+        try:
+            require_room(self._folder.checkpoints, size)
+        except OSError as error:
+            raise UsageError(
+                f"out must have room for a checkpoint of {size / 2**30:.2f} GiB and let it be "
+                f"written, got {self._folder.checkpoints}: {error}"
+            ) from None
+
+    def wanted(self, step: int) -> bool:
+        """Whether rank 0 wants a checkpoint at this step; raises what a write has raised that was
+        not the disk's fault.
+
+        One is due `checkpoint.minutes` after the last one and at every so many epochs; while one is
+        being written the next one waits, and training goes on.
+        """
+        self._writer.check()
+        late = time.monotonic() - self._at >= 60 * self._config.minutes
+        kept = self._every and step // self._every > self._step // self._every
+        return self._ranks.is_main and (late or bool(kept)) and not self._writer.busy
+
+    def due(self, step: int, delay: int) -> bool:
+        """Whether a wish that was agreed on is due still: what was saved meanwhile is not."""
+        return step - self._step > delay
+
+    def save(self, step: int, *, last: bool) -> None:
+        """Writes what is queued for the log and copies the state; rank 0 writes the copy to the
+        disk and deletes the oldest checkpoint while training goes on.
+
+        Args:
+            step: steps done.
+            last: no step follows.
+        """
+        with self._allowance.spend("save"):
+            self._journal.flush()
+            self._step, self._at = step, time.monotonic()
+            # the copy before is this one's memory; only the last save finds one being written
+            self._writer.wait()
+            state = self._snapshot.take(self._training, step=step, meta=self._meta)
+        if self._folder:
+            self._writer.start(step, lambda: self._write(state, last))
+
+    def _write(self, state: checkpoint.State, last: bool) -> bool:
+        assert self._folder is not None
+        file, folder = self._journal.file, self._folder.checkpoints
+        # a checkpoint counts once the rows before it are on the disk
+        if file:
+            file.sync()
+        self._broken = checkpoint.not_finite(state)
+        if self._broken:
+            _logger.error(
+                "the checkpoint at step %d is not written: %s is not finite",
+                *(state.step, self._broken),
+            )
+            return False
+        checkpoint.write(folder, state)
+        keep, every = self._config.keep, self._every
+        checkpoint.rotate(folder, newest=state.step, keep=keep, keep_every_steps=every)
+        if file and not last:
+            self._after(file.rows)
+        return True
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is on the disk.
+
+        Raises:
+            OSError: it could not be written (on rank 0; the others leave with it).
+            NonFiniteState: its weights are not finite (likewise).
+        """
+
+        def wait() -> None:
+            error, step = self._writer.wait(), self._step
+            if self._broken:
+                raise checkpoint.NonFiniteState(
+                    f"weights must be finite to be saved, got {self._broken}: no checkpoint was "
+                    f"written at step {step}"
+                )
+            if error is not None:
+                last = self._writer.saved
+                known = "none was written" if last is None else f"the last good one is step {last}"
+                raise OSError(f"cannot write the checkpoint at step {step}: {error}; {known}")
+
+        with self._allowance.spend("save"):
+            distributed.on_main(self._ranks, wait)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._writer.wait()
