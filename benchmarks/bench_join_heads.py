@@ -46,6 +46,6 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
     for name, width in (("encoder", model.width), ("predictor", model.predictor_width)):
         shape = (model.batch * model.context, model.heads, width // model.heads)
         part = torch.empty(shape, dtype=BF16, device="meta")
-        cases[f"{name}, q, k, v"] = partial(_join_heads, part, part, part)
-        cases[f"{name}, k, v"] = partial(_join_heads, part, part)
+        cases[f"{name}, q, k, v"] = partial(_join_heads, *[part] * 3, *[part.stride()] * 3)
+        cases[f"{name}, k, v"] = partial(_join_heads, *[part] * 2, *[part.stride()] * 2)
     return cases

@@ -224,9 +224,9 @@ def restore(training: Training, state: State) -> None:
         own["step"] = torch.tensor(float(state.adam_step), device=parameter.device)
         for moment in MOMENTS:
             own[moment] = _part(state.tensors[f"{moment}.{key}"], parameter)
-    training.round()
     total = state.step - state.adam_step
     training.skipped = torch.tensor([0, 0, total, 0], device=training.device)
+    training.round()
 
 
 @torch.no_grad()

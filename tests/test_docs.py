@@ -65,7 +65,7 @@ SMALL = (
     *("--batch.global", "8", "--batch.device", "8", "--max-steps", "2", "--log.interval", "1"),
     *("--data.threads", "1", "--data.decoder", "pillow"),
     # what a GPU would be needed for, or minutes of compilation
-    *("--device", "cpu", "--attention", "auto", "--compile", "off"),
+    *("--device", "cpu", "--attention", "auto", "--graphs", "off"),
 )
 # appended so that a command takes seconds, where its module and these words are in it
 QUICK = (
@@ -77,8 +77,6 @@ QUICK = (
     ("ijepa_fast.visualize", "predictor", ("--sampling-steps", "2", "--seeds", "2")),
     ("ijepa_fast.visualize", "prove", ("--sampling-steps", "2", "--blocks", "8", "--seeds", "2")),
 )
-# minutes on a CPU; test_parity_fast.py compiles
-LEFT_OUT = {"ijepa_fast.parity": {"--compile"}}
 # the doctor's 1 is about the machine, the replayed step is broken on purpose
 CODES = {"ijepa_fast.doctor": {0, 1}, "ijepa_fast.replay": {1}}
 COMMANDS = (
@@ -299,7 +297,6 @@ def _run_module(module: str, command: Command, words: tuple[str, ...], sandbox: 
         call(main, [*words, "--help"])
         return
     argv = sandbox.arguments(words, outputs(module, words), making)
-    argv = [word for word in argv if word not in LEFT_OUT.get(module, ())]
     for name, word, more in QUICK:
         if name == module and (not word or word in words):
             argv += more

@@ -125,8 +125,8 @@ def _give(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
 
 
 def _only_once() -> None:
-    """To be called by derivatives that have none; as `once_differentiable`, for a tenth of the
-    host's time.
+    """To be called by derivatives that have none themselves: `once_differentiable` says so too, in
+    ten calls.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("packed rows are differentiable once, got create_graph=True")

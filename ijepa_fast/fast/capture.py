@@ -26,6 +26,7 @@ from ijepa_fast.fast.attention import Pair
 from ijepa_fast.fast.layout import Key, grid_sequences, pack, size_of, views
 from ijepa_fast.fast.step import FastStep
 from ijepa_fast.masks import Masks
+from ijepa_fast.reference import count_skip
 from ijepa_fast.schedules import StepValues
 
 __all__ = ["CapturedStep"]
@@ -213,6 +214,7 @@ class CapturedStep(FastStep):
         self._set(*self._values.unbind())
         self._gradients = _Gradients(self.parameters)
         self._numbers = torch.zeros(2, device=self.device)
+        self._counted = torch.zeros_like(self.skipped)
         self._graphs, self._ring = _Graphs(self.device), _Ring()
         self._images: dict[torch.Size, tuple[Tensor, Pair]] = {}
         self._layouts: dict[Key, Tensor] = {}
@@ -264,13 +266,18 @@ class CapturedStep(FastStep):
         all_reduce_sum_([self._gradients.flat])
         self._ring.send(np.array([values.lr, values.weight_decay, values.momentum]), self._values)
         self._graphs.run("update", self._update_flat)
+        # what was handed out before is read later
+        self.skipped = self._counted.clone()
         self._first = True
 
     @torch.no_grad()
     def _update_flat(self) -> None:
-        self._update((~torch.isfinite(self._gradients.flat.norm())).float())
+        bad = (~torch.isfinite(self._gradients.flat.norm())).float()
+        self._update(bad)
+        self._counted.copy_(count_skip(self._counted, bad))
 
     def round(self) -> None:
         """See `FastStep.round`; graphs are captured anew."""
         super().round()
+        self._counted.copy_(self.skipped)
         self._graphs.drop()

@@ -270,6 +270,7 @@ class FastStep:
         all_reduce_max_(bad)
         self._set(values.lr, values.weight_decay, values.momentum)
         self._update(bad)
+        self.skipped = count_skip(self.skipped, bad)
         self.optimizer.zero_grad(set_to_none=True)
         self._loss.zero_()
 
@@ -285,7 +286,6 @@ class FastStep:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler sets it
         self.optimizer.step()
         round_weights(self.target_encoder)
-        self.skipped.copy_(count_skip(self.skipped, bad))
 
     # --- what a checkpoint holds -----------------------------------------------------------------
 

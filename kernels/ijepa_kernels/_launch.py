@@ -78,18 +78,19 @@ def run(
         num_warps: of a program.
         constants: the kernel's `tl.constexpr` arguments.
     """
-    device = arguments[0].device
-    try:
-        known = _kernels[kernel.fn]
-    except KeyError:
-        known = _kernels[kernel.fn] = _Kernel(kernel)
+    device, known = arguments[0].device, None
     enter, leave = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
     try:
         # somebody wants to know of every launch; chains of hooks may be empty
         is_watched = enter.calls or leave.calls
     except AttributeError:
         is_watched = enter is not None or leave is not None
-    if device.type not in HELD_ON or not known.holds or is_watched:
+    if device.type in HELD_ON and not is_watched:
+        try:
+            known = _kernels[kernel.fn]
+        except KeyError:
+            known = _kernels[kernel.fn] = _Kernel(kernel)
+    if known is None or not known.holds:
         kernel[grid](*arguments, num_warps=num_warps, **constants)
         return
     tensors, scalars = arguments[: known.pointers], arguments[known.pointers :]

@@ -38,9 +38,8 @@ def _tile(width: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(1024)
-def _row_programs(rows: int, width: int, device: torch.device) -> tuple[int, int]:
+def _row_programs(rows: int, block_r: int, warps: int, device: torch.device) -> tuple[int, int]:
     """Programs of the backward pass, and how many rows each has."""
-    block_r, _, warps = _tile(width)
     multiprocessors = 132
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -267,7 +266,7 @@ def _launch_bwd(
     grad_residual = torch.empty_like(summed)
     rows = inputs[3].shape[0]
     block_r, block_d, warps = _tile(width)
-    programs, each = _row_programs(rows, width, summed.device)
+    programs, each = _row_programs(rows, block_r, warps, summed.device)
     sums = 3 if with_grad_x_sums else 2
     partial = summed.new_empty((programs, sums * width), dtype=torch.float32)
     run(

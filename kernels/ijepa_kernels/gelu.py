@@ -8,8 +8,8 @@ GELU, and the GELU again, so that a forward pass need not keep it. In bfloat16 t
 bytes an element; apart (gradient, sum, GELU) 12.
 
 The distribution is a polynomial in 1 / (1 + 0.23 |h|) times exp(-h^2 / 2), which the density needs
-anyway: half the instructions of two library functions, and its tail stays exact to 1e-7 of itself
-where 1 + erf cancels.
+anyway: on an sm_90 39 instructions an element backward instead of 53 with `tl.erf`, of which some
+42 hide behind the memory of an H200, and a tail that stays exact where 1 + erf cancels.
 
 Shape letters: R rows after flattening, F width.
 """
@@ -53,7 +53,8 @@ def gelu_bytes(
 
 # --- launch table --------------------------------------------------------------------------------
 
-TILE = 1024  # elements, 4 warps: 16 bytes of each input a thread in bfloat16
+FORWARD_TILE = 2048  # elements, 4 warps: 32 bytes a thread in bfloat16
+TILE = 1024  # backward: 16 bytes of each input
 
 
 # --- kernels -------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def _gelu_fwd(h: Tensor) -> Tensor:
     if h.numel():
         width = h.shape[-1]
         block_f = columns_of_tile(width)
-        rows, block_r = h.numel() // width, TILE // block_f
+        rows, block_r = h.numel() // width, FORWARD_TILE // block_f
         grid = (-(-width // block_f), -(-rows // block_r))
         run(
             _gelu_fwd_kernel,

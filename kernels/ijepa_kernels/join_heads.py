@@ -136,12 +136,13 @@ def _join_heads_kernel(
 
 def _join_heads(*given: Any) -> tuple[Tensor, Tensor]:
     """Of the parts, with the strides of each behind them."""
-    count, first = len(given) // 2, given[0]
+    count = len(given) // 2
+    first, stride = given[0], given[count]
     # a third part is not looked at where there is none
     a, b, c = (*given[:count], first, first)[:3]
     rows, heads, head_dim = shape = first.shape
     width = heads * head_dim
-    unit, steps = _steps(shape, *(*given[count:], *given[count:])[:3])
+    unit, steps = _steps(shape, *(*given[count:], stride, stride)[:3])
     programs, each = row_programs(rows)
     joined = first.new_empty((rows, count * width))
     partial = first.new_empty((programs, count * width), dtype=torch.float32)

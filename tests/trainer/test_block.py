@@ -224,3 +224,12 @@ def test_gradients_add_up():
         grads.append({n: p.grad.clone() for n, p in block.named_parameters() if p.grad is not None})
     for name, first in grads[0].items():
         torch.testing.assert_close(grads[1][name], 2 * first)
+
+
+def test_there_is_no_second_derivative():
+    block = _packed(_module(Block, WIDTH, HEADS, HIDDEN), BACKENDS["sdpa"])
+    keys = _sequences([4, 4])
+    x = torch.randn(8, WIDTH, dtype=torch.float64, requires_grad=True)
+    out = block(x, None, Pair(keys, keys))[0].sum()
+    with pytest.raises(RuntimeError, match="differentiable once, got create_graph=True"):
+        out.backward(create_graph=True)

@@ -145,7 +145,7 @@ def test_bodies_depend_on_memory_that_stays(monkeypatch):
                     captured._gradients.flat,
                     captured._numbers,
                     captured._values,
-                    captured.skipped,
+                    captured._counted,
                     *captured._layouts.values(),
                     *(pixels for pixels, _ in captured._images.values()),
                 )
