@@ -39,6 +39,8 @@ NOT_RECIPE = (
     "checkpoint.",
     "eval.",
 )
+# what runs began with that do not name it
+BEFORE = {"target_precision": "same"}
 
 
 def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -47,7 +49,7 @@ def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     Args:
         old, new: nested settings as `as_dict` gives them.
     """
-    flat_old, flat_new = flatten(dict(old)), flatten(dict(new))
+    flat_old, flat_new = ({**BEFORE, **flatten(dict(tree))} for tree in (old, new))
     return [
         f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
         for key in sorted(flat_old.keys() | flat_new.keys())

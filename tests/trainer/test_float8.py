@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast.config import Config, DataConfig, ModelConfig, OptimConfig
+from ijepa_fast.config import Config, DataConfig, ModelConfig, OptimConfig, as_dict
 from ijepa_fast.fast import CapturedStep, FastStep, capture
 from ijepa_fast.fast.float8 import Float8Block, check_device, product
 from ijepa_fast.state.checkpoint import load_weights
+from ijepa_fast.state.run_folder import recipe_difference
 from ijepa_kernels import quantize_rows
 from tests.trainer.test_fast import MEAN, STD, VALUES, _batch, _elements, _networks
 
@@ -152,6 +153,15 @@ def test_refused_by_the_configuration(settings, message):
     Config(data=data, target_precision="fp8")
     with pytest.raises(ValueError, match=message):
         Config(data=data, target_precision="fp8", **settings)
+
+
+def test_part_of_the_recipe():
+    """Runs of before the setting go on without it."""
+    new = as_dict(Config())
+    old = {key: value for key, value in new.items() if key != "target_precision"}
+    assert recipe_difference(old, new) == []
+    changed = as_dict(Config(target_precision="fp8"))
+    assert recipe_difference(old, changed) == ["target_precision: same -> fp8"]
 
 
 def test_refused_by_the_step():
