@@ -91,8 +91,8 @@ _TILES = _grid(TILE=(1024, 2048, 4096, 8192))
 TUNINGS = (
     Tuning(bench="latent_loss", module="latent_loss", candidates=_rows),
     Tuning(bench="add_layer_norm", module="_layer_norm", candidates=_rows),
-    Tuning(bench="adamw_ema_", module="adamw_ema", candidates=_grid(**_STREAM)),
-    Tuning(bench="ema_update_", module="ema_update", candidates=_grid(**_STREAM)),
+    Tuning(bench="adamw_ema_", module="optim.adamw_ema", candidates=_grid(**_STREAM)),
+    Tuning(bench="ema_update_", module="optim.ema_update", candidates=_grid(**_STREAM)),
     Tuning(
         bench="patchify",
         module="patchify",

@@ -117,9 +117,9 @@ def op_errors() -> dict[str, float]:
     import ijepa_kernels as kernels
     from ijepa_fast.doctor.backends import device
     from ijepa_kernels.add_layer_norm import add_layer_norm_ref
-    from ijepa_kernels.ema_update import ema_update_ref
     from ijepa_kernels.gather_tokens import gather_tokens_ref
     from ijepa_kernels.latent_loss import latent_loss_ref
+    from ijepa_kernels.optim.ema_update import ema_update_ref
     from ijepa_kernels.patchify import patchify_ref
     from ijepa_kernels.scatter_tokens import scatter_tokens_ref
     from ijepa_kernels.take_targets import take_targets_ref

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ijepa_kernels import _adam_step, _link, _plan, _table
-from ijepa_kernels.optim import EMA, AdamWEMA
+from ijepa_kernels.optim import EMA, AdamWEMA, _adam_step, _link, _plan, _table
 from tests.ops.conftest import INTERPRETED
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64

@@ -16,9 +16,9 @@ from tests.ops.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="reads the same source in every lane")
 
-FILES = sorted(Path(ijepa_kernels.__file__).parent.glob("*.py"))
+FILES = sorted(Path(ijepa_kernels.__file__).parent.rglob("*.py"))
 # these hold no op
-GATHERERS = {"__init__", "nn", "optim", "testing"}
+GATHERERS = {"__init__", "nn", "optimizer", "testing"}
 
 
 def _functions(tree: ast.Module) -> dict[str, ast.FunctionDef]:
@@ -144,7 +144,7 @@ SMALL = {"L", "T", "tile", "group"}
 class _Value(NamedTuple):
     size: int
     many: bool = False  # a tensor of them: comes from a tl.arange
-    table: bool = False  # an address within a table of int64, see ijepa_kernels/_table.py
+    table: bool = False  # an address within a table of int64, see ijepa_kernels/optim/_table.py
 
 
 def _together(values: Iterable[_Value]) -> _Value:

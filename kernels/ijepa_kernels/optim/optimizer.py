@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ijepa_kernels import adamw_ema, ema_update
-from ijepa_kernels._link import Link
-from ijepa_kernels._plan import WIDE, Plan, options_of
-from ijepa_kernels._table import HALVES, EmaForm, check_ema_form, check_list, check_scalar, local
+from ijepa_kernels.optim import adamw_ema, ema_update
+from ijepa_kernels.optim._link import Link
+from ijepa_kernels.optim._plan import WIDE, Plan, options_of
+from ijepa_kernels.optim._table import (
+    HALVES,
+    EmaForm,
+    check_ema_form,
+    check_list,
+    check_scalar,
+    local,
+)
 
 __all__ = ["EMA", "AdamWEMA"]
 

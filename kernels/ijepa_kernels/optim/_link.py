@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_kernels._checks import FLOATS
-from ijepa_kernels._table import (
+from ijepa_kernels._op import launches
+from ijepa_kernels.optim._table import (
     HALVES,
     Table,
     addresses,
@@ -17,7 +18,6 @@ from ijepa_kernels._table import (
     check_disjoint,
     check_list,
     check_scalar,
-    launches,
     local,
     on,
 )

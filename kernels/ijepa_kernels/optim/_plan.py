@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijepa_kernels._adam_cpu import update_on_cpu
-from ijepa_kernels._adam_step import SCALARS, launch_step
 from ijepa_kernels._checks import FLOATS
-from ijepa_kernels._table import (
+from ijepa_kernels._op import launches
+from ijepa_kernels.optim._adam_cpu import update_on_cpu
+from ijepa_kernels.optim._adam_step import SCALARS, launch_step
+from ijepa_kernels.optim._table import (
     HALVES,
     EmaForm,
     Memory,
@@ -24,7 +25,6 @@ from ijepa_kernels._table import (
     check_ema_form,
     check_list,
     check_scalar,
-    launches,
     local,
     on,
     upload,
