@@ -94,7 +94,7 @@ def test_kernels_need_torch_and_triton_only(path):
 
 
 # these gather the ops, or test them
-GATHERERS = {"average", "ijepa_kernels", "nn", "optim", "optimizer", "plan", "testing"}
+GATHERERS = {"average", "ijepa_kernels", "optim", "optimizer", "plan", "testing"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=_ids(KERNELS))
