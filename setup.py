@@ -51,7 +51,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), "ijepa_kernels"],
+    packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), *find_packages("kernels")],
     package_dir={"ijepa_kernels": "kernels/ijepa_kernels"},
     package_data={"ijepa_fast": ["py.typed"], "ijepa_kernels": ["py.typed"]},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy>=1.26"],

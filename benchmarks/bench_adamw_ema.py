@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from benchmarks.bench_ema_update import encoder_shapes
 from benchmarks.harness import Bench
 from benchmarks.shapes import Model
-from ijepa_kernels._adam_step import SCALARS, launch_step
-from ijepa_kernels._table import EmaForm, Table
-from ijepa_kernels.adamw_ema import BLOCK, adamw_ema_bytes, launch
 from ijepa_kernels.optim import AdamWEMA
+from ijepa_kernels.optim._adam_step import SCALARS, launch_step
+from ijepa_kernels.optim._table import EmaForm, Table
+from ijepa_kernels.optim.adamw_ema import BLOCK, adamw_ema_bytes, launch
 
 F32, BF16 = torch.float32, torch.bfloat16
 # coarse: an update, decay or average left out has to show when results are verified

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Bench
 from benchmarks.shapes import Model
-from ijepa_kernels._table import Table
-from ijepa_kernels.ema_update import BLOCK, ema_update_bytes, launch
 from ijepa_kernels.optim import EMA
+from ijepa_kernels.optim._table import Table
+from ijepa_kernels.optim.ema_update import BLOCK, ema_update_bytes, launch
 
 F32, BF16 = torch.float32, torch.bfloat16
 MOMENTUM = 0.75  # far from 1: an update left out has to show when results are verified

@@ -69,16 +69,6 @@ def _rows(model: Model) -> list[Candidate]:
     return [{"_tile": (rows, columns, warps)} for rows in (1, 2, 4) for warps in (2, 4, 8, 16)]
 
 
-def _predictor_rows(model: Model) -> list[Candidate]:
-    width = model.predictor_width
-    columns = triton.next_power_of_2(width)
-    return [
-        {"_tile": {"P": width, "BLOCK_R": rows, "BLOCK_P": columns, "num_warps": warps}}
-        for rows in (1, 2, 4, 8, 16)
-        for warps in (2, 4, 8)
-    ]
-
-
 def _grid(**values: Sequence[Any]) -> Callable[[Model], list[Candidate]]:
     """All combinations."""
     rows = [dict(zip(values, row, strict=True)) for row in product(*values.values())]
@@ -91,8 +81,8 @@ _TILES = _grid(TILE=(1024, 2048, 4096, 8192))
 TUNINGS = (
     Tuning(bench="latent_loss", module="latent_loss", candidates=_rows),
     Tuning(bench="add_layer_norm", module="_layer_norm", candidates=_rows),
-    Tuning(bench="adamw_ema_", module="adamw_ema", candidates=_grid(**_STREAM)),
-    Tuning(bench="ema_update_", module="ema_update", candidates=_grid(**_STREAM)),
+    Tuning(bench="adamw_ema_", module="optim.adamw_ema", candidates=_grid(**_STREAM)),
+    Tuning(bench="ema_update_", module="optim.ema_update", candidates=_grid(**_STREAM)),
     Tuning(
         bench="patchify",
         module="patchify",
@@ -100,6 +90,4 @@ TUNINGS = (
     ),
     Tuning(bench="gather_tokens", module="_segments", candidates=_TILES),
     Tuning(bench="scatter_tokens", module="_segments", candidates=_TILES),
-    Tuning(bench="predictor_tokens", module="predictor_tokens", candidates=_predictor_rows),
-    Tuning(bench="take_targets", module="take_targets", candidates=_predictor_rows),
 )

@@ -218,9 +218,7 @@ TUNED = {
     "gather_tokens": "gather_tokens",
     "latent_loss": "latent_loss",
     "patchify": "patchify",
-    "predictor_tokens": "predictor_tokens",
     "scatter_tokens": "scatter_tokens",
-    "take_targets": "take_targets",
 }
 
 
@@ -292,7 +290,7 @@ def _pytest(folder, *options, benchmark=False):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "planted", "-p", "no:cacheprovider"]
     command += [] if benchmark else ["--benchmark-disable"]
     return subprocess.run(
-        [*command, "benchmarks/bench_take_targets.py", "-k", "ours and forward", *options],
+        [*command, "benchmarks/bench_column_sums.py", "-k", "ours and forward", *options],
         cwd=Path(__file__).parents[1],
         env=_env(str(folder)),
         capture_output=True,

@@ -32,7 +32,7 @@ def photographs(tmp_path_factory):
 
 def _first(out, monkeypatch, *options):
     monkeypatch.setattr(first, "RUNS", [("fast", "float32")])
-    tests = "tests/ops/test_take_targets.py -k strides"
+    tests = "tests/ops/test_scatter_tokens.py -k strides"
     result = first.main([*CPU, "--out", str(out), "--tests", tests, "--workers", "0", *options])
     return result, (out / "first.txt").read_text().splitlines()
 
@@ -77,10 +77,10 @@ def test_step_times_one_preset(tmp_path):
 def test_ops_leave_a_baselines_form(tmp_path, monkeypatch):
     # a worker's child is no worker, which would not measure
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    assert ops.main([*CPU, "--out", str(tmp_path), "--ops", "take_targets"])
+    assert ops.main([*CPU, "--out", str(tmp_path), "--ops", "scatter_tokens"])
     found = json.loads((tmp_path / "ops_results.json").read_text())
-    assert "take_targets/small/forward/ours" in found["results"]
-    assert "take_targets | small | backward | ours" in (tmp_path / "ops_results.md").read_text()
+    assert "scatter_tokens/small/forward/ours" in found["results"]
+    assert "scatter_tokens | small | backward | ours" in (tmp_path / "ops_results.md").read_text()
 
 
 def test_data_measures_the_loader_and_the_pipelines_settings(photographs, tmp_path):

@@ -17,7 +17,7 @@ import sys
 import torch, triton, triton.language
 import torch.distributed.tensor  # torch's own, loaded on first use
 before = set(sys.modules)
-import ijepa_kernels, ijepa_kernels.nn, ijepa_kernels.optim, ijepa_kernels.testing
+import ijepa_kernels, ijepa_kernels.optim, ijepa_kernels.testing
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 allowed = {"ijepa_kernels", "torch", "triton", *sys.stdlib_module_names}
 assert new <= allowed, new - allowed

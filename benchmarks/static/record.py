@@ -138,9 +138,14 @@ def record(
     return found
 
 
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages(ijepa_kernels.__path__, "ijepa_kernels.")
+    return [module.name for module in found]
+
+
 def op_names() -> list[str]:
     """Modules of `ijepa_kernels`, and what else bench files are named after."""
-    modules = {module.name for module in pkgutil.iter_modules(ijepa_kernels.__path__)}
+    modules = {name.rpartition(".")[2] for name in _modules()}
     benches = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
     return sorted(modules | benches)
 
@@ -148,13 +153,13 @@ def op_names() -> list[str]:
 def kernel_names(ops: Sequence[str]) -> set[str]:
     """The kernels that these ops' modules define."""
     names = set()
-    for module in pkgutil.iter_modules(ijepa_kernels.__path__, "ijepa_kernels."):
-        if module.name.removeprefix("ijepa_kernels.") in ops:
+    for module in _modules():
+        if module.rpartition(".")[2] in ops:
             names |= {
                 name
-                for name, value in vars(importlib.import_module(module.name)).items()
+                for name, value in vars(importlib.import_module(module)).items()
                 if isinstance(value, JITFunction)
-                and value.__module__ == module.name
+                and value.__module__ == module
                 and name.endswith("_kernel")
             }
     return names

@@ -117,12 +117,11 @@ def op_errors() -> dict[str, float]:
     import ijepa_kernels as kernels
     from ijepa_fast.doctor.backends import device
     from ijepa_kernels.add_layer_norm import add_layer_norm_ref
-    from ijepa_kernels.ema_update import ema_update_ref
     from ijepa_kernels.gather_tokens import gather_tokens_ref
     from ijepa_kernels.latent_loss import latent_loss_ref
+    from ijepa_kernels.optim.ema_update import ema_update_ref
     from ijepa_kernels.patchify import patchify_ref
     from ijepa_kernels.scatter_tokens import scatter_tokens_ref
-    from ijepa_kernels.take_targets import take_targets_ref
     from ijepa_kernels.testing import relative_error
 
     generator, where = torch.Generator().manual_seed(0), device()
@@ -137,7 +136,6 @@ def op_errors() -> dict[str, float]:
     index = torch.randperm(2 * patches, generator=generator)[:rows].to(where)
     images = torch.randint(0, 256, (2, 32, 24, 3), generator=generator, dtype=torch.uint8)
     images = images.to(where)
-    lengths = torch.tensor([0, 8, 13, rows], dtype=torch.int32, device=where)
 
     def loss(function: Callable[..., Tensor]) -> list[Tensor]:
         leaf = prediction.clone().requires_grad_()
@@ -169,10 +167,6 @@ def op_errors() -> dict[str, float]:
         "scatter_tokens": (
             [kernels.scatter_tokens(x, index, 2 * patches)],
             [scatter_tokens_ref(x, index, 2 * patches)],
-        ),
-        "take_targets": (
-            [kernels.take_targets(x, lengths, 3)],
-            [take_targets_ref(x, lengths, 3)],
         ),
     }
     return {

@@ -4,19 +4,16 @@ CUDA tensors run Triton, CPU tensors run plain torch, under the same names.
 """
 
 from ijepa_kernels._checks import debug_checks
-from ijepa_kernels.adamw_ema import adamw_ema_
 from ijepa_kernels.add_layer_norm import add_layer_norm
 from ijepa_kernels.column_sums import column_sums
-from ijepa_kernels.ema_update import ema_update_
 from ijepa_kernels.gather_tokens import gather_tokens
 from ijepa_kernels.gelu import gelu
 from ijepa_kernels.join_heads import join_heads
-from ijepa_kernels.latent_loss import latent_loss, target_rows
-from ijepa_kernels.patchify import pad_patch_weight, patchify
-from ijepa_kernels.predictor_tokens import predictor_tokens
+from ijepa_kernels.latent_loss import latent_loss
+from ijepa_kernels.optim import adamw_ema_, ema_update_
+from ijepa_kernels.patchify import patchify
 from ijepa_kernels.quantize_rows import Float8Rows, quantize_rows
 from ijepa_kernels.scatter_tokens import scatter_tokens
-from ijepa_kernels.take_targets import take_targets
 
 __all__ = [
     "Float8Rows",
@@ -29,11 +26,7 @@ __all__ = [
     "gelu",
     "join_heads",
     "latent_loss",
-    "pad_patch_weight",
     "patchify",
-    "predictor_tokens",
     "quantize_rows",
     "scatter_tokens",
-    "take_targets",
-    "target_rows",
 ]

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["LAUNCHERS", "ON_CPU", "define", "raw"]
+__all__ = ["LAUNCHERS", "ON_CPU", "define", "launches", "raw"]
 
 _LIBRARY = torch.library.Library("ijepa_kernels", "DEF")
 # what runs on CUDA and on CPU tensors, by op name; `testing.launch_on_cpu` puts the first in the
 # place of the second
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
 ON_CPU: dict[str, Callable[..., Any]] = {}
+
+
+def launches(name: str, device: torch.device) -> bool:
+    """True where the kernels of this op run, False where its CPU implementation does."""
+    return device.type == "cuda" or (device.type == "cpu" and ON_CPU[name] is LAUNCHERS[name])
 
 
 def define(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_index, check_shape
-from ijepa_kernels._op import define
+from ijepa_kernels._op import define, launches
 from ijepa_kernels._segments import (
     MAX_ROWS,
     check_indices,
@@ -32,7 +32,6 @@ from ijepa_kernels._segments import (
     sum_segments,
     take_rows,
 )
-from ijepa_kernels._table import launches
 
 __all__ = [
     "Gather",

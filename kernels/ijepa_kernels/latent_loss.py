@@ -33,7 +33,7 @@ from ijepa_kernels._checks import check_dtype, check_index, check_range, check_s
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 
-__all__ = ["latent_loss", "latent_loss_bytes", "latent_loss_ref", "target_rows"]
+__all__ = ["latent_loss", "latent_loss_bytes", "latent_loss_ref"]
 
 Kind = Literal["smooth_l1", "l2", "l1"]
 # smooth-L1 with this beta is l1: far below the differences, and 1 / TINY times them fits float32
@@ -349,29 +349,6 @@ _fwd_op = define(
 # --- public --------------------------------------------------------------------------------------
 
 
-def target_rows(target_index: Tensor, num_patches: int, num_contexts: int = 1) -> Tensor:
-    """The target's row for each row of the prediction, both in the order [target block, context
-    block, image, patch].
-
-    Args:
-        target_index: (B, M, T) patches of the target blocks, int32 or int64.
-        num_patches, num_contexts: N and C; each context block repeats a target block's rows.
-
-    Returns:
-        (M * C * B * T,) image * N + patch, int32 (int64 if B * N does not fit).
-    """
-    if target_index.ndim != 3:
-        raise ValueError(f"target_index must be (B, M, T), got {tuple(target_index.shape)}")
-    check_index("target_index", target_index, target_index)
-    if not torch.compiler.is_compiling() and (debugging() or target_index.device.type == "cpu"):
-        check_range("target_index", target_index, num_patches)
-    images, blocks, patches = target_index.shape
-    dtype = torch.int32 if images * num_patches < 2**31 else torch.int64
-    first = torch.arange(images, dtype=dtype, device=target_index.device) * num_patches
-    rows = target_index.transpose(0, 1).to(dtype) + first[:, None]
-    return rows[:, None].expand(blocks, num_contexts, images, patches).flatten()
-
-
 def latent_loss(
     prediction: Tensor,
     target: Tensor,
@@ -393,7 +370,7 @@ def latent_loss(
     Args:
         prediction: (..., D), float32, bfloat16 or float16 (float64 on the CPU), R rows in all.
         target: (S, D) or (B, N, D) output of the target encoder; its dtype may differ.
-        index: (R,) int32 or int64, the target's row for each of the prediction; see `target_rows`.
+        index: (R,) int32 or int64, the target's row for each of the prediction.
         kind: `smooth_l1`, `l2` (the square, without 1/2) or `l1`.
         beta: where smooth-L1 turns from the square to the line.
         normalize: LayerNorm without affine of the target's rows, `eps` added to the variance.

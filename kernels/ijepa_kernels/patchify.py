@@ -4,8 +4,8 @@
 
 for the patch (image, top, left) of row r: every patch of the batch in order, or the listed ones.
 Float images are not divided by 255. K = C * ph * pw, in the order of a flattened Conv2d weight, is
-padded with zeros to a multiple of 16: the convolution is one aligned matrix product,
-``F.linear(patchify(...), pad_patch_weight(conv.weight), conv.bias)``.
+padded with zeros to a multiple of 16: with a weight padded likewise, the convolution is one aligned
+matrix product, ``F.linear(patchify(...), weight, conv.bias)``.
 
 Fused: scaling, normalisation, the cut into patches, the choice of rows, padding and the cast. Bytes
 of a row of 14 x 14 x 3 uint8 to bfloat16: 588 read, 1184 written = 1772. Unfused (to float32, three
@@ -41,7 +41,7 @@ from ijepa_kernels._checks import (
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 
-__all__ = ["pad_patch_weight", "patchify", "patchify_bytes", "patchify_ref"]
+__all__ = ["patchify", "patchify_bytes", "patchify_ref"]
 
 Maybe = Tensor | None
 ALIGNMENT = 16
@@ -403,21 +403,6 @@ def patchify(
         out_dtype = images.dtype if images.is_floating_point() else torch.float32
     check_dtype("out_dtype", images, dtype=out_dtype)
     return _op(images, index, mean, std, ph, pw, out_dtype)
-
-
-def pad_patch_weight(weight: Tensor) -> Tensor:
-    """The weight of a Conv2d patch embedding as the matrix that `patchify` rows multiply.
-
-    Args:
-        weight: (D, C, patch height, patch width).
-
-    Returns:
-        (D, K padded with zeros to a multiple of 16), differentiable.
-    """
-    if weight.ndim != 4:
-        raise ValueError(f"weight must have 4 dimensions, got {tuple(weight.shape)}")
-    flat = weight.flatten(1)
-    return F.pad(flat, (0, -flat.shape[1] % ALIGNMENT))
 
 
 def _channels_first(images: Tensor, layout: str | None) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ijepa_kernels.adamw_ema import BLOCK, adamw_ema_, adamw_ema_bytes, adamw_ema_ref
+from ijepa_kernels.optim.adamw_ema import BLOCK, adamw_ema_, adamw_ema_bytes, adamw_ema_ref
 from ijepa_kernels.testing import assert_not_worse
 from tests.ops.conftest import INTERPRETED
 

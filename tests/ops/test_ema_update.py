@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_kernels import _table
-from ijepa_kernels.ema_update import BLOCK, ema_update_, ema_update_bytes, ema_update_ref
+from ijepa_kernels.optim import _table
+from ijepa_kernels.optim.ema_update import BLOCK, ema_update_, ema_update_bytes, ema_update_ref
 from ijepa_kernels.testing import assert_not_worse
 from tests.ops.conftest import INTERPRETED
 

@@ -15,7 +15,6 @@ from ijepa_kernels.latent_loss import (
     latent_loss,
     latent_loss_bytes,
     latent_loss_ref,
-    target_rows,
 )
 from ijepa_kernels.testing import assert_not_worse
 from tests.ops.conftest import INTERPRETED
@@ -457,15 +456,15 @@ def test_compiles_whole(device):
         torch.testing.assert_close(graph, eager, rtol=1e-6 if "kind" in options else 0.0, atol=0.0)
     # other sizes, and all of a step in one graph
     whole = torch.compile(
-        lambda p, t, i: latent_loss(p * 2, t, target_rows(i, 5)),
+        lambda p, t, i: latent_loss(p * 2, t, i.flatten()),
         fullgraph=True,
         backend="aot_eager",
     )
     for rows in (2, 3):
         prediction, target, _ = _inputs(2 * rows * 4, 40, (F32, BF16), device, sources=10)
-        patches = torch.arange(2 * rows * 4, device=device).view(2, rows, 4) % 5
-        eager = latent_loss(prediction * 2, target, target_rows(patches, 5))
-        assert torch.equal(whole(prediction, target, patches), eager)
+        index = torch.arange(2 * rows * 4, device=device).view(2, -1) % 10
+        eager = latent_loss(prediction * 2, target, index.flatten())
+        assert torch.equal(whole(prediction, target, index), eager)
 
 
 @pytest.mark.parametrize("count", [None, 7.0, 7, "rows"], ids=str)
@@ -509,32 +508,6 @@ def test_gradcheck(kind):
     torch.autograd.gradcheck(function, prediction.requires_grad_())
 
 
-def test_target_rows(device):
-    images, blocks, patches, contexts, num_patches = 3, 2, 4, 2, 9
-    generator = torch.Generator().manual_seed(0)
-    target_index = torch.randint(num_patches, (images, blocks, patches), generator=generator)
-    expected = [
-        b * num_patches + target_index[b, m, t].item()
-        for m in range(blocks)
-        for _ in range(contexts)
-        for b in range(images)
-        for t in range(patches)
-    ]
-    for dtype in (torch.int32, torch.int64):
-        rows = target_rows(target_index.to(device, dtype), num_patches, contexts)
-        assert rows.dtype == torch.int32
-        assert rows.tolist() == expected
-    assert target_rows(target_index[:0], num_patches).shape == (0,)
-    large = torch.zeros((3, 1, 1), dtype=torch.int32, device=device)
-    assert target_rows(large, 2**30).tolist() == [0, 2**30, 2**31]
-    with debug_checks(), pytest.raises(ValueError, match=r"target_index must lie in 0 .. 3, got"):
-        target_rows(target_index.to(device), 4)
-    with pytest.raises(ValueError, match=r"target_index must be \(B, M, T\), got \(2, 4\)"):
-        target_rows(target_index[0], 9)
-    with pytest.raises(ValueError, match="target_index must be int32 or int64"):
-        target_rows(target_index.float(), 9)
-
-
 def test_equals_the_reference_step(device):
     """Several context blocks, as the reference path computes it: targets normalised whole, then
     gathered, then repeated.
@@ -553,8 +526,9 @@ def test_equals_the_reference_step(device):
             t = normed[b, target_index[b, m].long()]
             for c in range(contexts):
                 total += torch.nn.functional.smooth_l1_loss(prediction[m, c, b], t, reduction="sum")
-    rows = target_rows(target_index, num_patches, contexts)
-    loss = latent_loss(prediction, features, rows)
+    rows = target_index + torch.arange(images, device=device)[:, None, None] * num_patches
+    rows = rows.transpose(0, 1)[:, None].expand(prediction.shape[:-1])
+    loss = latent_loss(prediction, features, rows.flatten())
     torch.testing.assert_close(loss, total / prediction.numel(), rtol=1e-6, atol=0)
 
 

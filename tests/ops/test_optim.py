@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ijepa_kernels import _adam_step, _link, _plan, _table
-from ijepa_kernels.optim import EMA, AdamWEMA
+from ijepa_kernels.optim import EMA, AdamWEMA, _adam_step, _table
 from tests.ops.conftest import INTERPRETED
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -707,7 +706,7 @@ def test_groups_of_equal_options_share_a_launch(device, kernels, monkeypatch):
         counts.append((first, count))
         _adam_step.launch_step(table, scalars, first, count, **options)
 
-    monkeypatch.setattr(_plan, "launch_step", launch)
+    monkeypatch.setattr("ijepa_kernels.optim.plan.launch_step", launch)
     params = _weights(device)
     groups = [{"params": [p], "weight_decay": 0.1 * (n > 3)} for n, p in enumerate(params)]
     optimizer = AdamWEMA(groups, lr=0.1)
@@ -740,8 +739,8 @@ def test_what_a_graph_captured_is_kept(device, kernels, monkeypatch):
     if not kernels:
         pytest.skip("there are no tables")
     now = False
-    for module in (_link, _plan):
-        monkeypatch.setattr(module, "capturing", lambda _: now)
+    for module in ("average", "plan"):
+        monkeypatch.setattr(f"ijepa_kernels.optim.{module}.capturing", lambda _: now)
     pair = _Pair(device)
     ema = EMA(model := _net(device))
 

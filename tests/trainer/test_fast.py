@@ -26,7 +26,7 @@ from ijepa_kernels.add_layer_norm import add_layer_norm_forward
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VALUES = StepValues(lr=1e-3, weight_decay=0.05, momentum=0.99)
 CUDA = torch.cuda.is_available()
-OPTIMISER = {"optim.py", "_plan.py", "_table.py", "_adam_cpu.py"}
+OPTIMISER = {"optimizer.py", "plan.py", "_table.py", "_adam_cpu.py"}
 
 
 def _networks(*, patch=8, crop=48, depth=3, predictor_depth=3, heads=2, width=24, predictor=16):

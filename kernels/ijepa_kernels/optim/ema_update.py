@@ -25,7 +25,7 @@ from torch import Tensor
 from ijepa_kernels._checks import FLOATS
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
-from ijepa_kernels._table import (
+from ijepa_kernels.optim._table import (
     HALVES,
     TRITON_DTYPES,
     Table,

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ijepa_kernels._adam_cpu import update_on_cpu
-from ijepa_kernels._adam_step import SCALARS, launch_step
 from ijepa_kernels._checks import FLOATS
-from ijepa_kernels._table import (
+from ijepa_kernels._op import launches
+from ijepa_kernels.optim import adamw_ema
+from ijepa_kernels.optim._adam_cpu import update_on_cpu
+from ijepa_kernels.optim._adam_step import SCALARS, launch_step
+from ijepa_kernels.optim._table import (
     HALVES,
     EmaForm,
     Memory,
@@ -24,7 +25,6 @@ from ijepa_kernels._table import (
     check_ema_form,
     check_list,
     check_scalar,
-    launches,
     local,
     on,
     upload,
@@ -52,9 +52,7 @@ class Part:
         groups: list[int],
         lists: list[list[Any]],
         grad_dtype: torch.dtype,
-        op: ModuleType,
     ) -> None:
-        self.op = op
         self.numbers, self.lists, self.grad_dtype = numbers, lists, grad_dtype
         # first tensor and number of tensors of every group, which come one after the other
         self.groups = {g: (groups.index(g), groups.count(g)) for g in dict.fromkeys(groups)}
@@ -69,7 +67,7 @@ class Part:
         dtypes = [next((t.dtype for t in tensors if t is not None), None) for tensors in lists[4:]]
         columns = [*lists[:4], *(c for c, dtype in zip(lists[4:], dtypes, strict=True) if dtype)]
         self.has_ema, self.copy_dtypes, self.columns = bool(dtypes[0]), dtypes[1:], len(columns)
-        self.table = Table(columns, op.BLOCK)
+        self.table = Table(columns, adamw_ema.BLOCK)
         scalars = lists[0][0].new_empty((len(numbers), SCALARS), dtype=torch.float32)
         self.scalars = Memory(scalars)
         # whether a CUDA graph reads the table and addresses of gradients; earlier ones of these
@@ -118,7 +116,7 @@ class Part:
             self.captured = self.captured or capturing(self.device)
             for first, count, options in runs:
                 launch_step(self.table, self.scalars.data, first, count, **options, **flags)
-            self.op.launch(
+            adamw_ema.launch(
                 self.table,
                 self.columns,
                 self.grads.data,
@@ -171,7 +169,6 @@ class Plan:
         params: of all its groups.
         active: whether each of them has a gradient.
         grads: these gradients.
-        op: the module of `adamw_ema_`, handed over because nothing shared imports an op.
     """
 
     def __init__(
@@ -180,7 +177,6 @@ class Plan:
         params: list[Tensor],
         active: Sequence[bool],
         grads: list[Tensor],
-        op: ModuleType,
     ) -> None:
         groups = optimizer.param_groups
         self.all = params
@@ -227,7 +223,7 @@ class Plan:
         for numbers, dtype in _parts(lists, self.grad_dtypes):
             part_groups = [group_of[chosen[n]] for n in numbers]
             part = [[tensors[n] for n in numbers] for tensors in lists]
-            self.parts.append(Part(numbers, part_groups, part, dtype, op))
+            self.parts.append(Part(numbers, part_groups, part, dtype))
 
     @property
     def captured(self) -> bool:
@@ -252,6 +248,7 @@ class Plan:
         return self._addresses() == self.pointers and list(map(_dtype, grads)) == self.grad_dtypes
 
     def update(self, optimizer: Any, grads: list[Tensor]) -> None:
+        """The step, with the optimiser's options as they are now."""
         if not self.plain:
             grads = list(map(local, grads))
         # in every step: memory that was freed may come back at the same address for others

@@ -1,15 +1,20 @@
-"""What `EMA` keeps between updates: pairs of tensors and tables of their addresses."""
+"""Averages of weights, as a class that keeps its tables of addresses between updates.
 
+See `optimizer.py` for what is compared before every launch.
+"""
+
+import copy
 from collections.abc import Iterable
 from itertools import chain
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ijepa_kernels._checks import FLOATS
-from ijepa_kernels._table import (
+from ijepa_kernels._op import launches
+from ijepa_kernels.optim import ema_update
+from ijepa_kernels.optim._table import (
     HALVES,
     Table,
     addresses,
@@ -17,12 +22,11 @@ from ijepa_kernels._table import (
     check_disjoint,
     check_list,
     check_scalar,
-    launches,
     local,
     on,
 )
 
-__all__ = ["Link"]
+__all__ = ["EMA"]
 
 
 def _values(dicts: Iterable[dict[str, Any]]) -> list[Any]:
@@ -53,19 +57,15 @@ class _Tree:
         return any(self.empty) or list(chain.from_iterable(self.children)) != self.structure
 
 
-class Link:
+class _Link:
     """A model's tensors paired with those of its average, and the tables for them.
 
     Args:
         average, copy: modules of an `EMA`.
         model: the one that is averaged.
-        op: the module of `ema_update_`, handed over because nothing shared imports an op.
     """
 
-    def __init__(
-        self, average: nn.Module, copy: nn.Module | None, model: nn.Module, op: ModuleType
-    ) -> None:
-        self.op = op
+    def __init__(self, average: nn.Module, copy: nn.Module | None, model: nn.Module) -> None:
         self.source, self.target = _Tree(model), _Tree(average)
         self.trees = [self.source, self.target]
         if copy is not None:
@@ -116,7 +116,7 @@ class Link:
         for dtype in dict.fromkeys(t.dtype for t in sources):
             numbers = [n for n, t in enumerate(sources) if t.dtype == dtype]
             columns = [[tensors[n] for n in numbers] for tensors in (targets, *copies, sources)]
-            self.tables.append((Table(columns, op.BLOCK), dtype, copy_dtype))
+            self.tables.append((Table(columns, ema_update.BLOCK), dtype, copy_dtype))
 
     def _check_names(self) -> None:
         names, own = self.source.names, self.target.names
@@ -147,11 +147,11 @@ class Link:
             with on(self.device):
                 self.captured = self.captured or capturing(self.device)
                 for table, source_dtype, copy_dtype in self.tables:
-                    self.op.launch(table, source_dtype, copy_dtype, momentum)
+                    ema_update.launch(table, source_dtype, copy_dtype, momentum)
             torch.autograd.graph.increment_version(self.written)
         elif self.lists[0]:
             sources, targets, *copies = self.lists
-            self.op.ema_update_(targets, sources, momentum, copies=copies[0] if copies else None)
+            ema_update.ema_update_(targets, sources, momentum, copies=copies[0] if copies else None)
         self.copy_rest()
 
     def copy_rest(self) -> None:
@@ -164,3 +164,124 @@ class Link:
         )
         for tensors in others if sources else ():
             torch._foreach_copy_(tensors, sources)
+
+
+def _after_load(ema: nn.Module, _: object) -> None:
+    assert isinstance(ema, EMA)
+    ema.round()
+
+
+class EMA(nn.Module):
+    """Keeps an exponential moving average of a model's weights, in float32.
+
+    Used like timm's ModelEmaV3::
+
+        ema = EMA(model, decay=0.9999)
+        ...
+        optimizer.step()
+        ema.update(model)
+
+    Parameters are averaged; buffers, and parameters that are not floating point, are copied as they
+    are at every update. Tied weights stay tied. The state dict is that of `module`, its names
+    prefixed ``module.``.
+
+    Host time of an update is mostly the reading of addresses, 50 to 60 ns a tensor of either
+    model; one launch for each dtype among the model's parameters.
+
+    Args:
+        model: to be averaged; its weights now are the start. May be wrapped later
+            (DistributedDataParallel, torch.compile).
+        decay: momentum, the weight of the old value, where `update` is given none.
+        copy_dtype: bfloat16 or float16: keep a second module, `copy`, with the averages rounded to
+            it, written in the same pass and used by `forward`. It is not part of the state dict.
+
+    Attributes:
+        module: the averaged model, in evaluation mode and without gradients; float32 parameters
+            whatever the model's (float64 where the model's are).
+        copy: the rounded one, or None.
+
+    Raises:
+        ValueError: decay or copy_dtype is out of range.
+    """
+
+    # Any: what they are is the model's business
+    module: Any
+    copy: Any
+
+    def __init__(
+        self, model: nn.Module, decay: float = 0.9999, *, copy_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        check_scalar("decay", decay, torch.device("cpu"), 1.0)
+        if copy_dtype is not None and copy_dtype not in HALVES:
+            raise ValueError(f"copy_dtype must be bfloat16 or float16, got {copy_dtype}")
+        self.decay = decay
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        for parameter in self.module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(
+                    torch.promote_types(parameter.dtype, torch.float32)
+                )
+        # not registered, or it would be in the state dict
+        self.__dict__["copy"] = None
+        if copy_dtype is not None:
+            self.__dict__["copy"] = copy.deepcopy(self.module).to(copy_dtype)
+        self._link: _Link | None = None
+        # links that CUDA graphs captured
+        self._captured: list[_Link] = []
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the averaged model; the rounded one if there is one."""
+        return (self.module if self.copy is None else self.copy)(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, momentum: float | Tensor | None = None) -> None:
+        """average = momentum * average + (1 - momentum) * model.
+
+        Args:
+            model: with parameters named like those at construction.
+            momentum: a number in 0 .. 1, or one float32 or float64 value on the device; `decay` by
+                default.
+
+        Raises:
+            ValueError: the model's parameters do not pair up with the average's.
+        """
+        self._linked(model).update(self.decay if momentum is None else momentum)
+
+    @torch.no_grad()
+    def set(self, model: nn.Module) -> None:
+        """Starts again from the model's weights, as they are."""
+        link = self._linked(model)
+        sources, *others = link.lists
+        for tensors in others if sources else ():
+            torch._foreach_copy_(tensors, sources)
+        link.copy_rest()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Writes the averages into `copy`, after something else than `update` changed them."""
+        if self.copy is not None:
+            for tensor, mine in (
+                *zip(self.copy.parameters(), self.module.parameters(), strict=True),
+                *zip(self.copy.buffers(), self.module.buffers(), strict=True),
+            ):
+                tensor.copy_(mine)
+
+    def _linked(self, model: nn.Module) -> _Link:
+        if self._link is None or not self._link.fits(model):
+            if self._link is not None and self._link.captured:
+                self._captured.append(self._link)
+            self._link = None
+            self._link = _Link(self.module, self.copy, model)
+        return self._link
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "EMA":
+        super()._apply(fn, recurse)
+        if self.copy is not None:
+            self.copy._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # addresses mean nothing in a copy
+        return {**self.__dict__, "_link": None, "_captured": []}

@@ -28,12 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._adam_cpu import update_on_cpu
-from ijepa_kernels._adam_step import SCALARS, launch_step
 from ijepa_kernels._checks import FLOATS
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
-from ijepa_kernels._table import (
+from ijepa_kernels.optim._adam_cpu import update_on_cpu
+from ijepa_kernels.optim._adam_step import SCALARS, launch_step
+from ijepa_kernels.optim._table import (
     HALVES,
     TRITON_DTYPES,
     EmaForm,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ijepa_kernels._table import EmaForm
+from ijepa_kernels.optim._table import EmaForm
 
 __all__ = ["update_on_cpu"]
 

@@ -1,6 +1,6 @@
-"""Averages of weights, and the optimiser that keeps them, as classes.
+"""The optimiser that keeps averages of the weights, as a class.
 
-Both keep tables of addresses between steps and launch without torch's dispatcher, which costs
+It keeps tables of addresses between steps and launches without torch's dispatcher, which costs
 0.8 us a tensor. Before every launch the addresses of weights and averages are read and compared,
 and moments must be the same tensors: what was moved, replaced or loaded meanwhile is found, and
 memory in a table is held until then. Not found is `.data` of single moments set to other memory.
@@ -8,7 +8,6 @@ Gradients may be elsewhere in every step; theirs is a table of its own. Tables t
 captured are kept.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
 from operator import itemgetter
@@ -17,136 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ijepa_kernels import adamw_ema, ema_update
-from ijepa_kernels._link import Link
-from ijepa_kernels._plan import WIDE, Plan, options_of
-from ijepa_kernels._table import HALVES, EmaForm, check_ema_form, check_list, check_scalar, local
+from ijepa_kernels.optim._table import HALVES, EmaForm, check_ema_form, check_list, local
+from ijepa_kernels.optim.plan import WIDE, Plan, options_of
 
-__all__ = ["EMA", "AdamWEMA"]
+__all__ = ["AdamWEMA"]
 
 # plans kept, one for each set of parameters with a gradient
 _PLANS = 8
-
-
-def _after_load(ema: nn.Module, _: object) -> None:
-    assert isinstance(ema, EMA)
-    ema.round()
-
-
-class EMA(nn.Module):
-    """Keeps an exponential moving average of a model's weights, in float32.
-
-    Used like timm's ModelEmaV3::
-
-        ema = EMA(model, decay=0.9999)
-        ...
-        optimizer.step()
-        ema.update(model)
-
-    Parameters are averaged; buffers, and parameters that are not floating point, are copied as they
-    are at every update. Tied weights stay tied. The state dict is that of `module`, its names
-    prefixed ``module.``.
-
-    Host time of an update is mostly the reading of addresses, 50 to 60 ns a tensor of either
-    model; one launch for each dtype among the model's parameters.
-
-    Args:
-        model: to be averaged; its weights now are the start. May be wrapped later
-            (DistributedDataParallel, torch.compile).
-        decay: momentum, the weight of the old value, where `update` is given none.
-        copy_dtype: bfloat16 or float16: keep a second module, `copy`, with the averages rounded to
-            it, written in the same pass and used by `forward`. It is not part of the state dict.
-
-    Attributes:
-        module: the averaged model, in evaluation mode and without gradients; float32 parameters
-            whatever the model's (float64 where the model's are).
-        copy: the rounded one, or None.
-
-    Raises:
-        ValueError: decay or copy_dtype is out of range.
-    """
-
-    # Any: what they are is the model's business
-    module: Any
-    copy: Any
-
-    def __init__(
-        self, model: nn.Module, decay: float = 0.9999, *, copy_dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        check_scalar("decay", decay, torch.device("cpu"), 1.0)
-        if copy_dtype is not None and copy_dtype not in HALVES:
-            raise ValueError(f"copy_dtype must be bfloat16 or float16, got {copy_dtype}")
-        self.decay = decay
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        for parameter in self.module.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(
-                    torch.promote_types(parameter.dtype, torch.float32)
-                )
-        # not registered, or it would be in the state dict
-        self.__dict__["copy"] = None
-        if copy_dtype is not None:
-            self.__dict__["copy"] = copy.deepcopy(self.module).to(copy_dtype)
-        self._link: Link | None = None
-        # links that CUDA graphs captured
-        self._captured: list[Link] = []
-        self.register_load_state_dict_post_hook(_after_load)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the averaged model; the rounded one if there is one."""
-        return (self.module if self.copy is None else self.copy)(*args, **kwargs)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, momentum: float | Tensor | None = None) -> None:
-        """average = momentum * average + (1 - momentum) * model.
-
-        Args:
-            model: with parameters named like those at construction.
-            momentum: a number in 0 .. 1, or one float32 or float64 value on the device; `decay` by
-                default.
-
-        Raises:
-            ValueError: the model's parameters do not pair up with the average's.
-        """
-        self._linked(model).update(self.decay if momentum is None else momentum)
-
-    @torch.no_grad()
-    def set(self, model: nn.Module) -> None:
-        """Starts again from the model's weights, as they are."""
-        link = self._linked(model)
-        sources, *others = link.lists
-        for tensors in others if sources else ():
-            torch._foreach_copy_(tensors, sources)
-        link.copy_rest()
-
-    @torch.no_grad()
-    def round(self) -> None:
-        """Writes the averages into `copy`, after something else than `update` changed them."""
-        if self.copy is not None:
-            for tensor, mine in (
-                *zip(self.copy.parameters(), self.module.parameters(), strict=True),
-                *zip(self.copy.buffers(), self.module.buffers(), strict=True),
-            ):
-                tensor.copy_(mine)
-
-    def _linked(self, model: nn.Module) -> Link:
-        if self._link is None or not self._link.fits(model):
-            if self._link is not None and self._link.captured:
-                self._captured.append(self._link)
-            self._link = None
-            self._link = Link(self.module, self.copy, model, ema_update)
-        return self._link
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "EMA":
-        super()._apply(fn, recurse)
-        if self.copy is not None:
-            self.copy._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # addresses mean nothing in a copy
-        return {**self.__dict__, "_link": None, "_captured": []}
 
 
 def _pairs(source: Any, target: Any) -> list[tuple[Tensor, Tensor]]:
@@ -335,7 +211,7 @@ class AdamWEMA(torch.optim.Optimizer):
             # none that is out of date holds memory
             if plan is not None or len(self._plans) >= _PLANS:
                 self._drop_plans()
-            plan = self._plans[active] = Plan(self, params, active, grads, adamw_ema)
+            plan = self._plans[active] = Plan(self, params, active, grads)
         plan.update(self, grads)
         return loss
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._launch import run
-from ijepa_kernels._table import Table
+from ijepa_kernels.optim._table import Table
 
 __all__ = ["SCALARS", "launch_step"]
 

@@ -23,8 +23,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._op import LAUNCHERS, ON_CPU
-
 __all__ = [
     "HALVES",
     "TRITON_DTYPES",
@@ -39,7 +37,6 @@ __all__ = [
     "check_ema_form",
     "check_list",
     "check_scalar",
-    "launches",
     "local",
     "on",
     "upload",
@@ -145,11 +142,6 @@ class Table:
 def capturing(device: torch.device) -> bool:
     """True while a CUDA graph is captured: its replays read what launches now are given."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def launches(name: str, device: torch.device) -> bool:
-    """True where the kernels of this op run, False where its CPU implementation does."""
-    return device.type == "cuda" or (device.type == "cpu" and ON_CPU[name] is LAUNCHERS[name])
 
 
 @contextmanager
