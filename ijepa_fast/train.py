@@ -19,17 +19,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import estimate
-from ijepa_fast.config import Config, Invocation, UsageError, dump_yaml, parse
-from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
+from ijepa_fast.config import Config, Invocation, dump_yaml, parse
+from ijepa_fast.data import Loader, default_threads, positions
+from ijepa_fast.errors import (
+    CheckpointError,
+    NonFiniteError,
+    NonFiniteState,
+    TooManyBadFiles,
+    UsageError,
+)
 from ijepa_fast.masks import check_masks, sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
 from ijepa_fast.run import Run
 from ijepa_fast.schedules import StepValues
 from ijepa_fast.state import (
-    CheckpointError,
     Meter,
-    NonFiniteError,
-    NonFiniteState,
     Preparation,
     RunFolder,
     checkpoint_folders,

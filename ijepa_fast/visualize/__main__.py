@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ijepa_fast.state import CheckpointError
+from ijepa_fast.errors import CheckpointError, exit_code
 from ijepa_fast.visualize.decoder.commands import Predictor, Prove, TrainDecoder
 from ijepa_fast.visualize.picture_commands import Curves, Masks, Neighbours, Pca
 
@@ -37,12 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         command.do()
-    except CheckpointError as error:
+    except (CheckpointError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 

@@ -13,8 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast import evaluate
-from ijepa_fast.config import Config, DataConfig, UsageError, as_dict, parse
+from ijepa_fast.config import (
+    Config,
+    DataConfig,
+    as_dict,
+    parse,
+)
 from ijepa_fast.data import DecodeError, make_decoder
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.state import load_latest

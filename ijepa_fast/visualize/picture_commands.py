@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from ijepa_fast.config import Config, UsageError
+from ijepa_fast.config import Config
+from ijepa_fast.errors import UsageError
 from ijepa_fast.visualize import curves, features, inputs, masks
 from ijepa_fast.visualize.figure import check_out
 

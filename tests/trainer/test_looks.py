@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ijepa_fast.config import EvalConfig
-from ijepa_fast.config.cli import UsageError, parse
+from ijepa_fast.config.cli import parse
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.data import open_index
+from ijepa_fast.errors import UsageError
 from ijepa_fast.evaluate import monitors
 from ijepa_fast.evaluate import online as looks
 from ijepa_fast.evaluate.online import Looks, look_interval

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from ijepa_fast.errors import NonFiniteError
 from ijepa_fast.state import metrics
 from ijepa_fast.state.metrics import (
     Journal,
     Meter,
     MetricsFile,
-    NonFiniteError,
     Reporter,
     Watch,
     id_hash,

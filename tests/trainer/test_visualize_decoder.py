@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast.config.cli import UsageError
+from ijepa_fast.errors import UsageError
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.reference import normalise, predict
 from ijepa_fast.visualize import __main__ as command_line

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_fast import evaluate
-from ijepa_fast.config import UsageError
 from ijepa_fast.data import NAMES
+from ijepa_fast.errors import UsageError
 from ijepa_fast.state import write_file
 from ijepa_fast.visualize import inputs
 from ijepa_fast.visualize.decoder import predictor, proof

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ijepa_fast.config import UsageError
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.state import fsync, safetensors_pieces, sha256_of, write_file
 from ijepa_fast.visualize.decoder.conditions import Conditions
