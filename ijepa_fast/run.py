@@ -14,7 +14,8 @@ from ijepa_fast import evaluate
 from ijepa_fast.config import Config, as_dict
 from ijepa_fast.data import Quarantine, steps_per_epoch
 from ijepa_fast.errors import UsageError
-from ijepa_fast.evaluate import UNTRAINED, Looks, collapse_warning, look_interval
+from ijepa_fast.evaluate import UNTRAINED, collapse_warning, look_interval
+from ijepa_fast.evaluate import OnlineEvaluation as Looks
 from ijepa_fast.fast import CapturedStep, FastStep, make_mesh
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks

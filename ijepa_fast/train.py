@@ -104,7 +104,7 @@ def train(run: Run, signals: Signals) -> int:
             run.step += 1
             run.tell_first_step(sums.loss)
             ends = run.step == run.end
-            broken = run.watch.look(run.step, run.training.skipped, last=ends)
+            broken = run.watch.check(run.step, run.training.skipped, last=ends)
             if run.step % config.log.interval == 0 or ends or broken:
                 _report(run, values, sums, meter.read(run.step, loader.wait_seconds, run.end))
             if broken:

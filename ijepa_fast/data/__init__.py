@@ -10,7 +10,7 @@ from ijepa_fast.data.crops import crop_windows
 from ijepa_fast.data.decoders import (
     DaliDecoder,
     DecodeError,
-    Decoder,
+    ImageDecoder,
     PillowDecoder,
     default_threads,
     make_decoder,
@@ -29,7 +29,7 @@ __all__ = [
     "Batch",
     "DaliDecoder",
     "DecodeError",
-    "Decoder",
+    "ImageDecoder",
     "Index",
     "Loader",
     "PillowDecoder",

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data.batch import Batch
 from ijepa_fast.data.crops import crop_windows
-from ijepa_fast.data.decoders import DecodeError, Decoder, make_decoder
+from ijepa_fast.data.decoders import DecodeError, ImageDecoder, make_decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
 from ijepa_fast.data.quarantine import Quarantine
@@ -101,7 +101,7 @@ class Loader(Iterator[Batch]):
         world: int = 1,
         device: torch.device | str = "cpu",
         quarantine: Quarantine | None = None,
-        decoder: Decoder | None = None,
+        decoder: ImageDecoder | None = None,
     ) -> None:
         """Checks the arguments and starts decoding.
 

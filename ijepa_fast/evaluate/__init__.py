@@ -17,14 +17,14 @@ from ijepa_fast.evaluate.labelled import (
     parts_of,
 )
 from ijepa_fast.evaluate.monitors import collapse_warning
-from ijepa_fast.evaluate.online import UNTRAINED, Looks, look_interval
+from ijepa_fast.evaluate.online import UNTRAINED, OnlineEvaluation, look_interval
 from ijepa_fast.evaluate.scores import knn_scores, knn_table
 
 __all__ = [
     "BATCH",
     "UNTRAINED",
     "Images",
-    "Looks",
+    "OnlineEvaluation",
     "Split",
     "central_windows",
     "collapse_warning",

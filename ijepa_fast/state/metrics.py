@@ -401,7 +401,7 @@ class Watch:
         self._late = 2 if device.type == "cuda" else 0
         self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def look(self, step: int, skipped: Tensor, *, last: bool = False) -> NonFiniteError | None:
+    def check(self, step: int, skipped: Tensor, *, last: bool = False) -> NonFiniteError | None:
         """The error that ends the run, once three steps in a row were skipped.
 
         Args:
