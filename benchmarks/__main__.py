@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from ijepa_fast.config import UsageError
+from ijepa_fast.errors import UsageError
 
 __all__ = ["BenchArgs", "main"]
 

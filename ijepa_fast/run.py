@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ijepa_fast.config import Config, UsageError
+from ijepa_fast.config import Config
 from ijepa_fast.data import Quarantine, steps_per_epoch
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import build_models
 from ijepa_fast.ranks import distributed, load_index

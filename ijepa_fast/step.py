@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ijepa_fast.config import Config, UsageError
+from ijepa_fast.config import Config
+from ijepa_fast.errors import UsageError
 from ijepa_fast.fast import CapturedStep, FastStep, make_mesh
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer

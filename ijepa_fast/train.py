@@ -18,20 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import estimate
-from ijepa_fast.config import Config, Invocation, UsageError, as_dict, dump_yaml, parse
-from ijepa_fast.data import Loader, TooManyBadFiles, default_threads, positions
+from ijepa_fast.config import Config, Invocation, as_dict, dump_yaml, parse
+from ijepa_fast.data import Loader, default_threads, positions
+from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code
 from ijepa_fast.evaluate import ScheduledEvaluation
 from ijepa_fast.masks import check_masks, sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
 from ijepa_fast.run import Run
 from ijepa_fast.state import (
     Allowance,
-    CheckpointError,
     Journal,
     Meter,
     MetricsFile,
-    NonFiniteError,
-    NonFiniteState,
     Preparation,
     Reporter,
     RunFolder,
@@ -149,7 +147,7 @@ def train(run: Run, beside: _Beside, signals: Signals) -> int:
                 numbers[0].item()  # waits for the first step
                 beside.preparation.finish()
             ends, skipped = run.step == run.end, training.skipped
-            broken = watch.look(run.step, skipped, last=ends)
+            broken = watch.check(run.step, skipped, last=ends)
             if run.step % config.log.interval == 0 or ends or broken:
                 distributed.all_reduce_sum_([numbers])
                 distributed.all_reduce_sum_([ids_hash])
@@ -335,16 +333,15 @@ def main(argv: list[str] | None = None) -> int:
             code = _run(invocation, ranks)
         distributed.stop()
         return code
-    except (UsageError, ValueError, ImportError) as error:
-        return _fail(error, 2)
-    except CheckpointError as error:
-        return _fail(error, 3)
-    except (TooManyBadFiles, NonFiniteError, NonFiniteState) as error:
-        return _fail(error, 4)
+    except MainRankError as error:
+        return exit_code(error)
     except OSError as error:
         return _fail(error, 5)
-    except distributed.MainRankError:
-        return 1
+    except (RuntimeError, ValueError, ImportError) as error:
+        # what is not ours keeps its traceback
+        if isinstance(error, RuntimeError) and not hasattr(error, "exit_code"):
+            raise
+        return _fail(error, exit_code(error))
     finally:
         if ranks is not None:
             distributed.stop(failed=True)

@@ -20,7 +20,7 @@ PACKAGES = [*TRAINER, *KERNELS]
 
 # rooms, from the ground up; each imports from its own floor or from lower ones, never in a circle
 FLOORS = (
-    ("keyed_random", "config"),
+    ("keyed_random", "errors", "config"),
     ("model", "masks", "schedules", "data"),
     ("ranks",),
     ("reference", "estimate", "state"),

@@ -4,7 +4,6 @@ trainer's YAML.
 
 from ijepa_fast.config.cli import (
     Invocation,
-    UsageError,
     as_dict,
     dump_yaml,
     flatten,
@@ -41,7 +40,6 @@ __all__ = [
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
-    "UsageError",
     "as_dict",
     "dump_yaml",
     "flatten",

@@ -18,10 +18,10 @@ import yaml
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
 from ijepa_fast.config.schema import Config
+from ijepa_fast.errors import UsageError
 
 __all__ = [
     "Invocation",
-    "UsageError",
     "as_dict",
     "dump_yaml",
     "from_tree",
@@ -46,10 +46,6 @@ _DEEPEST_YAML = 20
 # fitted to the global batch where it is not given
 GROUP = "masks.truncation_group"
 OWN_OPTIONS = ("preset", "config", "data", "print-config", "dry-run")
-
-
-class UsageError(ValueError):
-    """Wrong input of the user: one line, exit code 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,15 @@ from ijepa_fast.data.crops import crop_windows
 from ijepa_fast.data.decoders import (
     DaliDecoder,
     DecodeError,
-    Decoder,
+    ImageDecoder,
     PillowDecoder,
     default_threads,
     make_decoder,
 )
 from ijepa_fast.data.index import Index, index_from_arrays, index_to_arrays
-from ijepa_fast.data.loader import Loader
-from ijepa_fast.data.order import epoch_order, positions, replacement_id, steps_per_epoch
-from ijepa_fast.data.quarantine import Quarantine, TooManyBadFiles
+from ijepa_fast.data.loader import Loader, known_bad
+from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
+from ijepa_fast.data.quarantine import Quarantine
 from ijepa_fast.data.sets.named import NAMES, named_data
 from ijepa_fast.data.sets.scenes import CLASSES, Split, pose, silhouette
 from ijepa_fast.data.sets.shapes import cache_folder
@@ -29,13 +29,12 @@ __all__ = [
     "Batch",
     "DaliDecoder",
     "DecodeError",
-    "Decoder",
+    "ImageDecoder",
     "Index",
     "Loader",
     "PillowDecoder",
     "Quarantine",
     "Split",
-    "TooManyBadFiles",
     "build_index",
     "cache_folder",
     "crop_windows",
@@ -43,14 +42,15 @@ __all__ = [
     "epoch_order",
     "index_from_arrays",
     "index_to_arrays",
+    "known_bad",
     "load_table",
     "make_decoder",
     "named_data",
     "open_index",
     "pose",
     "positions",
-    "replacement_id",
     "save_table",
     "silhouette",
     "steps_per_epoch",
+    "usable_ids",
 ]

@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from ijepa_fast.data.cache import open_index
-from ijepa_fast.data.report import as_text, report
+from ijepa_fast.data.report import as_text, summary
 
 __all__ = ["main"]
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             compare_all=True,
         )
         threads = arguments.threads or 8
-        found = report(index, max_bad_share=arguments.max_bad_share, threads=threads)
+        found = summary(index, max_bad_share=arguments.max_bad_share, threads=threads)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

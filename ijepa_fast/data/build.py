@@ -15,9 +15,9 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from ijepa_fast.data.headers import Image, Inspected, inspect_file, inspect_shard
 from ijepa_fast.data.index import COLUMNS, Index, Texts, stamp
 from ijepa_fast.data.pixels import EXTENSIONS
-from ijepa_fast.data.probe import Image, Probed, probe_file, probe_shard
 from ijepa_fast.data.sources import SHARDS, Bad, Entry, Source, list_source
 
 __all__ = [
@@ -100,8 +100,8 @@ def build_listed(
         for source in listed:
             parts.begin(source)
             known = _Known(older, source, verify=verify) if older else None
-            for probed in _probed(pool, source, verify, known):
-                parts.add(probed)
+            for inspected in _inspected(pool, source, verify, known):
+                parts.add(inspected)
                 done += 1
                 if time.monotonic() - said > _SAID_EVERY:
                     said = time.monotonic()
@@ -137,17 +137,17 @@ def list_sources(sources: Sources) -> tuple[list[str], list[Source]]:
     return given, [list_source(source) for source in given]
 
 
-def _probed(
+def _inspected(
     pool: ThreadPoolExecutor, source: Source, verify: bool, known: "_Known | None"
-) -> Iterator[Probed]:
+) -> Iterator[Inspected]:
     """Every entry of a source, in order."""
 
-    def look(entries: Sequence[Entry]) -> list[Probed]:
+    def look(entries: Sequence[Entry]) -> list[Inspected]:
         found = []
         for path, label in entries:
-            probe = probe_shard if path.lower().endswith(SHARDS) else probe_file
+            inspect = inspect_shard if path.lower().endswith(SHARDS) else inspect_file
             again = known.find(path, label) if known else None
-            found.append(again or probe(source.root, path, label, verify=verify))
+            found.append(again or inspect(source.root, path, label, verify=verify))
         return found
 
     return chain.from_iterable(pool.map(look, _tasks(source.entries)))
@@ -191,7 +191,7 @@ class _Known:
         for place, path in enumerate(older.bad_paths):
             self._bad.setdefault(path, []).append(place)
 
-    def find(self, path: str, label: str | None) -> Probed | None:
+    def find(self, path: str, label: str | None) -> Inspected | None:
         """What was found in a file, if it is as it was."""
         older, where = self._older, os.path.join(self._root, path)
         if self._listed and path.lower().endswith(SHARDS):
@@ -210,7 +210,7 @@ class _Known:
         rows = range(0) if file is None else range(*self._first[file : file + 2].tolist())
         if self._verify and not older.verified[rows.start : rows.stop].all():
             return None
-        return Probed(
+        return Inspected(
             path,
             [self._image(row, label) for row in rows],
             [Bad(self._name(*older.bad[place]), older.bad[place][1]) for place in bad],
@@ -257,19 +257,19 @@ class _Parts:
         self._ignored += source.ignored
         self._bad += [(len(self._roots) - 1, bad.path, 0, bad) for bad in source.bad]
 
-    def add(self, probed: Probed) -> None:
+    def add(self, inspected: Inspected) -> None:
         """Takes over one file."""
         root = len(self._roots) - 1
-        self._bad += [(root, probed.path, probed.stamp, bad) for bad in probed.bad]
-        self._ignored += probed.ignored
-        if not probed.images:
+        self._bad += [(root, inspected.path, inspected.stamp, bad) for bad in inspected.bad]
+        self._ignored += inspected.ignored
+        if not inspected.images:
             return
         file = len(self._paths)
-        if probed.ignored:
-            self._ignored_in.append((file, probed.ignored))
-        self._paths.append(probed.path)
-        self._stamps.append(probed.stamp)
-        self._rows += [(file, image) for image in probed.images]
+        if inspected.ignored:
+            self._ignored_in.append((file, inspected.ignored))
+        self._paths.append(inspected.path)
+        self._stamps.append(inspected.stamp)
+        self._rows += [(file, image) for image in inspected.images]
         if len(self._rows) >= _FLUSHED:
             self._flush()
 

@@ -26,6 +26,7 @@ from ijepa_fast.data.build import (
     require_size,
     source_names,
 )
+from ijepa_fast.data.headers import YOUNG_NS
 from ijepa_fast.data.index import (
     Index,
     Texts,
@@ -34,7 +35,6 @@ from ijepa_fast.data.index import (
     open_regular,
     stamp,
 )
-from ijepa_fast.data.probe import YOUNG_NS
 from ijepa_fast.data.sets.shapes import cache_folder
 from ijepa_fast.data.table_file import TableError, read_table, write_table
 

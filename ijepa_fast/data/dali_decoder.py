@@ -109,7 +109,7 @@ class DaliDecoder:
         windows: NDArray[np.int32],
         plain: NDArray[np.bool_] | None = None,
     ) -> torch.Tensor:
-        """See `Decoder.decode`.
+        """See `ImageDecoder.decode`.
 
         Raises:
             ValueError: the batch is larger than `max_batch`.

@@ -12,12 +12,12 @@ import torch
 
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data.dali_decoder import DaliDecoder, last_line
-from ijepa_fast.data.pillow_decoder import DecodeError, Decoder, PillowDecoder, default_threads
+from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
 
 __all__ = [
     "DaliDecoder",
     "DecodeError",
-    "Decoder",
+    "ImageDecoder",
     "PillowDecoder",
     "default_threads",
     "make_decoder",
@@ -26,7 +26,7 @@ __all__ = [
 
 def make_decoder(
     config: DataConfig, device: torch.device | str, *, max_batch: int
-) -> tuple[Decoder, str]:
+) -> tuple[ImageDecoder, str]:
     """The decoder that `config.decoder` asks for.
 
     Args:

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data.batch import Batch
 from ijepa_fast.data.crops import crop_windows
-from ijepa_fast.data.decoders import DecodeError, Decoder, make_decoder
+from ijepa_fast.data.decoders import DecodeError, ImageDecoder, make_decoder
 from ijepa_fast.data.index import Index
-from ijepa_fast.data.order import epoch_order, positions, replacement_id, steps_per_epoch
-from ijepa_fast.data.quarantine import Quarantine, TooManyBadFiles
+from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
+from ijepa_fast.data.quarantine import Quarantine
 from ijepa_fast.data.reading import Parts, Reader
+from ijepa_fast.errors import TooManyBadFiles
 
-__all__ = ["DataStalled", "Loader"]
+__all__ = ["DataStalled", "Loader", "known_bad"]
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Loader(Iterator[Batch]):
         world: int = 1,
         device: torch.device | str = "cpu",
         quarantine: Quarantine | None = None,
-        decoder: Decoder | None = None,
+        decoder: ImageDecoder | None = None,
     ) -> None:
         """Checks the arguments and starts decoding.
 
@@ -145,7 +146,7 @@ class Loader(Iterator[Batch]):
             quarantine = Quarantine(None, config.max_bad_share, len(index) + len(index.bad))
         self._quarantine = quarantine
         quarantine.add_known(index.bad, write=rank == 0)
-        self._bad = _known_bad(index, quarantine)
+        self._bad = known_bad(index, quarantine)
         self._plain = index.plain
         self._require_good()
 
@@ -289,18 +290,8 @@ class Loader(Iterator[Batch]):
         self, drawn: NDArray[np.int64], epoch: int, places: NDArray[np.int64]
     ) -> NDArray[np.int64]:
         """Sample ids with every known bad one replaced, as a function of its position."""
-        ids = drawn.copy()
-        for row in np.flatnonzero(self._bad[ids]).tolist():
-            attempt = 0
-            while self._bad[ids[row]]:
-                ids[row] = replacement_id(
-                    len(self._index),
-                    seed=self._seed,
-                    epoch=epoch,
-                    position=int(places[row]),
-                    attempt=attempt,
-                )
-                attempt += 1
+        ids = usable_ids(drawn, self._bad, seed=self._seed, epoch=epoch, places=places)
+        for row in np.flatnonzero(ids != drawn).tolist():
             logger.debug(
                 "epoch %d, position %d: sample %d stands in for %d",
                 *(epoch, places[row], ids[row], drawn[row]),
@@ -382,7 +373,7 @@ class Loader(Iterator[Batch]):
         logger.warning("DALI cannot decode %s; Pillow can, and does from now on", names)
 
 
-def _known_bad(index: Index, quarantine: Quarantine) -> NDArray[np.bool_]:
+def known_bad(index: Index, quarantine: Quarantine) -> NDArray[np.bool_]:
     """Bad rows (N,), as far as a quarantine knows."""
     bad = np.zeros(len(index), dtype=np.bool_)
     left_out = {name for name, _ in index.bad}

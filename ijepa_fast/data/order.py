@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ijepa_fast.keyed_random import Stream, integers
 
-__all__ = ["epoch_order", "positions", "replacement_id", "steps_per_epoch"]
+__all__ = ["epoch_order", "positions", "replacement_id", "steps_per_epoch", "usable_ids"]
 
 # Philox needs about 200 bytes for each item while it runs; so many at a time stay below 256 MiB.
 _CHUNK = 1 << 20
@@ -102,3 +102,32 @@ def replacement_id(num_images: int, *, seed: int, epoch: int, position: int, att
     words = integers(seed, Stream.REPLACEMENT, epoch, np.array([position]), attempt + 1)
     # The bias of a remainder of 64 bits is below 2**-32 for any N that the index can hold.
     return int(words[0, attempt] % np.uint64(num_images))
+
+
+def usable_ids(
+    drawn: NDArray[np.int64],
+    bad: NDArray[np.bool_],
+    *,
+    seed: int,
+    epoch: int,
+    places: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """The samples at positions of an epoch, the first usable one in place of each bad one.
+
+    Args:
+        drawn: (b,) what `epoch_order` gives there.
+        bad: (N,) samples that cannot be used; one at least must be usable, or the search never
+            ends.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+        places: (b,) positions in the epoch.
+    """
+    ids = drawn.copy()
+    for row in np.flatnonzero(bad[ids]).tolist():
+        position, attempt = int(places[row]), 0
+        while bad[ids[row]]:
+            ids[row] = replacement_id(
+                len(bad), seed=seed, epoch=epoch, position=position, attempt=attempt
+            )
+            attempt += 1
+    return ids

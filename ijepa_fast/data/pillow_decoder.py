@@ -15,7 +15,7 @@ from ijepa_fast.data.pixels import decode_window, describe
 
 __all__ = [
     "DecodeError",
-    "Decoder",
+    "ImageDecoder",
     "PillowDecoder",
     "default_threads",
     "empty_batch",
@@ -37,7 +37,7 @@ class DecodeError(Exception):
         super().__init__(f"{len(self.failures)} files of the batch cannot be decoded: {listed}")
 
 
-class Decoder(Protocol):
+class ImageDecoder(Protocol):
     """Decodes, crops and resizes a batch."""
 
     def decode(
@@ -162,7 +162,7 @@ class PillowDecoder:
         windows: NDArray[np.int32],
         plain: NDArray[np.bool_] | None = None,  # noqa: ARG002
     ) -> torch.Tensor:
-        """See `Decoder.decode`; `plain` makes no difference."""
+        """See `ImageDecoder.decode`; `plain` makes no difference."""
         return self.decode_rows(encoded, windows, range(len(encoded)))
 
     def decode_rows(

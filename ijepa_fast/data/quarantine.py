@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["Quarantine", "TooManyBadFiles"]
+from ijepa_fast.errors import TooManyBadFiles
+
+__all__ = ["Quarantine"]
 
 logger = logging.getLogger(__name__)
-
-
-class TooManyBadFiles(RuntimeError):
-    """More files are unusable than `data.max_bad_share` allows."""
 
 
 class Quarantine:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ijepa_fast.data.index import FORMATS, Index
 
-__all__ = ["as_text", "duplicates", "report"]
+__all__ = ["as_text", "duplicates", "summary"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def duplicates(index: Index, *, threads: int = 8) -> list[list[int]]:
     return [rows for rows in groups.values() if len(rows) > 1]
 
 
-def report(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str, Any]:
+def summary(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str, Any]:
     """Counts, sizes, formats, classes, bad files and duplicates as plain JSON values.
 
     Args:

@@ -13,7 +13,8 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.config import Config, DataConfig, UsageError
+from ijepa_fast.config import Config, DataConfig
+from ijepa_fast.errors import CheckpointError, UsageError, exit_code
 from ijepa_fast.evaluate.features import Features, extract
 from ijepa_fast.evaluate.labelled import Split, labelled_data
 from ijepa_fast.evaluate.scores import (
@@ -26,7 +27,6 @@ from ijepa_fast.evaluate.scores import (
 )
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, build_models, initialise
-from ijepa_fast.state import CheckpointError
 from ijepa_fast.weights import Encoder, Pretrained, Which, load_encoder, network_of, read_weights
 
 __all__ = ["EvaluateArgs", "main", "untrained"]
@@ -295,11 +295,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.out is not None:
             with args.out.open("x", encoding="utf-8") as file:
                 file.write(text + "\n")
-    except CheckpointError as error:
+    except (CheckpointError, ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     print(text if args.json else _table(result))
     return 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import (
     DecodeError,
-    Decoder,
+    ImageDecoder,
     Index,
     crop_windows,
     epoch_order,
@@ -132,7 +132,7 @@ def _decode(
     index: Index,
     rows: NDArray[np.int64],
     data: DataConfig,
-    decoder: Decoder,
+    decoder: ImageDecoder,
     crops: tuple[int, int] | None = None,
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """The decodable images of these rows, and their rows; `crops` is the seed and the epoch of

@@ -27,8 +27,8 @@ from ijepa_fast.evaluate.subsets import held_out_folds, selection_text
 
 __all__ = [
     "LEARNING_RATES",
-    "ProbeHead",
-    "ProbeResult",
+    "LinearHead",
+    "LinearResult",
     "linear_probe",
 ]
 
@@ -44,7 +44,7 @@ _CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeHead:
+class LinearHead:
     """One linear classifier.
 
     Attributes:
@@ -71,7 +71,7 @@ class ProbeHead:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeResult:
+class LinearResult:
     """All heads, and the one to report.
 
     Attributes:
@@ -80,11 +80,11 @@ class ProbeResult:
         selection: how it was chosen, in words.
     """
 
-    heads: tuple[ProbeHead, ...]
-    best: ProbeHead
+    heads: tuple[LinearHead, ...]
+    best: LinearHead
     selection: str
 
-    def best_of(self, features: str, batchnorm: bool | None = None) -> ProbeHead:
+    def best_of(self, features: str, batchnorm: bool | None = None) -> LinearHead:
         """The head to report for one feature set, and, if given, one choice of BatchNorm.
 
         Raises:
@@ -183,7 +183,7 @@ def linear_probe(
     weight_decays: Sequence[float] = (0.0,),
     batchnorm: Sequence[bool] = (False, True),
     device: torch.device | str = "cpu",
-) -> ProbeResult:
+) -> LinearResult:
     """Softmax regression on frozen features by SGD, all heads at once.
 
     SGD with momentum 0.9; the learning rate falls to 0 along a cosine, step by step; weights start
@@ -257,7 +257,7 @@ def linear_probe(
                 fine = heads.finite()[head] and math.isfinite(losses[head])
                 held_out = sum(int(mask.sum()) for mask in folds)
                 found.append(
-                    ProbeHead(
+                    LinearHead(
                         features=heads.features,
                         batchnorm=heads.norm is not None,
                         lr=lr,
@@ -268,10 +268,10 @@ def linear_probe(
                         diverged=not fine,
                     )
                 )
-    return ProbeResult(heads=tuple(found), best=_best(found), selection=selection_text(folds))
+    return LinearResult(heads=tuple(found), best=_best(found), selection=selection_text(folds))
 
 
-def _best(heads: Sequence[ProbeHead]) -> ProbeHead:
+def _best(heads: Sequence[LinearHead]) -> LinearHead:
     """Highest validation accuracy, of equals the first; without one, the middle of the first
     input's heads.
     """
@@ -281,7 +281,7 @@ def _best(heads: Sequence[ProbeHead]) -> ProbeHead:
     return max(heads, key=lambda h: (not h.diverged, h.validation))
 
 
-def _input(head: ProbeHead) -> tuple[str, bool]:
+def _input(head: LinearHead) -> tuple[str, bool]:
     return head.features, head.batchnorm
 
 

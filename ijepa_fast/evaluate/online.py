@@ -28,7 +28,7 @@ from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import latent_targets, normalise, predict
 
-__all__ = ["UNTRAINED", "Looks", "look_interval"]
+__all__ = ["UNTRAINED", "OnlineEvaluation", "look_interval"]
 
 _logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def look_interval(config: Config, steps: int, world: int = 1) -> int:
     return math.ceil(steps / (between + 1))
 
 
-class Looks:
+class OnlineEvaluation:
     """Computes rows for `metrics.jsonl` on one rank.
 
     Args:

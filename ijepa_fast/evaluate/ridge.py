@@ -51,7 +51,7 @@ def ridge_accuracy(
 
     Minimises ||Y - X W - 1 b||^2 + penalty ||W||^2, intercept b unpenalised, in float64 on the
     device of `train_features`. A feature that does not vary is left out. The penalty is chosen
-    like a head of `probe.linear_probe`, on held-out training rows (of equals, the larger).
+    like a head of `linear.linear_probe`, on held-out training rows (of equals, the larger).
 
     Args:
         train_features: (n, d), finite.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
 from ijepa_fast.evaluate.monitors import collapse_warning
-from ijepa_fast.evaluate.online import UNTRAINED, Looks, look_interval
+from ijepa_fast.evaluate.online import UNTRAINED, OnlineEvaluation, look_interval
 from ijepa_fast.evaluate.scores import knn_table
 from ijepa_fast.state import Allowance, Journal
 
@@ -49,7 +49,7 @@ class ScheduledEvaluation:
     ) -> None:
         self._config, self._weights, self._journal = config, weights, journal
         self._allowance = allowance
-        self._looks = Looks(config, index, device)
+        self._looks = OnlineEvaluation(config, index, device)
         self.every = look_interval(config, run_steps, world)
 
     def due(self, step: int) -> bool:

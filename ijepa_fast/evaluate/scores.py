@@ -21,7 +21,7 @@ from ijepa_fast.evaluate.features import (
 from ijepa_fast.evaluate.finetune import finetune
 from ijepa_fast.evaluate.knn import knn_accuracy
 from ijepa_fast.evaluate.labelled import Images, Split
-from ijepa_fast.evaluate.linear import ProbeHead, linear_probe
+from ijepa_fast.evaluate.linear import LinearHead, linear_probe
 from ijepa_fast.evaluate.ridge import ridge_accuracy
 from ijepa_fast.evaluate.subsets import low_shot_rows
 from ijepa_fast.model import VisionTransformer
@@ -104,7 +104,7 @@ def linear_scores(
     return scores, details
 
 
-def _plain(head: ProbeHead) -> dict[str, Any]:
+def _plain(head: LinearHead) -> dict[str, Any]:
     return dict(vars(head))
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ijepa_fast.errors import MainRankError
 from ijepa_fast.ranks.heartbeat import Heartbeat
 from ijepa_fast.ranks.rendezvous import agree_on_life
 
@@ -213,10 +214,6 @@ def barrier() -> None:
     """Waits for all ranks."""
     if _active():
         dist.barrier(group=_waiting.get("group"))
-
-
-class MainRankError(RuntimeError):
-    """Rank 0 has failed and says why; the others only leave."""
 
 
 def on_main(ranks: Ranks, body: Callable[[], T]) -> T | None:

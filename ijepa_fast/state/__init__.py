@@ -1,18 +1,12 @@
 """What a run leaves on disk and goes on from: checkpoints, metrics, its folder."""
 
 from ijepa_fast.state.allowance import Allowance
-from ijepa_fast.state.checkpoint import (
-    CheckpointError,
-    NonFiniteState,
-    checkpoint_folders,
-    load_latest,
-)
+from ijepa_fast.state.checkpoint import checkpoint_folders, load_latest
 from ijepa_fast.state.durable import fsync, require_room, safetensors_pieces, sha256_of, write_file
 from ijepa_fast.state.metrics import (
     Journal,
     Meter,
     MetricsFile,
-    NonFiniteError,
     Reporter,
     Watch,
     id_hash,
@@ -26,12 +20,9 @@ from ijepa_fast.state.saves import Saves
 
 __all__ = [
     "Allowance",
-    "CheckpointError",
     "Journal",
     "Meter",
     "MetricsFile",
-    "NonFiniteError",
-    "NonFiniteState",
     "Preparation",
     "Reporter",
     "RunFolder",

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ijepa_fast.errors import CheckpointError, NonFiniteState
 from ijepa_fast.state.durable import fsync, safetensors_pieces, sha256_of, write_file
 
 __all__ = [
     "FORMAT_VERSION",
-    "CheckpointError",
     "NonFiniteState",
     "Snapshot",
     "State",
@@ -50,14 +50,6 @@ PREFIX = "step-"
 # a copy that somebody made (step-00000100.bak) is not one of ours
 _NAME = re.compile(rf"{PREFIX}\d{{8,}}")
 _logger = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, or none of those present can be used."""
-
-
-class NonFiniteState(RuntimeError):
-    """A state holds NaN or infinity, and is not written."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ijepa_fast.errors import NonFiniteError
+
 __all__ = [
     "Journal",
     "Meter",
     "MetricsFile",
-    "NonFiniteError",
     "Reporter",
     "Watch",
     "id_hash",
@@ -311,22 +312,6 @@ class Reporter:
             self.writer.close()
 
 
-class NonFiniteError(RuntimeError):
-    """Loss or gradients stay non-finite.
-
-    Args:
-        steps: the steps in a row that were skipped, counted from 1.
-        where: more for whoever reads it: where to look.
-    """
-
-    def __init__(self, steps: range, where: str = "Lower optim.lr or look at the data") -> None:
-        super().__init__(
-            f"loss and gradients must be finite, got {len(steps)} steps in a row with NaN or "
-            f"infinity (steps {steps[0]} to {steps[-1]}); they changed no weights. {where}"
-        )
-        self.steps = steps
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Pending:
     """A row whose numbers are still on their way from the device."""
@@ -416,7 +401,7 @@ class Watch:
         self._late = 2 if device.type == "cuda" else 0
         self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def look(self, step: int, skipped: Tensor, *, last: bool = False) -> NonFiniteError | None:
+    def check(self, step: int, skipped: Tensor, *, last: bool = False) -> NonFiniteError | None:
         """The error that ends the run, once three steps in a row were skipped.
 
         Args:

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ijepa_fast.config import Config, UsageError, as_dict, dump_yaml, flatten, load_yaml
+from ijepa_fast.config import (
+    Config,
+    as_dict,
+    dump_yaml,
+    flatten,
+    load_yaml,
+)
+from ijepa_fast.errors import UsageError
 from ijepa_fast.state.checkpoint import checkpoint_folders
 
 __all__ = ["RunFolder", "recipe_difference"]

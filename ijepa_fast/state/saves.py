@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ijepa_fast.config import CheckpointConfig, UsageError
+from ijepa_fast.config import CheckpointConfig
+from ijepa_fast.errors import NonFiniteState, UsageError
 from ijepa_fast.ranks import distributed
 from ijepa_fast.state import checkpoint
 from ijepa_fast.state.allowance import Allowance
@@ -137,7 +138,7 @@ class Saves:
         def wait() -> None:
             error, step = self._writer.wait(), self._step
             if self._broken:
-                raise checkpoint.NonFiniteState(
+                raise NonFiniteState(
                     f"weights must be finite to be saved, got {self._broken}: no checkpoint was "
                     f"written at step {step}"
                 )

@@ -8,20 +8,22 @@
 import itertools
 import json
 import logging
-from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ijepa_fast.config import as_dict
-from ijepa_fast.data import Index, Loader, Quarantine, epoch_order, replacement_id
+from ijepa_fast.data import Loader, Quarantine, epoch_order, known_bad, usable_ids
+from ijepa_fast.errors import NonFiniteError
 from ijepa_fast.ranks import distributed
 from ijepa_fast.run import Run
-from ijepa_fast.state import NonFiniteError, checkpoint
+from ijepa_fast.state import checkpoint
 
 __all__ = ["REPLAY_FORMAT", "name_samples"]
 
@@ -52,7 +54,7 @@ def _report(run: Run, error: NonFiniteError, weights: dict[str, torch.Tensor]) -
     path = run.folder.path
     # read anew: other ranks append to it
     quarantine = Quarantine(path / "quarantine.jsonl", 1.0, len(run.index))
-    steps = _steps(run, error.steps, quarantine.files)
+    steps = _steps(run, error.steps, known_bad(run.index, quarantine))
     report = path / "nonfinite.json"
     temporary = report.with_suffix(".tmp")
     temporary.write_text(json.dumps({"seed": run.config.seed, "steps": steps}))
@@ -71,7 +73,7 @@ def _report(run: Run, error: NonFiniteError, weights: dict[str, torch.Tensor]) -
     return NonFiniteError(error.steps, text)
 
 
-def _steps(run: Run, steps: range, bad: Container[str]) -> list[dict[str, Any]]:
+def _steps(run: Run, steps: range, bad: NDArray[np.bool_]) -> list[dict[str, Any]]:
     config, index, size = run.config, run.index, run.config.batch.global_
     per_epoch = run.schedules.steps_per_epoch
     found = []
@@ -79,25 +81,13 @@ def _steps(run: Run, steps: range, bad: Container[str]) -> list[dict[str, Any]]:
         order = epoch_order(len(index), seed=config.seed, epoch=epoch)
         for step in group:
             begin = (step - 1) % per_epoch * size
-            ids = [
-                _used(index, int(order[place]), bad, seed=config.seed, epoch=epoch, position=place)
-                for place in range(begin, begin + size)
-            ]
+            places = np.arange(begin, begin + size)
+            drawn = order[places]
+            ids = usable_ids(drawn, bad, seed=config.seed, epoch=epoch, places=places).tolist()
             files = [index.name(row) for row in ids]
             lr = run.schedules.at(step).lr
             found.append({"step": step, "epoch": epoch, "lr": lr, "ids": ids, "files": files})
     return found
-
-
-def _used(
-    index: Index, row: int, bad: Container[str], *, seed: int, epoch: int, position: int
-) -> int:
-    """The sample at a position of an epoch: the drawn one, or what replaces it."""
-    attempt = 0
-    while index.name(row) in bad:
-        row = replacement_id(len(index), seed=seed, epoch=epoch, position=position, attempt=attempt)
-        attempt += 1
-    return row
 
 
 def _write_replay(

@@ -19,7 +19,8 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ijepa_fast.config import Config, UsageError, from_tree
+from ijepa_fast.config import Config, from_tree
+from ijepa_fast.errors import UsageError
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.ranks import distributed

@@ -9,19 +9,24 @@ from typing import Annotated, Any
 
 import tyro
 
-from ijepa_fast.state import CheckpointError
-from ijepa_fast.visualize.decoder.commands import Predictor, Prove, TrainDecoder
-from ijepa_fast.visualize.picture_commands import Curves, Masks, Neighbours, Pca
+from ijepa_fast.errors import CheckpointError, exit_code
+from ijepa_fast.visualize.decoder.commands import PredictorPicture, Prove, TrainDecoder
+from ijepa_fast.visualize.picture_commands import (
+    CurvePicture,
+    MaskPicture,
+    NeighbourPicture,
+    PcaPicture,
+)
 
 __all__ = ["main"]
 
 Command = (
-    Annotated[Masks, tyro.conf.subcommand("masks")]
-    | Annotated[Curves, tyro.conf.subcommand("curves")]
-    | Annotated[Pca, tyro.conf.subcommand("pca")]
-    | Annotated[Neighbours, tyro.conf.subcommand("neighbours")]
+    Annotated[MaskPicture, tyro.conf.subcommand("masks")]
+    | Annotated[CurvePicture, tyro.conf.subcommand("curves")]
+    | Annotated[PcaPicture, tyro.conf.subcommand("pca")]
+    | Annotated[NeighbourPicture, tyro.conf.subcommand("neighbours")]
     | Annotated[TrainDecoder, tyro.conf.subcommand("train-decoder")]
-    | Annotated[Predictor, tyro.conf.subcommand("predictor")]
+    | Annotated[PredictorPicture, tyro.conf.subcommand("predictor")]
     | Annotated[Prove, tyro.conf.subcommand("prove")]
 )
 
@@ -37,12 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         command.do()
-    except CheckpointError as error:
+    except (CheckpointError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 

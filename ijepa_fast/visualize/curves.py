@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ijepa_fast.config import UsageError
+from ijepa_fast.errors import UsageError
 from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.figure import pyplot, save
 

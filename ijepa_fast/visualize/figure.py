@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_fast.config import UsageError
+from ijepa_fast.errors import UsageError
 
 __all__ = ["check_out", "faded", "panel", "patch_pixels", "pyplot", "save"]
 

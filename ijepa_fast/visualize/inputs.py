@@ -13,8 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast import evaluate
-from ijepa_fast.config import Config, DataConfig, UsageError, as_dict, parse
+from ijepa_fast.config import (
+    Config,
+    DataConfig,
+    as_dict,
+    parse,
+)
 from ijepa_fast.data import DecodeError, make_decoder
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.state import load_latest
@@ -23,7 +29,7 @@ from ijepa_fast.weights import encoder as encoder_module
 
 __all__ = [
     "Networks",
-    "Pictures",
+    "ShownImages",
     "choose",
     "device",
     "load_encoder",
@@ -38,7 +44,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class ShownImages:
     """Decoded images.
 
     Attributes:
@@ -180,7 +186,7 @@ def choose(count: int, limit: int, *, seed: int = 0) -> NDArray[np.int64]:
     return torch.randperm(count, generator=generator)[:limit].numpy()
 
 
-def load_pictures(part: evaluate.Split, limit: int, *, seed: int = 0) -> Pictures:
+def load_pictures(part: evaluate.Split, limit: int, *, seed: int = 0) -> ShownImages:
     """Decodes up to `limit` images of a part, drawn by the seed, under central windows; what cannot
     be decoded is named in the log and left out.
 
@@ -211,7 +217,7 @@ def load_pictures(part: evaluate.Split, limit: int, *, seed: int = 0) -> Picture
     if not images:
         raise ValueError(f"data must hold images that can be decoded, got none in {index.roots[0]}")
     kept = np.concatenate(decoded)
-    return Pictures(
+    return ShownImages(
         images=torch.cat(images),
         labels=torch.from_numpy(index.label[kept].astype(np.int64)),
         classes=index.classes,

@@ -6,13 +6,23 @@ from typing import Annotated
 
 import tyro
 
-from ijepa_fast.config import Config, UsageError
-from ijepa_fast.visualize import curves, features, inputs, masks
+from ijepa_fast.config import Config
+from ijepa_fast.errors import UsageError
+from ijepa_fast.visualize import curves, feature_pictures, inputs, masks
 from ijepa_fast.visualize.figure import check_out
 
-__all__ = ["Curves", "Masks", "Neighbours", "Pca", "Picture", "Run", "at_least", "source_of"]
+__all__ = [
+    "CurvePicture",
+    "MaskPicture",
+    "NeighbourPicture",
+    "PcaPicture",
+    "Picture",
+    "RunFolderArgument",
+    "at_least",
+    "source_of",
+]
 
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunFolderArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 RunOrWeights = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
 
 
@@ -52,7 +62,7 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masks(Picture):
+class MaskPicture(Picture):
     """Context and target blocks over real images, in both geometries."""
 
     data: str | None = None
@@ -89,7 +99,7 @@ class Masks(Picture):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curves(Picture):
+class CurvePicture(Picture):
     """Loss, schedules, speed and scores of one or several runs over the step."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
@@ -106,7 +116,7 @@ class Curves(Picture):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pca(Picture):
+class PcaPicture(Picture):
     """First three principal components of patch features as colours, beside the images."""
 
     run: RunOrWeights
@@ -135,16 +145,16 @@ class Pca(Picture):
         pictures = inputs.load_pictures(
             inputs.open_parts(root, data)[1], self.images, seed=self.seed
         )
-        found = features.patch_features(encoder, pictures.images)
+        found = feature_pictures.patch_features(encoder, pictures.images)
         grid = (data.crop_size[0] // patch, data.crop_size[1] // patch)
-        colours = features.pca_colours(found).reshape(len(found), *grid, 3)
+        colours = feature_pictures.pca_colours(found).reshape(len(found), *grid, 3)
         title = f"{name}: principal components 1-3 of {grid[0]}x{grid[1]} patch features"
-        features.draw_pca(self.out, pictures, colours, title)
+        feature_pictures.draw_pca(self.out, pictures, colours, title)
         print(f"{self.out}: {len(found)} images of {root}, {name}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbours(Picture):
+class NeighbourPicture(Picture):
     """Images and those nearest to them by cosine of centred pooled features."""
 
     run: RunOrWeights
@@ -168,9 +178,9 @@ class Neighbours(Picture):
         encoder, data, own, name = inputs.load_encoder(self.run)
         root = source_of(self.data, own)
         pictures = inputs.load_pictures(inputs.open_parts(root, data)[1], self.pool, seed=self.seed)
-        found = features.pooled_features(encoder, pictures.images)
+        found = feature_pictures.pooled_features(encoder, pictures.images)
         queries = inputs.choose(len(found), self.queries, seed=self.seed + 1)
-        near = features.nearest(found, queries, self.k)
+        near = feature_pictures.nearest(found, queries, self.k)
         same = [
             pictures.labels[query] == pictures.labels[int(row)]
             for query, rows in zip(queries, near.rows, strict=True)
@@ -179,5 +189,5 @@ class Neighbours(Picture):
         ]
         words = f"; {int(sum(same))} of {len(same)} have the query's class" if same else ""
         title = f"{name}: nearest of {len(found)} images, cosine of centred pooled features{words}"
-        features.draw_neighbours(self.out, pictures, queries, near, title)
+        feature_pictures.draw_neighbours(self.out, pictures, queries, near, title)
         print(f"{self.out}: {root}, {title}")

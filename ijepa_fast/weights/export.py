@@ -25,9 +25,9 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ijepa_fast.config import UsageError
+from ijepa_fast.errors import CheckpointError, UsageError, exit_code
 from ijepa_fast.model import NORM_EPS
-from ijepa_fast.state import CheckpointError, read_rows
+from ijepa_fast.state import read_rows
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
 from ijepa_fast.weights.pretrained import METADATA, Pretrained, Shape, Which
@@ -270,12 +270,9 @@ def main(argv: list[str] | None = None) -> int:
             print(doubt, file=sys.stderr)
         metrics = _run_metrics(args.run) if args.run.is_dir() else {}
         export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
-    except CheckpointError as error:
+    except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     what = "all networks" if args.format == "torch" else weights.title(args.encoder)
     print(

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.config import Config, UsageError
+from ijepa_fast.config import Config
+from ijepa_fast.errors import UsageError
 from ijepa_fast.weights.pretrained import Pretrained
 from ijepa_fast.weights.read import read_weights
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ijepa_fast.config import UsageError
+from ijepa_fast.errors import UsageError
 
 __all__ = ["hugging_face_names", "our_names"]
 

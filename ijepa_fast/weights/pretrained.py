@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from ijepa_fast.config import Config, UsageError
+from ijepa_fast.config import Config
+from ijepa_fast.errors import UsageError
 
 __all__ = ["METADATA", "NETWORKS", "Pretrained", "Shape", "Which"]
 

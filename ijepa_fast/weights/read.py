@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ijepa_fast.config import ARCHITECTURES, DataConfig, UsageError, from_tree
+from ijepa_fast.config import ARCHITECTURES, DataConfig, from_tree
+from ijepa_fast.errors import UsageError
 from ijepa_fast.state import checkpoint
 from ijepa_fast.weights.names import our_names
 from ijepa_fast.weights.pretrained import METADATA, NETWORKS, Pretrained, Shape

@@ -36,6 +36,7 @@ from ijepa_fast.data.cache import load_table, save_table
 from ijepa_fast.data.index import COLUMNS, Index, Texts
 from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.table_file import TableError
+from ijepa_fast.errors import CheckpointError
 from ijepa_fast.state import checkpoint
 from tests.trainer.damage import mutate
 from tests.trainer.test_saving import _state
@@ -179,7 +180,7 @@ def test_mutated_checkpoints(tmp_path):
         (path / name).write_bytes(mutate(whole[name], np.random.default_rng(seed)))
         try:
             state = checkpoint.read(path)
-        except checkpoint.CheckpointError:
+        except CheckpointError:
             refused += 1
         else:
             assert state.step == expected.step
@@ -205,7 +206,7 @@ def test_forged_checkpoints(tmp_path):
         (path / "manifest.json").write_text(json.dumps(manifest))
         try:
             state = checkpoint.read(path)
-        except checkpoint.CheckpointError:
+        except CheckpointError:
             refused += 1
         else:
             assert sum(tensor.nbytes for tensor in state.tensors.values()) <= len(data) + 1000

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from ijepa_fast.config import ModelConfig, OptimConfig
+from ijepa_fast.errors import CheckpointError
 from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
 from ijepa_fast.state import checkpoint
-from ijepa_fast.state.checkpoint import CheckpointError, State
+from ijepa_fast.state.checkpoint import State
 from tests.trainer import tiny
 
 MODEL = ModelConfig(

@@ -27,8 +27,9 @@ from ijepa_fast.config import (
     ModelConfig,
     OptimConfig,
 )
-from ijepa_fast.config.cli import UsageError, as_dict, dump_yaml, parse
+from ijepa_fast.config.cli import as_dict, dump_yaml, parse
 from ijepa_fast.config.presets import PRESETS, preset
+from ijepa_fast.errors import UsageError
 from ijepa_fast.schedules import Schedules
 
 NAN, INF = float("nan"), float("inf")

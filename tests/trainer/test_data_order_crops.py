@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_fast.data import crop_windows, epoch_order, positions, replacement_id, steps_per_epoch
+from ijepa_fast.data import crop_windows, epoch_order, positions, steps_per_epoch
+from ijepa_fast.data.order import replacement_id
 from ijepa_fast.keyed_random import Stream, uniform
 
 RECIPE = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3)}

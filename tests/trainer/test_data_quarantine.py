@@ -12,11 +12,11 @@ from ijepa_fast.data import (
     DecodeError,
     Loader,
     Quarantine,
-    TooManyBadFiles,
     build_index,
     epoch_order,
-    replacement_id,
 )
+from ijepa_fast.data.order import replacement_id
+from ijepa_fast.errors import TooManyBadFiles
 from tests.trainer.small_folder import (
     CONFIG,
     DECODERS,

@@ -66,16 +66,16 @@ class Probes:
 
     def __init__(self, monkeypatch):
         self.paths = []
-        for name in ("probe_file", "probe_shard"):
+        for name in ("inspect_file", "inspect_shard"):
             real = getattr(build_module, name)
             monkeypatch.setattr(build_module, name, self._wrapped(real))
 
     def _wrapped(self, real):
-        def probe(root, path, label, **options):
+        def inspect(root, path, label, **options):
             self.paths.append(path)
             return real(root, path, label, **options)
 
-        return probe
+        return inspect
 
     def taken(self):
         paths, self.paths = sorted(self.paths), []
@@ -83,7 +83,7 @@ class Probes:
 
 
 @pytest.fixture
-def probes(monkeypatch):
+def inspections(monkeypatch):
     return Probes(monkeypatch)
 
 
@@ -353,7 +353,7 @@ def test_several_sources_are_one_data_set(tmp_path):
         build_index([one, one])
 
 
-def test_overlapping_sources_stay_as_they_are(tmp_path, probes):
+def test_overlapping_sources_stay_as_they_are(tmp_path, inspections):
     """However often the table is renewed."""
     root, cache = folder(made(tmp_path / "d") / "sub", 3).parent, tmp_path / "cache"
     (root / "sub" / "bad.jpg").write_bytes(b"<html>")
@@ -398,15 +398,15 @@ def test_wrong_sources_are_named(tmp_path, source, words):
 # --- kept tables ---------------------------------------------------------------------------------
 
 
-def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, probes):
+def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, inspections):
     root, cache = folder(tmp_path / "set", 12), tmp_path / "cache"
     shard(root / "s.tar", samples(3))
     (root / "bad.jpg").write_bytes(b"<html>")
     aged(root)
     first, path = open_index(root, cache=cache)
-    assert len(probes.taken()) == 14
+    assert len(inspections.taken()) == 14
     again, same_path = open_index(root, cache=cache)
-    assert probes.taken() == []
+    assert inspections.taken() == []
     assert same_path == path
     same(first, again)
     # one more, one changed in place, one gone
@@ -414,38 +414,38 @@ def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, probes):
     (root / "003.jpg").write_bytes(jpeg(51, (70, 60)))
     (root / "004.jpg").unlink()
     renewed, _ = open_index(root, cache=cache)
-    assert probes.taken() == ["003.jpg", "new.jpg"]
+    assert inspections.taken() == ["003.jpg", "new.jpg"]
     same(renewed, build_index(root))
     assert renewed.read(3) == jpeg(51, (70, 60))
-    probes.taken()
+    inspections.taken()
     # what is so young may still change within the clock's resolution: looked into again
     open_index(root, cache=cache)
-    assert probes.taken() == ["003.jpg", "new.jpg"]
+    assert inspections.taken() == ["003.jpg", "new.jpg"]
     # a file mended in place, its folder untouched
     aged(root)
     open_index(root, cache=cache)
-    probes.taken()
+    inspections.taken()
     (root / "bad.jpg").write_bytes(jpeg(60))
     os.utime(root, (OLD, OLD))
     mended, _ = open_index(root, cache=cache)
-    assert probes.taken() == ["bad.jpg"]
+    assert inspections.taken() == ["bad.jpg"]
     assert (len(mended), mended.bad) == (16, ())
 
 
-def test_what_cannot_be_opened_does_not_disable_the_cache(tmp_path, probes):
+def test_what_cannot_be_opened_does_not_disable_the_cache(tmp_path, inspections):
     root, cache = folder(tmp_path / "set", 3), tmp_path / "cache"
     (root / "broken.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(root / "fifo.jpg")
     aged(root)
     open_index(root, cache=cache)
-    probes.taken()
+    inspections.taken()
     index, _ = open_index(root, cache=cache)
-    assert probes.taken() == []
+    assert inspections.taken() == []
     assert len(index.bad) == 2
     (tmp_path / "set" / "nowhere.jpg").write_bytes(jpeg(9))
     os.utime(root, (OLD, OLD))
     index, _ = open_index(root, cache=cache)
-    assert "broken.jpg" in probes.taken()
+    assert "broken.jpg" in inspections.taken()
     assert [name for name, _ in index.bad] == ["fifo.jpg"]
 
 
@@ -460,24 +460,24 @@ def test_rows_by_name(tmp_path):
             assert index.rows_named(name).size == 0
 
 
-def test_verifying_finds_damage_and_remembers_it(tmp_path, probes):
+def test_verifying_finds_damage_and_remembers_it(tmp_path, inspections):
     root, cache = folder(tmp_path / "set", 6), tmp_path / "cache"
     bad_png(root / "bad.jpg")
     aged(root)
     index, _ = open_index(root, cache=cache)
     assert len(index) == 7
     assert not index.verified.any()
-    probes.taken()
+    inspections.taken()
     index, _ = open_index(root, cache=cache, verify=True)
-    assert len(probes.taken()) == 7
+    assert len(inspections.taken()) == 7
     assert [name for name, _ in index.bad] == ["bad.jpg"]
     assert index.verified.all()
     open_index(root, cache=cache, verify=True)
-    assert probes.taken() == []
+    assert inspections.taken() == []
     # one more file: the verdict on the others stands
     (root / "more.jpg").write_bytes(jpeg(70))
     index, _ = open_index(root, cache=cache)
-    assert probes.taken() == ["more.jpg"]
+    assert inspections.taken() == ["more.jpg"]
     assert [name for name, _ in index.bad] == ["bad.jpg"]
     assert index.verified.tolist() == [True] * 6 + [False]
 

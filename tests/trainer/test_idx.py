@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from ijepa_fast import evaluate
-from ijepa_fast.config.cli import UsageError
 from ijepa_fast.data import open_index
 from ijepa_fast.data.sets import idx, named
 from ijepa_fast.data.sets.idx import find_idx, write_idx
+from ijepa_fast.errors import UsageError
 from tests.trainer import tiny
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from ijepa_fast.errors import NonFiniteError
 from ijepa_fast.state import metrics
 from ijepa_fast.state.metrics import (
     Journal,
     Meter,
     MetricsFile,
-    NonFiniteError,
     Reporter,
     Watch,
     id_hash,
@@ -180,8 +180,8 @@ def test_a_row_is_written_one_interval_late(tmp_path, journal):
 
 def test_the_third_skip_in_a_row_ends_the_run():
     watch = Watch(CPU)
-    assert watch.look(2, torch.tensor([2, 2, 5, 0])) is None
-    error = watch.look(7, torch.tensor([0, 3, 8, 1]))
+    assert watch.check(2, torch.tensor([2, 2, 5, 0])) is None
+    error = watch.check(7, torch.tensor([0, 3, 8, 1]))
     assert isinstance(error, NonFiniteError)
     assert list(error.steps) == [4, 5, 6]
     assert "got 3 steps in a row" in str(error)

@@ -9,9 +9,10 @@ import yaml
 
 from ijepa_fast import train
 from ijepa_fast.config import Config
-from ijepa_fast.config.cli import UsageError, as_dict, flatten, parse
+from ijepa_fast.config.cli import as_dict, flatten, parse
 from ijepa_fast.config.presets import preset
 from ijepa_fast.config.released_yaml import is_released
+from ijepa_fast.errors import UsageError
 from ijepa_fast.state.run_folder import NOT_RECIPE
 from ijepa_fast.visualize.run_pictures import Pictures
 from tests.trainer import tiny

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ijepa_fast.config.cli import load_yaml
+from ijepa_fast.errors import CheckpointError
 from ijepa_fast.state import checkpoint
 from tests.trainer import tiny
 from tests.trainer.damage import mutate
@@ -81,7 +82,7 @@ def test_mutated_checkpoints_are_refused_or_whole(tmp_path, name):
         (path / name).write_bytes(mutate(whole[name], np.random.default_rng(seed)))
         try:
             state = checkpoint.read(path)
-        except checkpoint.CheckpointError:
+        except CheckpointError:
             refused += 1
             continue
         # unchanged, or changed where it makes no difference (a space in the manifest)
@@ -105,7 +106,7 @@ def test_mutated_checkpoints_are_refused_or_whole(tmp_path, name):
 def test_hostile_manifests(tmp_path, manifest):
     path = checkpoint.write(tmp_path, _state(7))
     (path / "manifest.json").write_bytes(manifest.encode("utf-8", "surrogatepass"))
-    with pytest.raises(checkpoint.CheckpointError):
+    with pytest.raises(CheckpointError):
         checkpoint.read(path)
 
 

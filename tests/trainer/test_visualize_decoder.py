@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast.config.cli import UsageError
+from ijepa_fast.errors import UsageError
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.reference import normalise, predict
 from ijepa_fast.visualize import __main__ as command_line
@@ -292,7 +292,7 @@ def _toy(count, seed):
 
 @pytest.fixture(scope="module")
 def painter():
-    lines: list[decoder.Training] = []
+    lines: list[decoder.Progress] = []
     about = {"run": "somewhere", "step": 9, "digest": "abc"}
     given, _, _ = _toy(512, seed=0)
     made = train_decoder(given, Budget(None, 220), about=about, width=16, report=lines.append)
@@ -475,7 +475,7 @@ def test_the_picture_shows_context_and_completions(networks, images, tmp_path, m
     drawn, boxes = [], []
     monkeypatch.setattr(pyplot.Axes, "imshow", lambda _, image, **__: drawn.append(image))
     monkeypatch.setattr(pyplot.Axes, "add_patch", lambda _, patch: boxes.append(patch))
-    pictures = inputs.Pictures(
+    pictures = inputs.ShownImages(
         images=images[:2], labels=torch.tensor([-1, -1]), classes=(), names=("a", "b")
     )
     given = predictor.held_out(networks, images[:2], side=8)

@@ -14,7 +14,7 @@ from ijepa_fast.config import DataConfig, MaskConfig
 from ijepa_fast.masks import mean_tokens, sample_masks
 from ijepa_fast.model import VisionTransformer, initialise
 from ijepa_fast.visualize import __main__ as command_line
-from ijepa_fast.visualize import curves, features, figure, inputs, masks
+from ijepa_fast.visualize import curves, feature_pictures, figure, inputs, masks
 from ijepa_fast.weights import Shape, export, read_weights
 from ijepa_fast.weights.encoder import Encoder, network_of
 from tests.trainer import tiny
@@ -265,7 +265,7 @@ def test_colours_are_the_principal_components_of_all_patches():
     strengths = torch.tensor([8.0, 4.0, 2.0, 0.5, 0.2])
     latent = torch.randn(3 * 20, 5, generator=generator) * strengths
     given = (latent @ basis + 7).view(3, 20, 16)
-    colours = features.pca_colours(given)
+    colours = feature_pictures.pca_colours(given)
     assert colours.shape == (3, 20, 3)
     rows = given.double().flatten(0, 1).numpy()
     centred = rows - rows.mean(axis=0)
@@ -280,12 +280,12 @@ def test_colours_are_the_principal_components_of_all_patches():
 
 def test_fewer_components_than_three_are_grey():
     flat = torch.arange(12.0).view(2, 6, 1) * torch.tensor([1.0, -2.0])
-    colours = features.pca_colours(flat)
+    colours = feature_pictures.pca_colours(flat)
     assert (colours[..., 1:] == 0.5).all()
     assert colours[..., 0].min() == 0
     assert colours[..., 0].max() == 1
     with pytest.raises(ValueError, match="features must be finite"):
-        features.pca_colours(torch.full((1, 2, 3), torch.nan))
+        feature_pictures.pca_colours(torch.full((1, 2, 3), torch.nan))
 
 
 def test_larger_images_and_exported_weights(run, tmp_path):
@@ -293,12 +293,12 @@ def test_larger_images_and_exported_weights(run, tmp_path):
     assert name == "run, step 6"
     assert own is not None
     images = torch.randint(0, 256, (2, 64, 48, 3), dtype=torch.uint8)
-    found = features.patch_features(encoder, images)
+    found = feature_pictures.patch_features(encoder, images)
     assert found.shape == (2, 48, 32)
-    torch.testing.assert_close(features.pooled_features(encoder, images), found.mean(dim=1))
+    torch.testing.assert_close(feature_pictures.pooled_features(encoder, images), found.mean(dim=1))
     export.export(read_weights(run), tmp_path / "hf", layout="hf")
     again, other, none, name = inputs.load_encoder(tmp_path / "hf")
-    assert torch.equal(features.patch_features(again, images), found)
+    assert torch.equal(feature_pictures.patch_features(again, images), found)
     assert (other.crop_size, none, name) == (data.crop_size, None, "hf")
 
 
@@ -349,7 +349,7 @@ def test_nearest_against_a_plain_search():
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(30, 8, generator=generator) + 5
     queries = np.array([4, 0, 29])
-    found = features.nearest(rows, queries, 5)
+    found = feature_pictures.nearest(rows, queries, 5)
     centred = rows.double().numpy() - rows.double().numpy().mean(axis=0)
     for line, query in enumerate(queries):
         cosines = [
@@ -361,12 +361,12 @@ def test_nearest_against_a_plain_search():
         assert found.rows[line].tolist() == [-row for _, row in best]
         np.testing.assert_allclose(found.cosines[line], [c for c, _ in best], atol=1e-5)
     with pytest.raises(ValueError, match=r"k must be in 1\.\.29"):
-        features.nearest(rows, queries, 30)
+        feature_pictures.nearest(rows, queries, 30)
 
 
 def test_duplicates_are_nearest(run, tmp_path, drawn, capsys, monkeypatch):
     """Twelve files of noise, each twice; features of patches are never kept for all of them."""
-    monkeypatch.delattr(features, "patch_features")
+    monkeypatch.delattr(feature_pictures, "patch_features")
     rng = np.random.default_rng(0)
     for number in range(12):
         image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))

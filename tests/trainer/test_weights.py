@@ -21,7 +21,8 @@ from torch import nn
 
 import ijepa_fast
 from ijepa_fast.config import ARCHITECTURES
-from ijepa_fast.config.cli import UsageError, parse
+from ijepa_fast.config.cli import parse
+from ijepa_fast.errors import UsageError
 from ijepa_fast.model import Predictor, initialise
 from ijepa_fast.state import checkpoint
 from ijepa_fast.weights import (

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ijepa_fast import evaluate
 from ijepa_fast.config import ARCHITECTURES
-from ijepa_fast.config.cli import UsageError
+from ijepa_fast.errors import UsageError
 from ijepa_fast.weights import Shape, export, fit_to, read_weights
 from tests.trainer import tiny
 from tests.trainer.test_weights import SMALL, WIDE, _images, _near, _network, _pretrained, _released

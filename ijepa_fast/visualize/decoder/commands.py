@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_fast import evaluate
-from ijepa_fast.config import UsageError
 from ijepa_fast.data import NAMES
+from ijepa_fast.errors import UsageError
 from ijepa_fast.state import write_file
 from ijepa_fast.visualize import inputs
 from ijepa_fast.visualize.decoder import predictor, proof
@@ -17,7 +17,7 @@ from ijepa_fast.visualize.decoder.conditions import block_side, conditions
 from ijepa_fast.visualize.decoder.decoder import (
     Budget,
     Decoder,
-    Training,
+    Progress,
     check_free,
     load_decoder,
     require_match,
@@ -25,9 +25,9 @@ from ijepa_fast.visualize.decoder.decoder import (
     train_decoder,
 )
 from ijepa_fast.visualize.figure import check_out
-from ijepa_fast.visualize.picture_commands import Picture, Run, at_least, source_of
+from ijepa_fast.visualize.picture_commands import Picture, RunFolderArgument, at_least, source_of
 
-__all__ = ["Predictor", "Prove", "TrainDecoder"]
+__all__ = ["PredictorPicture", "Prove", "TrainDecoder"]
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _train(
         *(len(given), len(pictures.images), root, side, side),
     )
 
-    def report(line: Training) -> None:
+    def report(line: Progress) -> None:
         _logger.info("step %d (%.0f %%): loss %.4f", line.step, 100 * line.done, line.loss)
 
     about = {
@@ -78,7 +78,7 @@ class TrainDecoder:
     training part of the data. I-JEPA is frozen.
     """
 
-    run: Run
+    run: RunFolderArgument
     """Folder of a run."""
     out: Path
     """New folder for the decoder."""
@@ -126,10 +126,10 @@ class TrainDecoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictor(Picture):
+class PredictorPicture(Picture):
     """What the predictor believes is behind a block: samples of the block from its prediction."""
 
-    run: Run
+    run: RunFolderArgument
     """Folder of a run."""
     decoder: Path
     """Folder of its decoder (train-decoder)."""
@@ -182,7 +182,7 @@ class Predictor(Picture):
 class Prove:
     """Measures on held-out blocks whether completions show the hidden class."""
 
-    run: Run
+    run: RunFolderArgument
     """Folder of a run."""
     decoder: Path
     """Folder of its decoder (train-decoder)."""

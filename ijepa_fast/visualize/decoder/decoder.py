@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ijepa_fast.config import UsageError
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.state import fsync, safetensors_pieces, sha256_of, write_file
 from ijepa_fast.visualize.decoder.conditions import Conditions
@@ -32,7 +32,7 @@ from ijepa_fast.visualize.inputs import Networks, device
 __all__ = [
     "Budget",
     "Decoder",
-    "Training",
+    "Progress",
     "check_free",
     "load_decoder",
     "require_match",
@@ -73,7 +73,7 @@ class Budget(NamedTuple):
         return min(1.0, max(shares))
 
 
-class Training(NamedTuple):
+class Progress(NamedTuple):
     """A line about training: steps done, share of the budget, mean loss since the last line."""
 
     step: int
@@ -157,7 +157,7 @@ def train_decoder(
     about: Mapping[str, Any],
     seed: int = 0,
     width: int = 32,
-    report: Callable[[Training], None] | None = None,
+    report: Callable[[Progress], None] | None = None,
 ) -> Decoder:
     """Trains a decoder on blocks of training images.
 
@@ -208,10 +208,10 @@ def train_decoder(
         if report and time.monotonic() - reported > REPORT_SECONDS:
             reported, last = time.monotonic(), float(torch.stack(losses).mean())
             losses = []
-            report(Training(step, budget.done(started, step), last))
+            report(Progress(step, budget.done(started, step), last))
     last = float(torch.stack(losses).mean()) if losses else last
     if report:
-        report(Training(step, 1.0, last))
+        report(Progress(step, 1.0, last))
     return Decoder(
         denoiser=average,
         mean=mean.to(where),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ijepa_fast.visualize.decoder.conditions import Conditions, conditions, paste
 from ijepa_fast.visualize.figure import panel, patch_pixels, pyplot, save
-from ijepa_fast.visualize.inputs import Networks, Pictures
+from ijepa_fast.visualize.inputs import Networks, ShownImages
 from ijepa_fast.visualize.masks import outline
 
 __all__ = ["FIRST_STEP", "draw_predictor", "held_out", "spread"]
@@ -26,7 +26,7 @@ def held_out(networks: Networks, images: Tensor, *, side: int, seed: int = 0) ->
 
 def draw_predictor(
     path: Path,
-    pictures: Pictures,
+    pictures: ShownImages,
     given: Conditions,
     completions: list[Tensor],
     *,

@@ -30,7 +30,7 @@ from ijepa_fast.visualize.decoder.predictor import spread
 from ijepa_fast.visualize.inputs import device
 
 __all__ = [
-    "Estimate",
+    "Interval",
     "as_text",
     "bootstrap_mean",
     "bootstrap_spearman",
@@ -48,7 +48,7 @@ CLASSIFIER_BATCH = 128
 Floats = NDArray[np.float64]
 
 
-class Estimate(NamedTuple):
+class Interval(NamedTuple):
     """A number and its 95 % interval."""
 
     value: float
@@ -60,9 +60,9 @@ class Estimate(NamedTuple):
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def _interval(value: float, resampled: Floats) -> Estimate:
+def _interval(value: float, resampled: Floats) -> Interval:
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def _resamples(n: int, count: int, seed: int) -> NDArray[np.int64]:
@@ -70,7 +70,7 @@ def _resamples(n: int, count: int, seed: int) -> NDArray[np.int64]:
     return torch.randint(n, (count, n), generator=generator).numpy()
 
 
-def bootstrap_mean(values: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+def bootstrap_mean(values: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Mean of (n,) values and its percentile interval over resampled rows."""
     rows = _resamples(len(values), resamples, seed)
     return _interval(float(values.mean()), values[rows].mean(axis=1))
@@ -91,7 +91,7 @@ def spearman(x: Floats, y: Floats) -> float:
     return float((a * b).sum() / norm) if norm > 0 else float("nan")
 
 
-def bootstrap_spearman(x: Floats, y: Floats, *, seed: int = 0, resamples: int = 2000) -> Estimate:
+def bootstrap_spearman(x: Floats, y: Floats, *, seed: int = 0, resamples: int = 2000) -> Interval:
     """Spearman's rank correlation and its percentile interval over resampled rows."""
     rows = _resamples(len(x), resamples, seed)
     found = np.array([spearman(x[r], y[r]) for r in rows])
@@ -262,10 +262,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         f"hidden class named (largest class {100 * result['largest_class_share']:.1f} %)",
     ]
     for name, entry in result["accuracy"].items():
-        lines.append(f"  {name:<35}  {Estimate(**entry).percent()}")
+        lines.append(f"  {name:<35}  {Interval(**entry).percent()}")
     for name, entry in result["difference"].items():
         verdict = "holds" if entry["low"] > 0 else "NOT shown: the interval holds 0 or less"
-        lines.append(f"  {name:<35}  {Estimate(**entry).percent()}  {verdict}")
+        lines.append(f"  {name:<35}  {Interval(**entry).percent()}  {verdict}")
     entry = result["spread_and_visible_share"]
     if entry:
         verdict = "holds" if entry["high"] < 0 else "NOT shown: the interval holds 0 or more"

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ijepa_fast.config import EvalConfig
-from ijepa_fast.config.cli import UsageError, parse
+from ijepa_fast.config.cli import parse
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.data import open_index
-from ijepa_fast.evaluate import monitors
-from ijepa_fast.evaluate import online as looks
-from ijepa_fast.evaluate.online import Looks, look_interval
+from ijepa_fast.errors import UsageError
+from ijepa_fast.evaluate import monitors, online
+from ijepa_fast.evaluate.online import OnlineEvaluation, look_interval
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.reference import normalise
 from ijepa_fast.schedules import Schedules
@@ -72,7 +72,7 @@ def test_the_last_look_is_of_the_saved_weights(run, data):
     assert state is not None
     config = parse(["--config", str(run / "config.yaml")]).config
     index = open_index(str(data))[0]
-    of = Looks(config, index, CPU)
+    of = OnlineEvaluation(config, index, CPU)
     context, target, predictor = of.networks(state.tensors)
     images, _ = of._load()
     assert len(images) == 40
@@ -162,9 +162,9 @@ def test_looks_cost_less_than_half_a_percent(name, world):
     if config.eval.whole:
         assert name == "demo"
         return
-    of_one = looks.IMAGES * (1 + looks.VIEWS)
+    of_one = online.IMAGES * (1 + online.VIEWS)
     if config.eval.data:
-        of_one += looks.TRAIN_ROWS + looks.TEST_ROWS
+        of_one += online.TRAIN_ROWS + online.TEST_ROWS
     number = 2 + math.ceil(steps / every) - 1
     # both encoders and the predictor, forward; backward twice as much for two of them
     share = number * of_one * world / (4 * config.batch.global_ * steps)
@@ -186,8 +186,8 @@ def test_looks_in_between_are_as_many_as_the_share_pays_for():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_all_labelled_images_only_where_asked_for(whole, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(looks, "TRAIN_ROWS", 16)
-    monkeypatch.setattr(looks, "TEST_ROWS", 4)
+    monkeypatch.setattr(online, "TRAIN_ROWS", 16)
+    monkeypatch.setattr(online, "TEST_ROWS", 4)
     # the recipe is over the preset `demo`, which asks for it
     flag = "eval__whole" if whole else "eval__no_whole"
     settings = {"eval__data": data, "eval__every": 2, flag: True}
@@ -215,10 +215,10 @@ def test_views_are_crops_where_the_recipe_has_none(data):
     index = open_index(str(data))[0]
     arguments = ["--data", str(data), "--data.crop", "32", "--model.patch-size", "8"]
     crops = ["--data.scale", "1", "1", "--data.ratio", "1", "1"]
-    _, views = Looks(parse([*arguments, *crops]).config, index, CPU)._load()
+    _, views = OnlineEvaluation(parse([*arguments, *crops]).config, index, CPU)._load()
     assert len(views) == 4
     assert not any(torch.equal(views[0], view) for view in views[1:])
-    _, same = Looks(parse(arguments).config, index, CPU)._load()
+    _, same = OnlineEvaluation(parse(arguments).config, index, CPU)._load()
     assert all(torch.equal(a, b) for a, b in zip(views, same, strict=True))
 
 

@@ -25,7 +25,7 @@ from ijepa_fast.data.pixels import (
 )
 from ijepa_fast.data.sources import Bad
 
-__all__ = ["YOUNG_NS", "Image", "Probed", "probe_file", "probe_shard"]
+__all__ = ["YOUNG_NS", "Image", "Inspected", "inspect_file", "inspect_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Image(NamedTuple):
     mark: int
 
 
-class Probed(NamedTuple):
+class Inspected(NamedTuple):
     """One file, or one shard: its images, what in it is unusable, its stamp (0: not known)."""
 
     path: str
@@ -105,7 +105,7 @@ class _Cut:
         return data
 
 
-def probe_file(root: str, path: str, label: str | None, *, verify: bool) -> Probed:
+def inspect_file(root: str, path: str, label: str | None, *, verify: bool) -> Inspected:
     """Reads the header of one file; the pixels only if the end marker is missing, or to verify.
 
     Args:
@@ -119,18 +119,18 @@ def probe_file(root: str, path: str, label: str | None, *, verify: bool) -> Prob
         descriptor, status = open_regular(os.path.join(root, path))
         try:
             known = _stamp(status)
-            image = _probe(descriptor, 0, status.st_size, verify=verify)
+            image = _inspect(descriptor, 0, status.st_size, verify=verify)
         finally:
             os.close(descriptor)
     except MemoryError:
         raise
     # Pillow raises nearly anything on a hostile file; all of it means that the file is not usable.
     except Exception as error:  # noqa: BLE001
-        return Probed(path, [], [Bad(path, _reason(root, path, error))], known)
-    return Probed(path, [image._replace(label=label)], [], known)
+        return Inspected(path, [], [Bad(path, _reason(root, path, error))], known)
+    return Inspected(path, [image._replace(label=label)], [], known)
 
 
-def _probe(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
+def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
     if length == 0:
         raise ValueError("the file is empty")
     if length > _LONGEST:
@@ -178,7 +178,7 @@ def _reason(root: str, path: str, error: Exception) -> str:
     return describe(error)
 
 
-def probe_shard(root: str, path: str, label: str | None, *, verify: bool) -> Probed:
+def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> Inspected:
     """Lists a tar shard in the WebDataset layout and reads the headers of its images.
 
     A sample is what shares a name up to the first dot behind the last slash; its class is the
@@ -200,7 +200,7 @@ def probe_shard(root: str, path: str, label: str | None, *, verify: bool) -> Pro
     try:
         descriptor, status = open_regular(os.path.join(root, path))
     except OSError as error:
-        return Probed(path, [], [Bad(path, _reason(root, path, error))], 0)
+        return Inspected(path, [], [Bad(path, _reason(root, path, error))], 0)
     with contextlib.closing(io.FileIO(descriptor, "rb")):
         known = _stamp(status)
         members = _members(_Range(descriptor, 0, status.st_size))
@@ -226,7 +226,7 @@ def probe_shard(root: str, path: str, label: str | None, *, verify: bool) -> Pro
                 try:
                     if member.offset_data + member.size > status.st_size:
                         raise ValueError("the shard ends before the file does")
-                    image = _probe(descriptor, member.offset_data, member.size, verify=verify)
+                    image = _inspect(descriptor, member.offset_data, member.size, verify=verify)
                 except MemoryError:
                     raise
                 # As above.
@@ -251,7 +251,7 @@ def probe_shard(root: str, path: str, label: str | None, *, verify: bool) -> Pro
         image._replace(label=labels.get(key, label))
         for image, key in zip(images, keys, strict=True)
     ]
-    return Probed(path, labelled, bad, known, ignored)
+    return Inspected(path, labelled, bad, known, ignored)
 
 
 def _members(file: "_Range") -> Iterator[tarfile.TarInfo]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast.visualize.figure import panel, pyplot, save
-from ijepa_fast.visualize.inputs import Pictures
+from ijepa_fast.visualize.inputs import ShownImages
 from ijepa_fast.weights import Encoder
 
 __all__ = [
@@ -84,7 +84,7 @@ def pca_colours(features: Tensor) -> NDArray[np.float64]:
     return colours.reshape(*features.shape[:2], 3)
 
 
-def draw_pca(path: Path, pictures: Pictures, colours: NDArray[np.float64], title: str) -> None:
+def draw_pca(path: Path, pictures: ShownImages, colours: NDArray[np.float64], title: str) -> None:
     """Writes a PNG: each image, and right of it the colours of its patches.
 
     Args:
@@ -145,7 +145,7 @@ def nearest(features: Tensor, queries: NDArray[np.int64], k: int) -> Neighbours:
 
 
 def draw_neighbours(
-    path: Path, pictures: Pictures, queries: NDArray[np.int64], found: Neighbours, title: str
+    path: Path, pictures: ShownImages, queries: NDArray[np.int64], found: Neighbours, title: str
 ) -> None:
     """Writes a PNG: a query a row, then its neighbours with their cosines; where there are labels
     the frame is green around images of the query's class and red around others.
