@@ -233,7 +233,7 @@ def soak(index: Index, device: torch.device, *, cores: int, seconds: float) -> R
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     lines = [
         "| provider | images/s | per core | CPU | x torch uint8 | x torch float "
         "| first batch | memory |",

@@ -74,7 +74,7 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """Images of a step."""
         return self.config.batch.global_
 
     @property

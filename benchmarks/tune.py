@@ -1,7 +1,7 @@
 """What there is to search in the ops' launch tables, for ``make gpu-check PART=tune``.
 
 Shipped kernels carry fixed tables, not autotuners: a search here, on the machine, and the winner
-is written into the op's file by hand, with the numbers in docs/performance.md.
+is written into the op's file by hand, with the numbers in docs/log/.
 """
 
 import functools
@@ -70,7 +70,7 @@ def _rows(model: Model) -> list[Candidate]:
 
 
 def _grid(**values: Sequence[Any]) -> Callable[[Model], list[Candidate]]:
-    """All combinations."""
+    """A function that gives every combination of these values, whatever the model."""
     rows = [dict(zip(values, row, strict=True)) for row in product(*values.values())]
     return lambda _: list(rows)
 

@@ -1,7 +1,6 @@
 """The gate on compiled code, its parts, and what kernels broken on purpose turn red."""
 
 import ast
-import json
 import os
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ import triton.language as tl
 
 from benchmarks.shapes import MODELS
 from benchmarks.static import gate
-from benchmarks.static.measure import Counts, Numbers, count, measure
-from benchmarks.static.occupancy import SMS, occupancy, resident_blocks
+from benchmarks.static.measure import Numbers, measure
+from benchmarks.static.occupancy import SMS
 from benchmarks.static.record import recording
-from benchmarks.static.table import compare, load, pinned_version, save, show
+from benchmarks.static.table import load, pinned_version
 from tests.ops import test_source_rules as source_rules
 
 ROOT = Path(__file__).parents[1]
@@ -166,137 +165,18 @@ def test_the_source_rules_find(name, rule):
     assert list(rule(ast.parse(_broken(name)), "_layer_norm"))
 
 
-# --- occupancy -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sm", "warps", "registers", "shared", "blocks"),
-    [
-        # 2048 registers a warp: 8 in each of 4 partitions of 16384, so 32 warps
-        (80, 4, 64, 0, 8),
-        # 65 registers are 2080 a warp, given out as 2304: 7 in a partition, 28 warps
-        (80, 4, 65, 0, 7),
-        (80, 8, 65, 0, 3),
-        # 1376 a warp, given out as 1536
-        (80, 4, 43, 0, 10),
-        # by warps, and by blocks
-        (90, 4, 32, 0, 16),
-        (90, 1, 16, 0, 32),
-        # 40 KB and the 1 KB of the system: 4 in 164 KB, 5 in 228 KB
-        (80, 4, 32, 40 * 1024, 4),
-        (90, 4, 32, 40 * 1024, 5),
-        (100, 4, 32, 40 * 1024, 5),
-        # in units of 128 bytes
-        (80, 4, 32, 32512, 5),
-        (80, 4, 32, 32513, 4),
-        (80, 4, 32, 163 * 1024, 1),
-        (80, 4, 32, 163 * 1024 + 1, 0),
-        (90, 32, 64, 0, 1),
-        (90, 32, 65, 0, 0),
-    ],
-)
-def test_resident_blocks(sm, warps, registers, shared, blocks):
-    """Computed by hand. CUDA 12.9's cuda_occupancy.h gave the same as ours in 1.2 million cases:
-    1 to 32 warps, 16 to 255 registers, 0 to 163 KB, all three architectures.
-    """
-    assert resident_blocks(SMS[sm], warps, registers, shared) == blocks
-    assert occupancy(SMS[sm], warps, registers, shared) == blocks * warps / 64
-
-
-# --- reading machine code ------------------------------------------------------------------------
-
-LISTING = """
-	.headerflags	@"EF_CUDA_64BIT_ADDRESS EF_CUDA_SM80"
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/              @!P0 LDG.E.128 R4, [R2.64] ;
-        /*0020*/                   LDG.E.64.CONSTANT R8, [R2.64+0x10] ;
-        /*0030*/               @P1 LDG.E.U16 R9, [R2.64+0x10] ;
-        /*0040*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], [R2.64] ;
-        /*0050*/                   LDG.E R10, [R2.64+0x20] ;
-        /*0060*/                   LDS.128 R12, [R3] ;
-        /*0070*/                   LDGDEPBAR ;
-        /*0080*/                   STL [R1], R9 ;
-        /*0090*/             @!UP0 LDL.64 R10, [R1] ;
-        /*00a0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
-        /*00b0*/                   ST.E.U8 [R2.64], R9 ;
-        /*00c0*/              @!P2 BRA 0x10 ;
-        /*00d0*/                   EXIT ;
-        /*00e0*/                   BRA 0xe0;
-        /*00f0*/                   NOP;
-        /*10000*/                  NOP;
-"""
-
-
-def test_count():
-    assert count(LISTING) == Counts(
-        instructions=14,
-        local_accesses=2,
-        loaded=16 + 8 + 2 + 16 + 4,
-        loaded_wide=32,
-        stored=17,
-        stored_wide=16,
-    )
-
-
 # --- from call to machine code -------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _copy_kernel(
-    x_ptr,
-    out_ptr,
-    size,
-    rows,
-    one,
-    flag,
-    nothing,
-    big,
-    scale,
-    BLOCK: tl.constexpr,
-):
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + place, mask=place < size, other=0.0)
-    tl.store(out_ptr + place, x * scale, mask=place < size)
+    tl.store(out_ptr + place, tl.load(x_ptr + place, mask=place < size), mask=place < size)
 
 
-def _copy(size=1 << 20, offset=0, warps=4):
+def _copy(size=1 << 20, offset=0):
     x = torch.empty(2 << 20, device="meta")[offset:]
-    _copy_kernel[(1024,)](x, x, size, 16, 1, True, None, 1 << 40, 0.5, BLOCK=1024, num_warps=warps)
-
-
-def test_a_launch_is_recorded_as_triton_would_compile_it():
-    with recording(90) as launches:
-        _copy()
-        _copy(warps=8)
-        _copy(warps=8)
-    four, eight, again = launches
-    assert eight == again != four
-    assert four.kernel == "_copy_kernel"
-    assert four.tile == 1024
-    assert (four.options["num_warps"], eight.options["num_warps"]) == (4, 8)
-    assert four.options["arch"] == "sm90"
-    assert four.signature == {
-        "x_ptr": "*fp32",
-        "out_ptr": "*fp32",
-        "size": "i32",
-        "rows": "i32",
-        "one": "constexpr",
-        "flag": "u1",
-        "nothing": "constexpr",
-        "big": "i64",
-        "scale": "fp32",
-        "BLOCK": "constexpr",
-    }
-    divisible = {place for (place, *_), given in four.attributes.items() if given}
-    # rows is divisible too but must not be specialised
-    assert divisible == {0, 1, 2, 7}
-    assert {place: four.constants[place,] for place in (4, 6, 9)} == {4: 1, 6: None, 9: 1024}
-
-
-def test_nothing_is_left_behind():
-    with pytest.raises(RuntimeError, match="oops"), recording(80):
-        raise RuntimeError("oops")
-    assert triton.knobs.runtime.jit_cache_hook is None
+    _copy_kernel[(1024,)](x, x, size, BLOCK=1024)
 
 
 @pytest.mark.parametrize("sm", SMS)
@@ -317,17 +197,7 @@ def test_measure_sees_alignment(sm):
 
 # --- judging -------------------------------------------------------------------------------------
 
-NUMBERS = Numbers(
-    warps=4,
-    tile=1024,
-    registers=40,
-    spills=0,
-    shared=512,
-    occupancy=75.0,
-    wide_loads=100.0,
-    wide_stores=80.0,
-    instructions=20.0,
-)
+NUMBERS = Numbers(4, 1024, 40, 0, 512, 75.0, 100.0, 80.0, 20.0)
 ROW = "op | fwd | B/16 | _op_kernel"
 TABLE = {"1.0": {"sm_80": {ROW: NUMBERS}}}
 
@@ -352,34 +222,10 @@ def test_worse_numbers_fail(change, text):
     report = _judged(replace(NUMBERS, **change))
     assert report.worse == (f"{ROW} | sm_80: {text}; if intended, `make static-accept`",)
     assert report.failures == report.worse
-    assert f"FAILED {report.worse[0]}" in report.text()
     # told only where another Triton is pinned
-    other = _judged(replace(NUMBERS, **change), version="2.0", pinned="1.0")
-    assert not other.failures
-    assert other.notes == (f"told only, the table is of triton 1.0: {ROW} | sm_80: {text}",)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"registers": 44},
-        {"registers": 30},
-        {"shared": 0},
-        {"occupancy": 100.0},
-        {"wide_stores": 100.0},
-        {"wide_stores": None},
-        {"wide_loads": 99.5},
-        {"instructions": 21.0},
-        {"warps": 8, "tile": 2048},
-    ],
-)
-def test_other_changes_are_told(change):
-    report = _judged(replace(NUMBERS, **change))
-    assert not report.failures
-    assert len(report.notes) == len(change)
-    assert all(note.startswith("changed, not for the worse: ") for note in report.notes)
-    assert len(_judged(replace(NUMBERS, **change), version="2.0").notes) == bool(change)
+    assert not _judged(replace(NUMBERS, **change), version="2.0").failures
+    # within the tolerance, or better
+    assert not _judged(replace(NUMBERS, registers=44, shared=0, wide_loads=99.5)).failures
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -400,52 +246,9 @@ def test_rows_must_be_those_of_the_table():
         "op: 1 rows in the table but no longer launched",
     ]
     # of what was not measured nothing is expected
-    for about in ({"ops": frozenset({"other"})}, {"skipped": frozenset({ROW})}):
-        assert len(_judged(row="op | bwd | B/16 | _op_kernel", **about).failures) == 1
-    assert not _judged(row="op | bwd | B/16 | _op_kernel", version="2.0").failures
+    about = {"ops": frozenset({"other"})}
+    assert len(_judged(row="op | bwd | B/16 | _op_kernel", **about).failures) == 1
     assert len(_judged(version="2.0", pinned="2.0").failures) == 1, "no table of this version"
-
-
-def test_accept_keeps_what_was_not_measured(tmp_path):
-    path = tmp_path / "table.json"
-    other = "other | fwd | B/16 | _other_kernel"
-    save({"0.9": TABLE["1.0"], "1.0": {"sm_80": {ROW: NUMBERS, other: NUMBERS}}}, path)
-    new = replace(NUMBERS, registers=50, wide_loads=None)
-    bwd = "op | bwd | B/16 | _op_kernel"
-    table = {"sm_80": {bwd: new}, "sm_100": {bwd: new}}
-    gate.accept(gate.Report(version="1.0", table=table, ops=frozenset({"op"})), path)
-    assert load(path) == {
-        "0.9": TABLE["1.0"],
-        "1.0": {"sm_80": {bwd: new, other: NUMBERS}, "sm_100": {bwd: new}},
-    }
-    before = path.read_text()
-    save(load(path), path)
-    assert path.read_text() == before
-    assert json.loads(before)["1.0"]["sm_100"][bwd]["registers"] == 50
-    assert len(before.splitlines()) == 16, "a row a line"
-
-
-def test_show_merges_what_is_equal():
-    large = "op | fwd | H/14 | _op_kernel"
-    rows = {ROW: NUMBERS, large: NUMBERS}
-    more = {ROW: NUMBERS, large: NUMBERS}
-    text = show({"sm_80": rows, "sm_90": more}).splitlines()
-    assert len(text) == 2
-    assert text[1].split()[:5] == ["op", "fwd", "B/16", "H/14", "op"]
-    more[large] = replace(NUMBERS, registers=41)
-    lines = show({"sm_80": rows, "sm_90": more}, markdown=True).splitlines()
-    assert len(lines) == 4
-    assert "| 40 / 41 | 0 |" in lines[3]
-
-
-def test_compare_sorts_the_worse_first():
-    new = {"sm_80": {ROW: replace(NUMBERS, warps=8, registers=60)}}
-    assert [change.metric for change in compare(TABLE["1.0"], new)] == ["registers", "warps"]
-
-
-def test_unknown_op():
-    with pytest.raises(ValueError, match=r"only must be among .*add_layer_norm.*, got nonsense"):
-        gate.measured(["nonsense"])
 
 
 def test_the_table_is_of_the_pinned_version():

@@ -47,7 +47,7 @@ def fashion_mnist() -> Config:
     published = fashion_mnist_published()
     return replace(
         published,
-        # crops of so few pixels cost accuracy (docs/learning.md)
+        # crops of so few pixels cost accuracy (docs/log/learning.md)
         data=replace(published.data, scale=(1.0, 1.0), ratio=(1.0, 1.0)),
         masks=replace(published.masks, num_targets=6, target_scale=(0.08, 0.12), min_keep=6),
         optim=replace(published.optim, lr=5e-4),

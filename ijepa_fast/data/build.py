@@ -292,7 +292,7 @@ class _Parts:
         return self._labels.setdefault(label, len(self._labels))
 
     def finish(self) -> Index:
-        """The table."""
+        """The table of all files that were added; none may be added after it."""
         self._flush()
         columns = {name: np.concatenate(pieces) for name, pieces in self._columns.items()}
         numbers = all(label.isdecimal() for label in self._labels)

@@ -103,7 +103,7 @@ class Texts(Sequence[str]):
         return self.raw(place % len(self)).decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        """All texts."""
+        """All texts, by row number, decoded one at a time."""
         return (self[place] for place in range(len(self)))
 
 

@@ -221,7 +221,7 @@ class Loader(Iterator[Batch]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Closes."""
+        """Stops the background thread and drops what it has read ahead."""
         self.close()
 
     def close(self) -> None:

@@ -153,7 +153,7 @@ class PillowDecoder:
 
     @property
     def pool(self) -> ThreadPoolExecutor:
-        """Its threads."""
+        """The threads that decode, one image each at a time."""
         return self._pool
 
     def decode(

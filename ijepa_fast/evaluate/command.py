@@ -67,7 +67,7 @@ class EvaluateArgs:
     encoder: Which = "target"
     """Which of the two encoders."""
     k: int = 20
-    """Neighbours."""
+    """Nearest training images that vote on an image's class."""
     linear_epochs: int | None = None
     """Passes of the linear probe; by default as many as its size asks for."""
     finetune: FinetuneArgs = field(default_factory=FinetuneArgs)

@@ -52,7 +52,7 @@ FORWARDS = 4
 def look_interval(config: Config, steps: int, world: int = 1) -> int:
     """Steps between two looks; 0 where there are none. `eval.every`, or as often as 0.4 % of the
     run's work pays for, those at the start and the end included, at most 50 times between them.
-    It is counted in forward passes and comes to 0.6 % of the time on a CPU (docs/performance.md).
+    It is counted in forward passes and comes to 0.6 % of the time on a CPU (docs/speed.md).
 
     Args:
         config: of the run.

@@ -102,7 +102,7 @@ RATIOS = Ratios(rms=1.5, tensor=3.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One comparison."""
+    """One comparison: which tensor, its error, and the limit it is held to."""
 
     kind: str
     name: str

@@ -182,7 +182,7 @@ class Arguments:
     path: Literal["both", "fast", "reference"] = "both"
     """Which step computes it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where."""
+    """Where the step is computed again."""
     precision: Literal["recorded", "float32"] = "recorded"
     """`float32` shows whether it was bfloat16 that broke."""
 

@@ -53,7 +53,7 @@ def source_of(data: str | None, own: Config | str | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A PNG."""
+    """What every picture is told: the file to write, and whether it may replace another."""
 
     out: Path
     """PNG file to write."""
@@ -79,7 +79,7 @@ class MaskPicture(Picture):
     """Training step whose masks are shown."""
 
     def do(self) -> None:
-        """Draws it."""
+        """Draws the picture and writes `out`."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images)
         config = inputs.read_config(self.config, self.preset)
@@ -106,7 +106,7 @@ class CurvePicture(Picture):
     """Folders of runs."""
 
     def do(self) -> None:
-        """Draws it."""
+        """Draws the picture and writes `out`."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         if not self.runs:
             raise UsageError("RUN must be given: at least one folder of a run")
@@ -129,10 +129,10 @@ class PcaPicture(Picture):
     """Height of the images in pixels, a multiple of the patch size; by default the crop's. The
     width follows. The encoder's positions are interpolated."""
     seed: int = 0
-    """Which images."""
+    """Chooses the images; the same seed, the same images."""
 
     def do(self) -> None:
-        """Draws it."""
+        """Draws the picture and writes `out`."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images, size=self.size)
         encoder, data, own, name = inputs.load_encoder(self.run)
@@ -168,10 +168,10 @@ class NeighbourPicture(Picture):
     k: int = 8
     """Neighbours of each."""
     seed: int = 0
-    """Which images."""
+    """Chooses the images; the same seed, the same images."""
 
     def do(self) -> None:
-        """Draws it."""
+        """Draws the picture and writes `out`."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, queries=self.queries, k=self.k)
         at_least(2, pool=self.pool)

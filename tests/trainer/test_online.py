@@ -147,7 +147,7 @@ def test_tensorboard(run):
 @pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_looks_cost_less_than_half_a_percent(name, world):
-    """All of a run's looks, in images through one encoder; docs/performance.md has the time."""
+    """All of a run's looks, in images through one encoder; docs/log/performance.md has the time."""
     config = preset(name)
     images = {"demo": 5_120, "fashion_mnist": 60_000, "fashion_mnist_published": 60_000}
     schedules = Schedules.of(

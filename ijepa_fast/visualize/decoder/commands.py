@@ -147,7 +147,7 @@ class PredictorPicture(Picture):
     """Which images and blocks."""
 
     def do(self) -> None:
-        """Draws it."""
+        """Draws the picture and writes `out`."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images, seeds=self.seeds, sampling_steps=self.sampling_steps)
         networks = inputs.load_networks(self.run)

@@ -50,7 +50,7 @@ class Conditions:
         return len(self.pooled)
 
     def rows(self, which: Tensor) -> "Conditions":
-        """Some of them."""
+        """The conditions of these rows."""
         names = ("pooled", "box", "pixels", "image", "context")
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 

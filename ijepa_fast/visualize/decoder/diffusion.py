@@ -40,7 +40,7 @@ class Told(NamedTuple):
     place: Tensor
 
     def rows(self, which: slice | Tensor) -> "Told":
-        """Some of them."""
+        """What these rows are told."""
         return Told(self.vector[which], self.known[which], self.place[which])
 
     def kept_back(self) -> "Told":
