@@ -123,7 +123,8 @@ class FastStep:
         self.predictor = repack(predictor, PackedPredictor, self.settings)
         block_kind = Float8Block if self.float8 else PackedBlock
         self.target_encoder = repack(plain_target, TargetEncoder, self.settings, block_kind)
-        round_weights(self.target_encoder)
+        if self.float8:
+            round_weights(self.target_encoder)
         if mesh is not None:
             shard([self.encoder, self.predictor], mesh, dtype, trained=True)
             shard([self.target_encoder], mesh, dtype, trained=False)
@@ -280,7 +281,8 @@ class FastStep:
     def _update(self, bad: Tensor) -> None:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # as GradScaler sets it
         self.optimizer.step()
-        round_weights(self.target_encoder)
+        if self.float8:
+            round_weights(self.target_encoder)
 
     # --- what a checkpoint holds -----------------------------------------------------------------
 
@@ -307,7 +309,8 @@ class FastStep:
             target.copy_(self.optimizer.state[parameter]["ema"])
         for parameter, rounded in self.copies:
             rounded.copy_(parameter)
-        round_weights(self.target_encoder)
+        if self.float8:
+            round_weights(self.target_encoder)
 
 
 def _std(features: Tensor, batch: Layout) -> Tensor:
