@@ -4,7 +4,6 @@ Shape letters: R rows after flattening, D width.
 """
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -307,9 +306,19 @@ def add_layer_norm_bwd(
 
 
 def add_layer_norm_bwd_rows(
-    grad_normed: Tensor, grad_sum: Tensor | None, *rest: Any
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    low_dtype: torch.dtype,
+    with_low: bool,
+    with_low_sums: bool,
+    with_normed: bool,
 ) -> tuple[Tensor | None, ...]:
-    summed, mean, rstd, weight, bias, low_dtype, with_low, with_low_sums, with_normed = rest
+    """What `add_layer_norm_backward` returns."""
     low = None
     if with_low and low_dtype != summed.dtype:
         low = summed.new_empty(summed.shape, dtype=low_dtype)

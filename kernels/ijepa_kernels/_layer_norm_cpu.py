@@ -60,11 +60,12 @@ def backward_rows(
     weight: Tensor,
     bias: Tensor,
     low_dtype: torch.dtype,
-    *wanted: bool,
+    with_low: bool,
+    with_low_sums: bool,
+    with_normed: bool,
 ) -> tuple[Tensor | None, ...]:
     """What `add_layer_norm_backward` returns."""
     wide, *affine = _wide(grad_normed, grad_sum, summed, mean, rstd, weight)
-    with_low, with_low_sums, with_normed = wanted
     grad = wide.to(summed.dtype)
     low = None
     if with_low:

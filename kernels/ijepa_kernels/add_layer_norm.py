@@ -95,9 +95,14 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    grad_normed: Tensor, grad_sum: Tensor | None, summed: Tensor, mean: Tensor, *rest: Any
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    x_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x_dtype = rest[-1]
     grad_x = summed.new_empty(summed.shape if x_dtype != summed.dtype else (0,), dtype=x_dtype)
     return torch.empty_like(summed), grad_x, mean.new_empty((2, summed.shape[-1]))
 

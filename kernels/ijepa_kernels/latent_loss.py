@@ -21,7 +21,7 @@ Shape letters: R rows of the prediction, S rows of the target, D width.
 """
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -192,17 +192,40 @@ def _latent_loss_fwd_bwd_kernel(
 # --- launchers -----------------------------------------------------------------------------------
 
 
-def _scale(prediction: Tensor, scale: float | None) -> float:
-    """None: the mean's. A compiled graph would hold it as a number, one graph for each R."""
-    return 1.0 / (prediction.numel() or math.nan) if scale is None else scale
+class _Inputs(NamedTuple):
+    """What both passes are given, in the order of the ops' schemas; see `latent_loss`.
+
+    Index and count have other names here, for those are methods of tuples. The scale multiplies the
+    sum; None is that of a mean, which a compiled graph would hold as a number, a graph for each R.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    source: Tensor
+    weight: Tensor | None
+    divisor: Tensor | None
+    scale: float | None
+    square: bool
+    beta: float
+    normalize: bool
+    eps: float
+    with_gradient: bool = False
+
+
+def _scale(given: _Inputs) -> float:
+    return 1.0 / (given.prediction.numel() or math.nan) if given.scale is None else given.scale
 
 
 def _launch(
-    grad_loss: Tensor | None, gradient: Tensor | None, unless_one: bool, *inputs: Any
+    given: _Inputs,
+    grad_loss: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    unless_one: bool = False,
 ) -> Tensor:
     """Fills `gradient`, if given. Without `grad_loss` returns the loss, a sum still to be made."""
-    prediction, target, index, weight, count, scale, square, beta, normalize, eps = inputs
-    prediction, width = prediction.contiguous(), prediction.shape[-1]
+    _, target, index, weight, count, *_ = given
+    prediction, width = given.prediction.contiguous(), given.prediction.shape[-1]
     rows, target_count = prediction.numel() // width, target.numel() // width
     if debugging():
         check_range("index", index, target_count)
@@ -222,9 +245,9 @@ def _launch(
         prediction if gradient is None else gradient,
         partial,
         *(rows, target_count, -(-tiles // programs) * block_r),
-        *(_scale(prediction, scale), beta, 1.0 / beta, eps),
-        SQUARE=square,
-        NORMALIZE=normalize,
+        *(_scale(given), given.beta, 1.0 / given.beta, given.eps),
+        SQUARE=given.square,
+        NORMALIZE=given.normalize,
         HAS_WEIGHT=weight is not None,
         HAS_COUNT=count is not None,
         LOSS=loss,
@@ -238,52 +261,60 @@ def _launch(
     return partial
 
 
-def _latent_loss_fwd(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _latent_loss_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     """The loss, float32 (), and the gradient of the prediction (empty if not asked for)."""
-    *options, with_gradient = rest
-    gradient = prediction.new_empty(prediction.shape if with_gradient else (0,))
-    partial = _launch(None, gradient if with_gradient else None, False, prediction, *options)
+    given = _Inputs(*inputs)
+    gradient = given.prediction.new_empty(given.prediction.shape if given.with_gradient else (0,))
+    partial = _launch(given, None, gradient if given.with_gradient else None)
     return partial.sum(), gradient
 
 
-def _latent_loss_bwd(grad_loss: Tensor, prediction: Tensor, *options: Any) -> Tensor:
+def _latent_loss_bwd(grad_loss: Tensor, *inputs: Any) -> Tensor:
     """The gradient of the prediction."""
-    gradient = prediction.new_empty(prediction.shape)
-    _launch(grad_loss, gradient, False, prediction, *options)
+    given = _Inputs(*inputs)
+    gradient = given.prediction.new_empty(given.prediction.shape)
+    _launch(given, grad_loss, gradient)
     return gradient
 
 
 def _latent_loss_bwd_(grad_loss: Tensor, gradient: Tensor, *inputs: Any) -> None:
     """Overwrites the gradient that the forward pass wrote, unless `grad_loss` is 1."""
-    _launch(grad_loss, gradient, True, *inputs)
+    _launch(_Inputs(*inputs), grad_loss, gradient, unless_one=True)
 
 
 # --- registration --------------------------------------------------------------------------------
 
 
-def _bwd_cpu(grad_loss: Tensor, prediction: Tensor, *options: Any) -> Tensor:
-    target, index, weight, count, scale, square, beta, normalize, eps = options
+def _bwd_cpu(grad_loss: Tensor, *inputs: Any) -> Tensor:
+    given = _Inputs(*inputs)
+    prediction, target, index, weight, count, *_ = given
     dtype, width = torch.promote_types(prediction.dtype, torch.float32), prediction.shape[-1:]
     rows = target.reshape(-1, *width)[index.long()].to(dtype)
-    rows = F.layer_norm(rows, width, eps=eps) if normalize else rows
+    rows = F.layer_norm(rows, width, eps=given.eps) if given.normalize else rows
     difference = prediction.reshape(-1, *width).to(dtype) - rows
-    slope = 2 * difference if square else (difference / beta).clamp(-1, 1)
-    factor = grad_loss.to(dtype) * _scale(prediction, scale)
+    slope = 2 * difference if given.square else (difference / given.beta).clamp(-1, 1)
+    factor = grad_loss.to(dtype) * _scale(given)
     factor = factor if count is None else factor / count.to(dtype)
     factor = factor if weight is None else factor * weight.to(dtype)[:, None]
     return (slope * factor).to(prediction.dtype).contiguous().view(prediction.shape)
 
 
-def _fwd_cpu(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *options, with_gradient = rest
-    target, index, weight, count, scale, square, *numbers = options
+def _fwd_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
+    given = _Inputs(*inputs)
+    prediction, target, index, weight, count, *_ = given
     check_range("index", index, target.numel() // prediction.shape[-1])
-    named: dict[str, Any] = dict(zip(("beta", "normalize", "eps"), numbers, strict=True))
-    kind: Kind = "l2" if square else "smooth_l1"
-    loss = latent_loss_ref(prediction, target, index, kind=kind, weight=weight, count=1, **named)
-    loss = loss * _scale(prediction, scale) / (1 if count is None else count.to(loss.dtype))
+    loss = latent_loss_ref(
+        *(prediction, target, index),
+        kind="l2" if given.square else "smooth_l1",
+        beta=given.beta,
+        normalize=given.normalize,
+        eps=given.eps,
+        weight=weight,
+        count=1,
+    )
+    loss = loss * _scale(given) / (1 if count is None else count.to(loss.dtype))
     one = torch.ones_like(loss)
-    return loss, _bwd_cpu(one, prediction, *options) if with_gradient else prediction.new_empty(0)
+    return loss, _bwd_cpu(one, *given) if given.with_gradient else prediction.new_empty(0)
 
 
 def _bwd_cpu_(grad_loss: Tensor, gradient: Tensor, *inputs: Any) -> None:
@@ -291,17 +322,19 @@ def _bwd_cpu_(grad_loss: Tensor, gradient: Tensor, *inputs: Any) -> None:
         gradient.copy_(_bwd_cpu(grad_loss, *inputs))
 
 
-def _fwd_fake(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    gradient = prediction.new_empty(prediction.shape if rest[-1] else (0,))
-    return prediction.new_empty((), dtype=dtype), gradient
+def _fwd_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    given = _Inputs(*inputs)
+    dtype = torch.promote_types(given.prediction.dtype, torch.float32)
+    gradient = given.prediction.new_empty(given.prediction.shape if given.with_gradient else (0,))
+    return given.prediction.new_empty((), dtype=dtype), gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    gradient, with_gradient, ctx.numbers = output[1], inputs[-1], inputs[5:-1]
+    prediction, target, index, weight, count, *ctx.numbers, with_gradient = inputs
+    _, gradient = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(gradient)
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(prediction, target, index, weight, count)
     # stand-ins of tensors mean that a graph is traced: it may not hold a write to an output
     ctx.gradient = gradient if with_gradient and type(gradient) is Tensor else None
 

@@ -21,7 +21,7 @@ Shape letters: L tensors.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -290,26 +290,44 @@ def launch(
     )
 
 
-def _unpack(arguments: tuple[Any, ...]) -> tuple[tuple[list[Tensor], ...], dict[str, Any]]:
-    """The eight lists of the op, and the rest by name, with numbers or values on the device."""
-    rate, beta1, beta2, eps, decay, kept = arguments[8]
-    lr, weight_decay, momentum, grad_scale, found_inf, ema_form = arguments[9:]
-    return arguments[:8], {
-        "lr": rate if lr is None else lr,
-        "betas": (beta1, beta2),
-        "eps": eps,
-        "weight_decay": decay if weight_decay is None else weight_decay,
-        "momentum": kept if momentum is None else momentum,
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-        "ema_form": ema_form,
-    }
+class _Inputs(NamedTuple):
+    """What the op is given, in the order of its schema; see `adamw_ema_`. Lists are empty where
+    there is nothing; numbers are in `scalars`, values on the device by name.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    emas: list[Tensor]
+    param_copies: list[Tensor]
+    ema_copies: list[Tensor]
+    scalars: list[float]
+    lr: Tensor | None
+    weight_decay: Tensor | None
+    momentum: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    ema_form: EmaForm
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `launch_step`: numbers or values on the device."""
+        lr, beta1, beta2, eps, weight_decay, momentum = self.scalars
+        return {
+            "lr": lr if self.lr is None else self.lr,
+            "betas": (beta1, beta2),
+            "eps": eps,
+            "weight_decay": weight_decay if self.weight_decay is None else self.weight_decay,
+            "momentum": momentum if self.momentum is None else self.momentum,
+            "grad_scale": self.grad_scale,
+            "found_inf": self.found_inf,
+        }
 
 
-def _adamw_ema_fwd(*arguments: Any) -> None:
-    lists, given = _unpack(arguments)
-    ema_form = given.pop("ema_form")
-    params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies = lists
+def _adamw_ema_fwd(*inputs: Any) -> None:
+    given = _Inputs(*inputs)
+    params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies, *_ = given
     written = [params, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies]
     kinds = [
         (grad.dtype, [c[n].dtype if c else None for c in (param_copies, ema_copies)])
@@ -323,19 +341,20 @@ def _adamw_ema_fwd(*arguments: Any) -> None:
         columns = [[tensors[n] for n in chosen] for tensors in written if tensors]
         table = cached_table(columns, [[grads[n] for n in chosen]], BLOCK)
         memory = params[0].new_empty((table.length, SCALARS), dtype=torch.float32)
-        launch_step(table, memory, 0, table.length, **given)
+        launch_step(table, memory, 0, table.length, **given.options())
         width = len(columns) + 1
         places = (table.data, width * table.length)
-        launch(table, width, *places, memory, dtype, bool(emas), *copy_dtypes, ema_form=ema_form)
+        form = given.ema_form
+        launch(table, width, *places, memory, dtype, bool(emas), *copy_dtypes, ema_form=form)
     torch.autograd.graph.increment_version([*params, *emas, *param_copies, *ema_copies])
 
 
 # --- registration --------------------------------------------------------------------------------
 
 
-def _fwd_cpu(*arguments: Any) -> None:
-    lists, given = _unpack(arguments)
-    params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies = lists
+def _fwd_cpu(*inputs: Any) -> None:
+    given = _Inputs(*inputs)
+    params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies, *_ = given
     optional: tuple[list[Any], ...] = (emas, param_copies, ema_copies)
     check_disjoint([params, exp_avgs, exp_avg_sqs, steps, *optional], [grads])
     update_on_cpu(
@@ -345,7 +364,8 @@ def _fwd_cpu(*arguments: Any) -> None:
         exp_avg_sqs,
         steps,
         *[tensors or [None] * len(params) for tensors in optional],
-        **given,
+        **given.options(),
+        ema_form=given.ema_form,
     )
 
 
