@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_fast._torch import foreach_add_, foreach_mul, foreach_mul_, foreach_norm
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer
@@ -177,8 +178,8 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], keep: Tensor, take
         targets, sources: weights of the target and the context encoder.
         keep, take: momentum and 1 - momentum, scalars on the device.
     """
-    torch._foreach_mul_(targets, keep)
-    torch._foreach_add_(targets, torch._foreach_mul(sources, take))
+    foreach_mul_(targets, keep)
+    foreach_add_(targets, foreach_mul(sources, take))
 
 
 def count_skip(skipped: Tensor, bad: Tensor) -> Tensor:
@@ -299,7 +300,7 @@ class ReferenceStep:
         gradients = [p.grad for p in self.parameters]
         assert all(g is not None for g in gradients), "update() before accumulate()"
         all_reduce_sum_(gradients)
-        norms = torch.stack([*torch._foreach_norm(gradients), self._loss])
+        norms = torch.stack([*foreach_norm(gradients), self._loss])
         bad = (~torch.isfinite(norms).all()).float()
         all_reduce_max_(bad)
         for group in self.optimizer.param_groups:

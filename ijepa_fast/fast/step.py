@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ijepa_fast._torch import foreach_norm
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.fast.attention import Pair, choose_attention
 from ijepa_fast.fast.block import Memory, PackedBlock, Settings, attach_copies
@@ -265,7 +266,7 @@ class FastStep:
             all_reduce_sum_(shards)
         else:
             shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        norms = torch.stack([*torch._foreach_norm(shards), self._loss])
+        norms = torch.stack([*foreach_norm(shards), self._loss])
         bad = (~torch.isfinite(norms).all()).float()
         all_reduce_max_(bad)
         self._set(values.lr, values.weight_decay, values.momentum)
