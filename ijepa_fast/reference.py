@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijepa_fast._torch import foreach_add_, foreach_mul, foreach_mul_, foreach_norm
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer
@@ -179,8 +180,8 @@ def ema_update_(targets: list[Tensor], sources: list[Tensor], keep: Tensor, take
         targets, sources: weights of the target and the context encoder.
         keep, take: momentum and 1 - momentum, scalars on the device.
     """
-    torch._foreach_mul_(targets, keep)
-    torch._foreach_add_(targets, torch._foreach_mul(sources, take))
+    foreach_mul_(targets, keep)
+    foreach_add_(targets, foreach_mul(sources, take))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
@@ -194,7 +195,7 @@ def set_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
 
 def any_bad(gradients: list[Tensor], loss: Tensor) -> Tensor:
     """1.0 where a gradient or the loss is not finite on any rank, else 0.0; not read back."""
-    norms = torch.stack([*torch._foreach_norm(gradients), loss])
+    norms = torch.stack([*foreach_norm(gradients), loss])
     bad = (~torch.isfinite(norms).all()).float()
     all_reduce_max_(bad)
     return bad

@@ -20,7 +20,7 @@ PACKAGES = [*TRAINER, *KERNELS]
 
 # rooms, from the ground up; each imports from its own floor or from lower ones, never in a circle
 FLOORS = (
-    ("keyed_random", "errors", "config"),
+    ("_torch", "keyed_random", "errors", "config"),
     ("model", "masks", "schedules", "data"),
     ("ranks",),
     ("reference", "estimate", "state"),
@@ -169,7 +169,14 @@ def test_data_knows_nothing_of_training():
     for path in TRAINER:
         if _part(_module(path)) == "data":
             parts = {_part(name) for name in _ours(path, "ijepa_fast")}
-            assert parts <= {"data", "config", "keyed_random"}, path
+            assert parts <= {"data", "config", "errors", "keyed_random"}, path
+
+
+@pytest.mark.parametrize("path", TRAINER, ids=_ids(TRAINER))
+def test_private_api_of_pytorch_stands_in_one_file(path):
+    private = re.compile(r"(torch|aten|dist)(\.\w+)*\._[a-z]\w*")
+    names = [ast.unparse(n) for n in ast.walk(_tree(path)) if isinstance(n, ast.Attribute)]
+    assert not [name for name in names if private.fullmatch(name)]
 
 
 BANNED_IMPORTS = {"torchvision", "apex", "pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}

@@ -29,11 +29,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ijepa_fast._torch import (
+    cudnn_attention,
+    cudnn_attention_backward,
+    flash_attention,
+    flash_attention_backward,
+)
 from ijepa_fast.model import attend
 
 __all__ = ["BACKENDS", "Attention", "Backend", "Pair", "Sequences", "choose_attention"]
 
-aten: Any = torch.ops.aten
 # flash kernels get the longest sequence rounded up to a multiple of this: few different numbers
 BUCKET = 32
 # another kernel has to be faster than the usual one by so much: the choice is the same every time
@@ -173,16 +178,14 @@ def _sdpa_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
     queries, keys = pair.queries, pair.keys
     qkv = queries.rectangle(q), keys.rectangle(k), keys.rectangle(v)
-    out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-        *qkv, None, grad
-    )
+    out, lse, _, _, _, _, seed, offset, _ = cudnn_attention(*qkv, None, grad)
     return queries.rows(out), (*qkv, lse, seed, offset)
 
 
 def _cudnn_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
     queries, keys = pair.queries, pair.keys
     q, k, v, *rest = kept
-    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+    dq, dk, dv = cudnn_attention_backward(
         *(queries.rectangle(dout), q, k, v, queries.rectangle(out)),
         *rest,
         *(None, None, None, queries.longest, keys.longest, 0.0, False),
@@ -192,7 +195,7 @@ def _cudnn_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
     a, b = pair.queries, pair.keys
-    out, lse, rng, unused, _ = aten._flash_attention_forward(
+    out, lse, rng, unused, _ = flash_attention(
         q, k, v, a.cu, b.cu, a.bucket, b.bucket, 0.0, False, False
     )
     return out, (q, k, v, lse, rng, unused)
@@ -201,7 +204,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Te
 def _varlen_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Grads:
     a, b = pair.queries, pair.keys
     q, k, v, lse, rng, unused = kept
-    grads: Grads = aten._flash_attention_backward(
+    grads: Grads = flash_attention_backward(
         dout, q, k, v, out, lse, a.cu, b.cu, a.bucket, b.bucket, 0.0, False, rng, unused
     )
     return grads

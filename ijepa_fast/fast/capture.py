@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ijepa_fast._torch import foreach_add_, foreach_copy_
 from ijepa_fast.fast.attention import Pair
 from ijepa_fast.fast.layout import Key, grid_sequences, pack, size_of, views
 from ijepa_fast.fast.step import FastStep
@@ -120,9 +121,9 @@ class _Gradients:
         assert all(g is not None for g in fresh), "a parameter has no gradient"
         both: Any = ([*self.views, self.loss], [*fresh, loss])
         if first:
-            torch._foreach_copy_(*both)
+            foreach_copy_(*both)
         else:
-            torch._foreach_add_(*both)
+            foreach_add_(*both)
         self.lend()
 
 

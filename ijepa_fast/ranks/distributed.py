@@ -16,6 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ijepa_fast._torch import cpu_has, foreach_copy_
 from ijepa_fast.errors import MainRankError
 from ijepa_fast.ranks.heartbeat import Heartbeat
 from ijepa_fast.ranks.rendezvous import agree_on_life
@@ -143,8 +144,8 @@ def heartbeat(ranks: Ranks, limit: float, known: tuple[type[BaseException], ...]
 
 def slow_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are emulated here."""
-    known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in CPU_BFLOAT16]
-    return device.type == "cpu" and None not in known and not any(has() for has in known if has)
+    known = [cpu_has(name) for name in CPU_BFLOAT16]
+    return device.type == "cpu" and None not in known and not any(known)
 
 
 def stop(*, failed: bool = False) -> None:
@@ -186,9 +187,7 @@ def all_reduce_sum_(tensors: Sequence[Tensor]) -> None:
             flat = torch.cat([t.reshape(-1) for t in bucket])
             dist.all_reduce(flat)
             pieces = flat.split([t.numel() for t in bucket])
-            torch._foreach_copy_(
-                bucket, [p.view_as(t) for p, t in zip(pieces, bucket, strict=True)]
-            )
+            foreach_copy_(bucket, [p.view_as(t) for p, t in zip(pieces, bucket, strict=True)])
             bucket, size = [], 0
         if tensor is not None:
             bucket.append(tensor)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ijepa_fast._torch import foreach_lerp_
 from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.state import fsync, safetensors_pieces, sha256_of, write_file
@@ -203,7 +204,7 @@ def train_decoder(
         step += 1
         decay = min(EMA, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - decay)
+            foreach_lerp_(averaged, parameters, 1 - decay)
         losses.append(loss.detach())
         if report and time.monotonic() - reported > REPORT_SECONDS:
             reported, last = time.monotonic(), float(torch.stack(losses).mean())
