@@ -29,6 +29,7 @@ from torch.distributed import run as torchrun
 
 from ijepa_fast.config import Config, cli, released_yaml
 from ijepa_fast.config.presets import PRESETS
+from ijepa_fast.ranks.faults import Faults
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -216,17 +217,11 @@ def _script(words: Sequence[str], inline: bool) -> None:
         _train(words[place + 1 :])
 
 
-def _pytest(words: Sequence[str], inline: bool) -> None:
-    for word in words[1:]:
-        if "/" in word:
-            _file(word)
-
-
 def _pip(words: Sequence[str], inline: bool) -> None:
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
     for before, word in pairwise(words):
-        if before in ("-c", "-r"):
+        if before == "-c":
             _file(word)
         if match := re.fullmatch(r"(?:\.|ijepa-fast)\[([\w,]+)\]", word):
             missing = set(match[1].split(",")) - set(setup.call_args.kwargs["extras_require"])
@@ -252,7 +247,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str], bool], None]] = {
     **dict.fromkeys(("sbatch", "bash"), _script),
     **dict.fromkeys(("torchrun", "srun"), _torchrun),
 }
-PROGRAMS |= {"make": _make, "pip": _pip, "pytest": _pytest}
+PROGRAMS |= {"make": _make, "pip": _pip, "pytest": lambda words, inline: None}
 
 
 def wrong_commands(path: Path) -> list[str]:
@@ -260,6 +255,11 @@ def wrong_commands(path: Path) -> list[str]:
     found = []
     for text, words, inline in commands(path):
         try:
+            for plan in re.findall(r"IJEPA_FAST_FAULT=(\S+)", text):
+                Faults.of(plan, 0)
+            for word in words:
+                if re.match(r"(tests|examples|benchmarks)/", word):
+                    _file(word)
             PROGRAMS[words[0]](words, inline)
         except (Exception, SystemExit) as error:
             found.append(f"{text}\n  {type(error).__name__}: {error}")
@@ -384,7 +384,8 @@ def test_links_lead_somewhere(path):
         "python -m ijepa_fast.evaluate nowhere --data DIR --methods knn",
         "python -m ijepa_fast.doctor --jason",
         "python -m benchmarks.bench_step --fool",
-        "python examples/nothing.py",
+        "python -m ijepa_fast.parity tests/golden/p9.safetensors",
+        "IJEPA_FAST_FAULT=1:2:tea make demo",
         "make tea",
         "make gpu-check PART=everything",
         "pip install -e '.[everything]'",
