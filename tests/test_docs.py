@@ -29,6 +29,7 @@ from torch.distributed import run as torchrun
 
 from ijepa_fast.config import Config, cli, released_yaml
 from ijepa_fast.config.presets import PRESETS
+from ijepa_fast.ranks.faults import Faults
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +48,6 @@ RUN = {
     ("ijepa_fast.visualize", "predictor"): ("--sampling-steps=2", "--seeds=2"),
     ("ijepa_fast.visualize", "prove"): ("--sampling-steps=2", "--blocks=8", "--seeds=2"),
 }
-HELP = [f"ijepa_fast.{n}" for n in ("data", "doctor", "evaluate", "export", "parity", "replay")]
-HELP += ["benchmarks", *(" ".join(key) for key in RUN if key[0] == "ijepa_fast.visualize")]
 
 
 class Parsed(BaseException):
@@ -156,13 +155,14 @@ def _run(path: Path, argv: Sequence[str], parse_only: bool = False) -> str:
 
 def _module(name: str) -> Path:
     path = ROOT.joinpath(*name.split("."))
-    files = [path.with_suffix(".py"), path / "__main__.py"]
-    if not any(file.is_file() for file in files):
-        raise ValueError(f"there is no command {name}")
-    return next(file for file in files if file.is_file())
+    for file in (path.with_suffix(".py"), path / "__main__.py"):
+        if file.is_file():
+            return file
+    raise ValueError(f"there is no command {name}")
 
 
 def _train(argv: Sequence[str]) -> None:
+    """The whole configuration is valid, and has data."""
     asked = cli.parse([word for word in argv if word != "$@"])
     if not asked.config.data.root:
         raise ValueError("--data is missing")
@@ -216,17 +216,11 @@ def _script(words: Sequence[str], inline: bool) -> None:
         _train(words[place + 1 :])
 
 
-def _pytest(words: Sequence[str], inline: bool) -> None:
-    for word in words[1:]:
-        if "/" in word:
-            _file(word)
-
-
 def _pip(words: Sequence[str], inline: bool) -> None:
     with mock.patch("setuptools.setup") as setup:
         runpy.run_path(str(ROOT / "setup.py"))
     for before, word in pairwise(words):
-        if before in ("-c", "-r"):
+        if before == "-c":
             _file(word)
         if match := re.fullmatch(r"(?:\.|ijepa-fast)\[([\w,]+)\]", word):
             missing = set(match[1].split(",")) - set(setup.call_args.kwargs["extras_require"])
@@ -252,7 +246,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str], bool], None]] = {
     **dict.fromkeys(("sbatch", "bash"), _script),
     **dict.fromkeys(("torchrun", "srun"), _torchrun),
 }
-PROGRAMS |= {"make": _make, "pip": _pip, "pytest": _pytest}
+PROGRAMS |= {"make": _make, "pip": _pip, "pytest": lambda words, inline: None}
 
 
 def wrong_commands(path: Path) -> list[str]:
@@ -260,6 +254,11 @@ def wrong_commands(path: Path) -> list[str]:
     found = []
     for text, words, inline in commands(path):
         try:
+            for plan in re.findall(r"IJEPA_FAST_FAULT=(\S+)", text):
+                Faults.of(plan, 0)
+            for word in words:
+                if re.match(r"(tests|examples|benchmarks)/", word):
+                    _file(word)
             PROGRAMS[words[0]](words, inline)
         except (Exception, SystemExit) as error:
             found.append(f"{text}\n  {type(error).__name__}: {error}")
@@ -272,15 +271,13 @@ def wrong_commands(path: Path) -> list[str]:
 @functools.cache
 def options() -> set[str]:
     """Every option of every command, and torchrun's; with hyphens."""
-    fields = [name.rpartition(".") for name in cli.flatten(cli.as_dict(Config()))]
-    names = {f"--{a}{dot}{no}{b}" for a, dot, b in fields for no in ("", "no-")}
+    names = ("train", "data", "doctor", "evaluate", "export", "parity", "replay", "visualize")
+    asked = [[f"ijepa_fast.{name}"] for name in names] + [["benchmarks"]]
+    asked += [list(key) for key in RUN if key[0] == "ijepa_fast.visualize"]
+    text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN_OPTIONS)
     with mock.patch.dict(os.environ, {"COLUMNS": "400"}):
-        texts = [torchrun.get_args_parser().format_help()]
-        for module in HELP:
-            texts.append(_run(_module(module.split()[0]), [*module.split()[1:], "--help"]))
-    names |= {f"--{name}" for name in cli.OWN_OPTIONS}
-    names |= {option for text in texts for option in re.findall(r"--[a-z][\w.-]*", text)}
-    return {name.replace("_", "-") for name in names}
+        text += "".join(_run(_module(name), [*rest, "--help"]) for name, *rest in asked)
+    return {name.replace("_", "-") for name in re.findall(r"--[a-z][\w.-]*", text)}
 
 
 def wrong_names(path: Path) -> list[str]:
@@ -293,12 +290,9 @@ def wrong_names(path: Path) -> list[str]:
     preset = r"vit[a-z]\d+(?:_\w+)?|\w+_(?:in\d+k|published)"
     known = {text for text, _, _ in commands(path)}
     found = []
-    for span in set(spans(path)) - known:
-        if span.startswith("docker "):
-            continue
-        names = [word.partition("=")[0] for word in span.split()]
-        names = [name for name in names if re.fullmatch(r"--[a-z][\w.-]*", name)]
-        found += [name for name in names if name.replace("_", "-") not in options()]
+    for span in {span for span in spans(path) if not span.startswith("docker ")} - known:
+        flags = re.findall(r"(?<!\S)--[a-z][\w.-]*", span)
+        found += [name for name in flags if name.replace("_", "-") not in options()]
         found += [name for name in re.findall(setting, span) if name not in fields]
         found += [span] if re.fullmatch(preset, span) and span not in PRESETS else []
     return found
@@ -313,15 +307,13 @@ def anchors(path: Path) -> set[str]:
 def dead_links(path: Path) -> list[str]:
     """Relative links without a file, and anchors without a heading."""
     text = re.sub(r"`[^`]+`", "", unfenced(path))
+    links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", text) + re.findall(r"(?:src|href)=\"(.+?)\"", text)
     found = []
-    for link in re.findall(r"\]\(\s*([^)\s]+)\s*\)|(?:src|href)=\"([^\"]+)\"", text):
-        target = "".join(link)
-        name, _, anchor = target.partition("#")
+    for link in (link for link in links if not re.match(r"[a-z]+:", link)):
+        name, _, anchor = link.partition("#")
         file = path.parent / name if name else path
-        if not re.match(r"[a-z]+:", target) and (
-            not file.exists() or (anchor and anchor not in anchors(file))
-        ):
-            found.append(target)
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            found.append(link)
     return found
 
 
@@ -384,7 +376,8 @@ def test_links_lead_somewhere(path):
         "python -m ijepa_fast.evaluate nowhere --data DIR --methods knn",
         "python -m ijepa_fast.doctor --jason",
         "python -m benchmarks.bench_step --fool",
-        "python examples/nothing.py",
+        "python -m ijepa_fast.parity tests/golden/p9.safetensors",
+        "IJEPA_FAST_FAULT=1:2:tea make demo",
         "make tea",
         "make gpu-check PART=everything",
         "pip install -e '.[everything]'",
