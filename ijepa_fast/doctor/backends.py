@@ -16,7 +16,7 @@ from ijepa_fast.fast import choose_attention
 __all__ = ["attention", "decoder", "device", "operations"]
 
 # what the package offers beside its ops
-NOT_OPS = {"debug_checks", "pad_patch_weight", "target_rows"}
+NOT_OPS = {"debug_checks", "pad_patch_weight", "target_rows", "Float8Rows"}
 
 
 def device() -> torch.device:
