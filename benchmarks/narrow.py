@@ -1,7 +1,7 @@
 """What narrower numbers cost: runs on Fashion-MNIST with `--target-precision fp8` and with
 `--optim.residual bfloat16` beside those without, on the CPU.
 
-    python -m benchmarks.narrow --seeds 0 1 2 --steps 600 --out /tmp/narrow
+    python -m benchmarks.narrow --seeds 0 1 2 --steps 600
 
 Trains every variant from every seed (a run that is there already goes on or is done), and prints:
 the cosine of latent targets with those of the plain variant, from the same weights, before and
@@ -40,13 +40,14 @@ IMAGES = 256  # of the cosine
 
 def recipe(steps: int, batch: int) -> dict[str, Any]:
     """Flags beside the preset's: schedules that end at the last step."""
+    share = steps / (60_000 // batch)  # of an epoch
     return {
         "max-steps": steps,
         "batch.global": batch,
         "masks.truncation-group": batch,
         "optim.epochs": 1,
-        "optim.ipe-scale": steps / (60_000 // batch),
-        "optim.warmup": 0.1,
+        "optim.ipe-scale": share,
+        "optim.warmup": min(0.1, share / 2),
         "optim.momentum": 0.99,  # 600 steps are too few for 0.996
         "eval.data": None,
         "checkpoint.minutes": 60,
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--knn", type=int, nargs=2, default=[10_000, 5_000], help="images")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/narrow"))
     given = parser.parse_args()
     config = replace(preset("fashion_mnist"), device="cpu")
     parts = labelled_data("fashion_mnist", config.data, torch.device("cpu"))
