@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # not tyro: it may be what is missing
     parser = argparse.ArgumentParser(
         prog="python -m ijepa_fast.doctor",
-        description="What this machine has, which back ends run on it, and what is wrong. The "
-        "report holds no names of users and machines, no home folders and no addresses.",
+        description="What this machine has, which back ends run on it, and what is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")

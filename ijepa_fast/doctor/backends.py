@@ -8,7 +8,7 @@ import triton
 
 from ijepa_fast.config import ARCHITECTURES, Config, DataConfig, ModelConfig
 from ijepa_fast.data import make_decoder
-from ijepa_fast.doctor.findings import Finding, first_line
+from ijepa_fast.doctor.findings import Finding
 from ijepa_fast.fast import choose_attention
 
 __all__ = ["attention", "decoder", "device", "operations"]
@@ -59,11 +59,7 @@ def attention() -> Iterator[Finding]:
 
 def decoder() -> Iterator[Finding]:
     """The decoder of training images that `auto` takes."""
-    try:
-        made, why = make_decoder(DataConfig(crop=32), device(), max_batch=1)
-    except (ImportError, RuntimeError) as error:
-        yield Finding("decoder", first_line(error), "problem", "--data.decoder pillow")
-        return
+    made, why = make_decoder(DataConfig(crop=32), device(), max_batch=1)
     made.close()
     text = why.removeprefix("decoder: ")
     if "DALI fails" in text:

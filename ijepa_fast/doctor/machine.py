@@ -106,12 +106,7 @@ def gpus() -> Iterator[Finding]:
 def _gpu(number: int) -> Finding:
     properties = torch.cuda.get_device_properties(number)
     name = f"GPU {number}"
-    try:
-        free = torch.cuda.mem_get_info(number)[0]
-    except RuntimeError as error:
-        advice = "free its memory (nvidia-smi shows who holds it), or set CUDA_VISIBLE_DEVICES"
-        text = f"{properties.name} cannot be used: {first_line(error)}"
-        return Finding(name, text, "problem", advice)
+    free = torch.cuda.mem_get_info(number)[0]
     text = (
         f"{properties.name}, {_gib(properties.total_memory)}, {_gib(free)} free, compute "
         f"capability {properties.major}.{properties.minor}"

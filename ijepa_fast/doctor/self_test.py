@@ -5,15 +5,23 @@ doctor runs it in a process of its own: a driver or a library that kills a proce
 too, and so is one that never returns.
 """
 
-import importlib
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
+import numpy as np
+import torch
+
+from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
+from ijepa_fast.doctor.backends import device
 from ijepa_fast.doctor.findings import Finding
+from ijepa_fast.fast import FastStep
+from ijepa_fast.masks import sample_masks
+from ijepa_fast.model import build_models
+from ijepa_fast.reference import ReferenceStep
+from ijepa_fast.schedules import StepValues
 
 __all__ = ["SECONDS", "child"]
 
@@ -27,16 +35,8 @@ FLOAT32, BFLOAT16 = 1e-5, 2e-2
 MARK = "finding: "
 
 
-def _losses(kind: type, precision: str, device: Any) -> list[float]:
+def _losses(kind: type, precision: str) -> list[float]:
     """Losses of a tiny network's first steps on one path."""
-    import numpy as np
-    import torch
-
-    from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
-    from ijepa_fast.masks import sample_masks
-    from ijepa_fast.model import build_models
-    from ijepa_fast.schedules import StepValues
-
     model = ModelConfig(
         name="vit_tiny", patch_size=8, depth=2, predictor_width=48, predictor_depth=2
     )
@@ -44,7 +44,7 @@ def _losses(kind: type, precision: str, device: Any) -> list[float]:
     images, side = 8, 64
     networks = build_models(model, (side, side), torch.Generator().manual_seed(0))
     step = kind(
-        *(network.to(device) for network in networks),
+        *(network.to(device()) for network in networks),
         OptimConfig(precision=precision),  # type: ignore[arg-type]
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
@@ -57,7 +57,7 @@ def _losses(kind: type, precision: str, device: Any) -> list[float]:
         _, blocks, length = masks.target_index.shape
         elements = images * blocks * length * model.architecture.width
         batch = step.prepare(masks)
-        loss, _ = step.accumulate(pixels.to(torch.uint8).to(device), batch, elements)
+        loss, _ = step.accumulate(pixels.to(torch.uint8).to(device()), batch, elements)
         step.update(StepValues(lr=1e-3, weight_decay=0.05, momentum=0.99))
         losses.append(float(loss))
     return losses
@@ -65,13 +65,9 @@ def _losses(kind: type, precision: str, device: Any) -> list[float]:
 
 def steps() -> Iterator[Finding]:
     """The fast path in float32 and in bfloat16 against the reference path."""
-    from ijepa_fast.doctor.backends import device
-    from ijepa_fast.fast import FastStep
-    from ijepa_fast.reference import ReferenceStep
-
-    expected = _losses(ReferenceStep, "float32", device())
+    expected = _losses(ReferenceStep, "float32")
     for precision, limit in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
-        losses = _losses(FastStep, precision, device())
+        losses = _losses(FastStep, precision)
         errors = [abs(ours / true - 1) for ours, true in zip(losses, expected, strict=True)]
         text = (
             f"losses of {STEPS} steps differ from the reference path's by {max(errors):.0e} "
@@ -107,14 +103,13 @@ def child() -> Iterator[Finding]:
         text = f"not finished in {SECONDS} s; what is not named above was not reached"
         yield Finding("time", text, "note")
     elif code:
-        last = (errors.decode(errors="replace").split("\n") or [""])[-2:][0]
+        last = errors.decode(errors="replace").strip().rpartition("\n")[2]
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         advice = "report it; --no-self-test leaves it out"
         yield Finding("process", f"the self test ended with {how}: {last}", "problem", advice)
 
 
 if __name__ == "__main__":
-    importlib.import_module("ijepa_fast.fast")
     # the kernel ends this process after its time: work in a library that never returns does not
     # see a Python signal handler
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ijepa_fast.doctor import backends, machine, packages, self_test
-from ijepa_fast.doctor.__main__ import examine, main
-from ijepa_fast.doctor.findings import Finding, clean, first_line, render
+from ijepa_fast.doctor.__main__ import main
+from ijepa_fast.doctor.findings import Finding, clean, first_line
 
 ROOT = Path(__file__).parents[2]
 PATHS = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
@@ -108,17 +108,6 @@ def test_names_homes_and_addresses_are_taken_out(monkeypatch):
     assert first_line(caught.value) == "No such file or directory"
 
 
-def test_both_forms_of_the_report():
-    problem = Finding("n", "full", "problem", "make room")
-    text, data = render({"s": [problem, Finding("m", "fine")]})
-    assert text.splitlines() == [
-        *("s", "  problem  n: full", "           -> make room", "  ok       m: fine", ""),
-        "1 problem, 0 notes, 1 ok",
-    ]
-    assert data["problems"] == 1
-    assert data["findings"][0] == {"section": "s", **problem._asdict()}
-
-
 # --- packages ------------------------------------------------------------------------------------
 
 
@@ -132,18 +121,12 @@ def _install(folder: Path, name: str, version="1.0", files=(), needs="") -> None
         (folder / file).write_text("raise ImportError('must not be imported')\n")
 
 
-@pytest.mark.parametrize(
-    ("files", "level"),
-    [
-        (["apex/__init__.py", "apex/ext/pyramid.py"], "problem"),
-        (["apex/__init__.py", "apex/optimizers/__init__.py"], "ok"),
-        (["apex/__init__.py", "amp_C.py"], "ok"),
-    ],
-)
-def test_the_two_packages_called_apex_are_told_apart(files, level, tmp_path, monkeypatch):
-    _install(tmp_path, "apex", files=files)
+def test_the_two_packages_called_apex_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    assert _named(packages.wrong_packages(), "apex").level == level
+    _install(tmp_path, "apex", files=["apex/__init__.py", "apex/ext/pyramid.py"])
+    assert _named(packages.wrong_packages(), "apex").level == "problem"
+    (tmp_path / "apex" / "optimizers").mkdir()
+    assert _named(packages.wrong_packages(), "apex").level == "ok"
 
 
 @pytest.mark.parametrize(
@@ -320,9 +303,10 @@ def test_a_part_that_fails_does_not_end_the_report(monkeypatch, capsys):
         raise KeyError("MemTotal")
 
     monkeypatch.setattr(machine, "processor", fail)
-    found = examine(None, self_test=False)
-    assert _named(found["machine"], "processor").text == "cannot be looked at: KeyError: 'MemTotal'"
-    assert _named(found["room"], "open files")
-    assert all(f.advice for part in found.values() for f in part if f.level == "problem")
     assert main(["--no-self-test"]) == 1
-    assert "1 problem, " in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("  problem  processor: cannot be looked at: KeyError: 'MemTotal'")
+    assert lines[at - 1] == "machine"
+    assert lines[at + 1] == "           -> the lines above may say why"
+    assert any(line.startswith("  ok       open files: ") for line in lines)
+    assert lines[-1].startswith("1 problem, ")
