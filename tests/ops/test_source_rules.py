@@ -39,6 +39,10 @@ def _calls(node: ast.AST, names: str) -> Iterator[ast.Call]:
             yield call
 
 
+def _text(node: ast.AST) -> str:
+    return ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+
+
 def _at(node: ast.expr) -> str:
     return f"line {node.lineno}: {ast.unparse(node)}"
 
@@ -96,6 +100,14 @@ def kernels_are_launched_held(tree, name):
         return
     for call in _calls(tree, r".*_kernel\[.*\]"):
         yield _at(call)
+
+
+def private_torch_is_in_one_file(tree, name):
+    """In `_torch.py`, with what replaces it."""
+    for node in ast.walk(tree):
+        private = re.fullmatch(r"(torch|forward_ad)(\.\w+)*\._[a-zA-Z]\w*", _text(node))
+        if private and name != "_torch":
+            yield _text(node)
 
 
 def other_functions_are_annotated(tree, _):
@@ -342,6 +354,7 @@ RULES = (
     no_autotuning,
     kernels_are_called_kernel,
     kernels_are_launched_held,
+    private_torch_is_in_one_file,
     other_functions_are_annotated,
     no_half_precision_inside,
     ops_have_reference_and_bytes,
@@ -403,6 +416,7 @@ def test_a_good_kernel_passes(rule):
         (kernels_are_called_kernel, "run(_op_kernel, (1,), x)", "_rows[(1,)](x)"),
         (kernels_are_launched_held, "run(_op_kernel, (1,), x)", "_op_kernel[(1,)](x)"),
         (kernels_are_called_kernel, "_op_fwd(", "_op_fwd_kernel("),
+        (private_torch_is_in_one_file, "run(_op_kernel", "torch._foreach_add_(_op_kernel"),
         (other_functions_are_annotated, "op_bytes(rows: int)", "op_bytes(rows)"),
         (other_functions_are_annotated, "op_bytes(rows: int) -> int", "op_bytes(rows: int)"),
         (no_half_precision_inside, "tl.float32", "tl.float16"),
