@@ -148,9 +148,8 @@ def ops_have_reference_and_bytes(tree, name):
 # and a product that was taken in int32 and may have wrapped
 BOUNDED, NARROW, WIDE, WRAPPED = range(4)
 
-# names whose products stay far below 2^31: tensors in a list, number of a tile within a row, of a
-# group of pixels within a patch
-SMALL = {"L", "tile", "group"}
+# names whose products stay far below 2^31: tensors in a list, a group of pixels within a patch
+SMALL = {"L", "group"}
 
 
 class _Value(NamedTuple):
