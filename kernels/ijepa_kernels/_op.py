@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ijepa_kernels._torch import below_autograd, forward_level
+
 __all__ = ["LAUNCHERS", "ON_CPU", "define", "launches", "raw"]
 
 _LIBRARY = torch.library.Library("ijepa_kernels", "DEF")
@@ -77,7 +79,7 @@ def define(
         raise RuntimeError(f"ijepa_kernels::{name} has no derivative")
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = op(*args)
         if setup_context is not None:
             setup_context(ctx, args, output)
@@ -90,7 +92,7 @@ def define(
     )
 
     def with_autograd(*args: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(
+        if forward_level() >= 0 and any(
             isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None
             for arg in args
         ):
@@ -99,7 +101,7 @@ def define(
             isinstance(arg, Tensor) and arg.requires_grad for arg in args
         ):
             return derivative.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return op(*args)
 
     _LIBRARY.impl(name, with_autograd, "Autograd")

@@ -434,7 +434,8 @@ def latent_loss(
         raise ValueError(
             f"target must be (S, {width}) or (B, N, {width}), got {tuple(target.shape)}"
         )
-    check_shape("target", target, target.shape, prediction)
+    if target.device != prediction.device:
+        raise ValueError(f"target must be on {prediction.device}, got {target.device}")
     check_index("index", index, prediction)
     check_shape("index", index, (rows,), prediction)
     if weight is not None:
@@ -449,10 +450,11 @@ def latent_loss(
         scale = 1.0 if compiling else 1.0 / count
         # a number would be a constant of the compiled graph, unless it multiplies a tensor
         count = prediction.new_ones((), dtype=torch.float64) * count if compiling else None
+    differentiating = torch.is_grad_enabled()
     for name, tensor in (("target", target), ("weight", weight), ("count", count)):
-        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+        if differentiating and tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient, it gets none: detach it")
     late = prediction.dtype == torch.float16 or compiling
-    with_gradient = torch.is_grad_enabled() and prediction.requires_grad and not late
+    with_gradient = differentiating and prediction.requires_grad and not late
     numbers = (scale, kind == "l2", beta, normalize, eps)
     return _fwd_op(prediction, target, index, weight, count, *numbers, with_gradient)[0]

@@ -39,6 +39,10 @@ def _calls(node: ast.AST, names: str) -> Iterator[ast.Call]:
             yield call
 
 
+def _text(node: ast.AST) -> str:
+    return ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+
+
 def _at(node: ast.expr) -> str:
     return f"line {node.lineno}: {ast.unparse(node)}"
 
@@ -98,6 +102,14 @@ def kernels_are_launched_held(tree, name):
         yield _at(call)
 
 
+def private_torch_is_in_one_file(tree, name):
+    """In `_torch.py`, with what replaces it."""
+    for node in ast.walk(tree):
+        private = re.fullmatch(r"(torch|forward_ad)(\.\w+)*\._[a-zA-Z]\w*", _text(node))
+        if private and name != "_torch":
+            yield _text(node)
+
+
 def other_functions_are_annotated(tree, _):
     """All arguments and the result, of methods too."""
     jitted = set(_jitted(tree).values())
@@ -136,9 +148,8 @@ def ops_have_reference_and_bytes(tree, name):
 # and a product that was taken in int32 and may have wrapped
 BOUNDED, NARROW, WIDE, WRAPPED = range(4)
 
-# names whose products stay far below 2^31: tensors in a list, number of a tile within a row, of a
-# group of pixels within a patch
-SMALL = {"L", "tile", "group"}
+# names whose products stay far below 2^31: tensors in a list, a group of pixels within a patch
+SMALL = {"L", "group"}
 
 
 class _Value(NamedTuple):
@@ -342,6 +353,7 @@ RULES = (
     no_autotuning,
     kernels_are_called_kernel,
     kernels_are_launched_held,
+    private_torch_is_in_one_file,
     other_functions_are_annotated,
     no_half_precision_inside,
     ops_have_reference_and_bytes,
@@ -403,6 +415,7 @@ def test_a_good_kernel_passes(rule):
         (kernels_are_called_kernel, "run(_op_kernel, (1,), x)", "_rows[(1,)](x)"),
         (kernels_are_launched_held, "run(_op_kernel, (1,), x)", "_op_kernel[(1,)](x)"),
         (kernels_are_called_kernel, "_op_fwd(", "_op_fwd_kernel("),
+        (private_torch_is_in_one_file, "run(_op_kernel", "torch._foreach_add_(_op_kernel"),
         (other_functions_are_annotated, "op_bytes(rows: int)", "op_bytes(rows)"),
         (other_functions_are_annotated, "op_bytes(rows: int) -> int", "op_bytes(rows: int)"),
         (no_half_precision_inside, "tl.float32", "tl.float16"),

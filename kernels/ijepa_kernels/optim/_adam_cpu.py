@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ijepa_kernels._torch import foreach_add_, foreach_mul_, fused_adamw_
 from ijepa_kernels.optim._table import EmaForm
 
 __all__ = ["update_on_cpu"]
@@ -51,10 +52,10 @@ def update_on_cpu(
         # torch's kernel takes a number
         kept = 1 - lr * weight_decay.reshape(()).double()
         kept = kept if live is None else torch.where(live, kept, 1.0)
-        torch._foreach_mul_(params, kept.reshape(()))
+        foreach_mul_(params, kept.reshape(()))
         weight_decay = 0.0
-    torch._foreach_add_(steps, steps[0].new_ones(()) if live is None else live.float())
-    torch._fused_adamw_(
+    foreach_add_(steps, steps[0].new_ones(()) if live is None else live.float())
+    fused_adamw_(
         params,
         grads,
         exp_avgs,

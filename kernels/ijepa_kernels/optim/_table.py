@@ -37,7 +37,6 @@ __all__ = [
     "check_ema_form",
     "check_list",
     "check_scalar",
-    "local",
     "on",
     "upload",
 ]
@@ -52,12 +51,6 @@ TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor on this rank (the same tensor each time); others as they are."""
-    # not isinstance: importing torch.distributed.tensor takes a second and is not always possible
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ijepa_kernels._checks import FLOATS
 from ijepa_kernels._op import launches
+from ijepa_kernels._torch import buffers_of, foreach_copy_, local, modules_of, parameters_of
 from ijepa_kernels.optim import ema_update
 from ijepa_kernels.optim._table import (
     HALVES,
@@ -22,7 +23,6 @@ from ijepa_kernels.optim._table import (
     check_disjoint,
     check_list,
     check_scalar,
-    local,
     on,
 )
 
@@ -40,13 +40,13 @@ class _Tree:
     def __init__(self, module: nn.Module) -> None:
         modules = [m for _, m in module.named_modules(remove_duplicate=False)]
         self.module = module
-        self.parameters = [m._parameters for m in modules if m._parameters]
-        self.buffers = [m._buffers for m in modules]
-        children = [m._modules for m in modules]
+        parameters, children = list(map(parameters_of, modules)), list(map(modules_of, modules))
+        self.parameters = list(filter(None, parameters))
+        self.buffers = list(map(buffers_of, modules))
         # these views show what a dictionary holds at any time
         self.children = [entries.values() for entries in children if entries]
         self.structure = list(chain.from_iterable(self.children))
-        self.empty = [d for m in modules for d in (m._parameters, m._modules) if not d]
+        self.empty = [entries for entries in (*parameters, *children) if not entries]
         self.names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
 
     def changed(self) -> bool:
@@ -163,7 +163,7 @@ class _Link:
             for tree, rest in zip(self.trees, self.others, strict=True)
         )
         for tensors in others if sources else ():
-            torch._foreach_copy_(tensors, sources)
+            foreach_copy_(tensors, sources)
 
 
 def _after_load(ema: nn.Module, _: object) -> None:
@@ -255,7 +255,7 @@ class EMA(nn.Module):
         link = self._linked(model)
         sources, *others = link.lists
         for tensors in others if sources else ():
-            torch._foreach_copy_(tensors, sources)
+            foreach_copy_(tensors, sources)
         link.copy_rest()
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ijepa_kernels.optim._table import HALVES, EmaForm, check_ema_form, check_list, local
+from ijepa_kernels._torch import local, reads_scaler
+from ijepa_kernels.optim._table import HALVES, EmaForm, check_ema_form, check_list
 from ijepa_kernels.optim.plan import WIDE, Plan, options_of
 
 __all__ = ["AdamWEMA"]
@@ -107,7 +108,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._plans: dict[tuple[bool, ...], Plan] = {}
         # plans that CUDA graphs captured
         self._captured: list[Plan] = []
-        self._step_supports_amp_scaling = True
+        reads_scaler(self)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         numbers = {
             name: float(value) if isinstance(value, Tensor) else value
@@ -250,7 +251,7 @@ class AdamWEMA(torch.optim.Optimizer):
         # nor is there a form in an older pickle
         self.ema_form = getattr(self, "ema_form", "lerp")
         self._drop_plans()
-        self._step_supports_amp_scaling = True
+        reads_scaler(self)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ijepa_kernels._checks import FLOATS
 from ijepa_kernels._op import launches
+from ijepa_kernels._torch import local
 from ijepa_kernels.optim import adamw_ema
 from ijepa_kernels.optim._adam_cpu import update_on_cpu
 from ijepa_kernels.optim._adam_step import SCALARS, launch_step
@@ -25,7 +26,6 @@ from ijepa_kernels.optim._table import (
     check_ema_form,
     check_list,
     check_scalar,
-    local,
     on,
     upload,
 )
