@@ -41,7 +41,7 @@ from ijepa_fast.state import (
     id_hash,
     peak_flops,
 )
-from ijepa_fast.step import TrainingStep
+from ijepa_fast.step import TrainingStep, graphs_would_pay
 from ijepa_fast.verify import name_samples
 from ijepa_fast.visualize import Pictures
 
@@ -274,6 +274,7 @@ def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
     """The first evaluation, training, and the last one; returns the exit code."""
     evaluation, received = beside.evaluation, 0
     run.announce(looks=bool(evaluation.every))
+    _advise_graphs(run)
     if run.step == 0:
         if evaluation.every:
             beside.preparation.begin("first look")
@@ -297,6 +298,18 @@ def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
     beside.curves()
     _logger.info("done: %s", Path(run.config.out))
     return 0
+
+
+def _advise_graphs(run: Run) -> None:
+    config, device = run.config, run.ranks.device
+    if config.path != "fast" or config.graphs != "auto" or run.ranks.world > 1:
+        return
+    peak = peak_flops(device, config.optim.precision)
+    if graphs_would_pay(estimate.estimate(config).flops * run.device_batch, peak):
+        _logger.info(
+            "the device needs less time for such a step than the host: --graphs on captures it "
+            "(off by default until a GPU has shown that it is right)"
+        )
 
 
 def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:

@@ -54,8 +54,7 @@ def _losses(kind: type, precision: str) -> list[float]:
         generator = torch.Generator().manual_seed(number)
         pixels = torch.randint(0, 256, (images, side, side, 3), generator=generator)
         masks = sample_masks(recipe, grid=(8, 8), seed=0, step=number, positions=np.arange(images))
-        _, blocks, length = masks.target_index.shape
-        elements = images * blocks * length * model.architecture.width
+        elements = masks.elements(images, model.architecture.width)
         batch = step.prepare(masks)
         loss, _ = step.accumulate(pixels.to(torch.uint8).to(device()), batch, elements)
         step.update(StepValues(lr=1e-3, weight_decay=0.05, momentum=0.99))

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ijepa_fast.config import MaskConfig, OptimConfig
+from ijepa_fast.config import MaskConfig, OptimConfig, preset
+from ijepa_fast.estimate import estimate
 from ijepa_fast.fast import CapturedStep, FastStep, capture
 from ijepa_fast.fast.layout import pack
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.schedules import StepValues
 from ijepa_fast.state import checkpoint
+from ijepa_fast.step import graphs_would_pay
 from tests.trainer.test_fast import MEAN, STD, _batch, _elements, _networks
 
 VALUES = [
@@ -242,3 +244,14 @@ def test_the_least_used_graphs_go(monkeypatch):
         graphs.run(key, functools.partial(ran.append, key))
     assert ran == ["a", "a", "b", "b", "a", "c", "c"]
     assert list(graphs._replays) == ["a", "c"]
+
+
+def test_graphs_are_for_steps_that_the_host_holds_up():
+    """By predicted GPU time, at batch 128 and an H200's peak."""
+    peak = 989e12
+    found = {
+        name: graphs_would_pay(128 * estimate(preset(name)).flops, peak)
+        for name in ("vitb16_in1k", "vitl16_in1k", "vith14_in1k")
+    }
+    assert found == {"vitb16_in1k": True, "vitl16_in1k": False, "vith14_in1k": False}
+    assert not graphs_would_pay(1.0, None)
