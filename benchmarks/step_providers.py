@@ -153,9 +153,8 @@ class Workload:
         self.masks = [case.masks(step) for step in range(case.steps)]
         schedules = Schedules.of(config.optim, global_batch=case.batch, steps_per_epoch=1000)
         self.values: list[StepValues] = [schedules.at(step + 1) for step in range(case.steps)]
-        contexts = config.masks.num_contexts
-        per_row = config.model.architecture.width * contexts
-        self.elements = [masks.target_index.numel() * per_row for masks in self.masks]
+        width = config.model.architecture.width
+        self.elements = [masks.elements(case.batch, width) for masks in self.masks]
 
     @property
     def longest(self) -> int:

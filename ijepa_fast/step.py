@@ -1,4 +1,4 @@
-"""The contract of a training step, and the one place where a path is chosen.
+"""The contract of a training step, and the place where a run's path is chosen.
 
 `reference.ReferenceStep` is the specification, `fast.FastStep` the same step fast; `CapturedStep`
 is that one as CUDA graphs. Whoever trains knows none of them by name.
@@ -141,4 +141,5 @@ def make_step(
             where = "on a CPU" if mesh is None else "with sharded weights (see --shard none)"
             raise UsageError(f"graphs must be auto or off {where}, got on")
         return CapturedStep(*networks, config.optim, **options)
-    return FastStep(*networks, config.optim, mesh=mesh, **options)
+    trunk = config.graphs == "auto"
+    return FastStep(*networks, config.optim, mesh=mesh, trunk_graph=trunk, **options)

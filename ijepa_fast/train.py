@@ -116,7 +116,8 @@ class _Beside:
 def train(run: Run, beside: _Beside, signals: Signals) -> int:
     """Trains to the end; returns the signal that ended it before, or 0.
 
-    Nothing in the loop waits for the device: numbers are read one log interval late.
+    Nothing in the loop waits for the device after the first step: numbers are read one log interval
+    late.
 
     Raises:
         NonFiniteError: three steps in a row were skipped.
@@ -308,7 +309,7 @@ def _advise_graphs(run: Run) -> None:
     if graphs_would_pay(estimate.estimate(config).flops * run.device_batch, peak):
         _logger.info(
             "the device needs less time for such a step than the host: --graphs on captures it "
-            "(off by default until a GPU has shown that it is right)"
+            "(by default the target encoder alone, until a GPU has shown that it is right)"
         )
 
 

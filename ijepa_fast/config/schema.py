@@ -364,8 +364,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. Everything but `out`, `log`, `checkpoint`, `eval` and `max_steps` is the
-    recipe.
+    """A whole run. Everything is the recipe but where and how it runs, what is logged and saved
+    (`NOT_RECIPE` in `state/run_folder.py`).
     """
 
     out: str = "runs/demo"
@@ -381,12 +381,12 @@ class Config:
     mathematics, and either resumes the other's checkpoints.
     """
     attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
-    """Back end of attention on the fast path; `auto` takes the first that runs here and says
-    which.
+    """Back end of attention on the fast path; `auto` takes cuDNN where all lengths are equal
+    (Hopper and later) and flash attention elsewhere, or what is installed and 10 % faster.
     """
     graphs: Literal["auto", "on", "off"] = "auto"
-    """Capture the fast path's step as CUDA graphs, one for each shape; `auto` is off until a GPU
-    has shown that it is right.
+    """Capture the fast path's step as CUDA graphs, one for each shape. `auto` captures the target
+    encoder's blocks alone, whose shapes never change, until a GPU has shown the rest to be right.
     """
     memory: Literal["none", "full"] = "none"
     """What the fast path recomputes in the backward pass: nothing but norms and GELUs, or whole

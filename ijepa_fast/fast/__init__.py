@@ -1,6 +1,6 @@
 """The fast step: packed rows, fused kernels, sharded weights.
 
-What the rest of the trainer uses of it.
+Here stands what the rest of the trainer uses of it.
 """
 
 from ijepa_fast.fast.attention import choose_attention

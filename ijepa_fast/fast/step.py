@@ -64,6 +64,7 @@ class FastStep:
         memory: what is recomputed in the backward pass, see `block.Settings`.
         mesh: shard all networks over it (FSDP2); None keeps them whole.
         target_precision: of the target encoder's products: `same` as the others, or `fp8`.
+        trunk_graph: on CUDA, capture the target encoder's blocks, whose shapes never change.
 
     Raises:
         ValueError: the back end of attention or the target's precision cannot be used here.
@@ -81,6 +82,7 @@ class FastStep:
         memory: Memory = "none",
         mesh: DeviceMesh | None = None,
         target_precision: Literal["same", "fp8"] = "same",
+        trunk_graph: bool = True,
     ) -> None:
         self.config = config
         self.device = next(encoder.parameters()).device
@@ -99,6 +101,7 @@ class FastStep:
             sharded=mesh is not None,
         )
         self.float8 = target_precision == "fp8"
+        self._trunk_graph = trunk_graph and mesh is None
         if self.float8:
             if mesh is not None or dtype != torch.bfloat16:
                 weights = "whole" if mesh is None else "sharded"
@@ -246,7 +249,7 @@ class FastStep:
         if count not in self._grids:
             self._grids[count] = grid_sequences(count, self.num_patches, self.device)
         grid = self._grids[count]
-        if self.device.type not in TRUNK_GRAPHS_ON or self.mesh is not None:
+        if self.device.type not in TRUNK_GRAPHS_ON or not self._trunk_graph:
             return self.target_encoder(images, self.mean, self.std, batch, grid)
         if self._graph is None or not self._graph.fits(images):
             self._graph = _TrunkGraph(

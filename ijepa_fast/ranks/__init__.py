@@ -1,4 +1,4 @@
-"""How the processes of a run meet, agree, miss each other and stop."""
+"""How the processes of a run meet, agree, share the table of the data, and stop."""
 
 from ijepa_fast.ranks.dataset import load_index
 from ijepa_fast.ranks.distributed import (

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and goes on from: checkpoints, metrics, its folder."""
+"""What a run leaves on disk and goes on from (checkpoints, metrics, its folder), and its time."""
 
 from ijepa_fast.state.allowance import Allowance
 from ijepa_fast.state.checkpoint import checkpoint_folders, load_latest

@@ -157,8 +157,7 @@ def _replay(
         batch: Any = step.prepare(masks)
         if index == 0:
             _forward_rows(recording, report, limits, *step.forward(images, batch)[:2])
-        rows = case["npred"] * case["nenc"] * case["B"] * masks.target_index.shape[2]
-        loss, _ = step.accumulate(images, batch, rows * case["dim"])
+        loss, _ = step.accumulate(images, batch, masks.elements(case["B"], case["dim"]))
         if index == 0:
             for name, network in trained.items():
                 for key, parameter in network.named_parameters():
@@ -227,7 +226,7 @@ class ParityArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto is CUDA where there is one."""
     attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
-    """Back end of attention on the fast path; auto takes the first that runs here."""
+    """Back end of attention on the fast path; auto chooses."""
     memory: Memory = "none"
     """What the fast path recomputes in the backward pass: nothing but norms and GELUs, or whole
     blocks.
