@@ -38,8 +38,8 @@ from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.table_file import TableError
 from ijepa_fast.errors import CheckpointError
 from ijepa_fast.state import checkpoint
+from tests.state.test_saving import _state
 from tests.trainer.damage import mutate
-from tests.trainer.test_saving import _state
 
 MUTATIONS = 10_000
 # what Pillow warns of is no failure

@@ -13,9 +13,9 @@ import pytest
 from ijepa_fast.config.cli import load_yaml
 from ijepa_fast.errors import CheckpointError
 from ijepa_fast.state import checkpoint
+from tests.state.test_saving import _state
 from tests.trainer import tiny
 from tests.trainer.damage import mutate
-from tests.trainer.test_saving import _state
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from ijepa_fast.masks import sample_masks
 from ijepa_fast.schedules import StepValues
 from ijepa_fast.state import checkpoint
 from ijepa_fast.step import graphs_would_pay
-from tests.trainer.test_fast import MEAN, STD, _batch, _elements, _networks
+from tests.fast.test_fast import MEAN, STD, _batch, _elements, _networks
 
 VALUES = [
     StepValues(lr=1e-3 * (1 + n), weight_decay=0.05 + n / 100, momentum=0.99 + n / 1000)

@@ -12,7 +12,7 @@ from ijepa_fast.fast.float8 import Float8Block, check_device, product
 from ijepa_fast.state.checkpoint import load_weights
 from ijepa_fast.state.run_folder import recipe_difference
 from ijepa_kernels import quantize_rows
-from tests.trainer.test_fast import MEAN, STD, VALUES, _batch, _elements, _networks
+from tests.fast.test_fast import MEAN, STD, VALUES, _batch, _elements, _networks
 
 DIMS: dict[str, Any] = {"width": 64, "heads": 4, "depth": 4}
 

@@ -16,7 +16,7 @@ from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.errors import UsageError
 from ijepa_fast.weights import Shape, export, fit_to, read_weights
 from tests.trainer import tiny
-from tests.trainer.test_weights import SMALL, WIDE, _images, _near, _network, _pretrained, _released
+from tests.weights.test_weights import SMALL, WIDE, _images, _near, _network, _pretrained, _released
 
 
 @pytest.fixture(scope="module")
