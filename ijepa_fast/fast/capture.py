@@ -10,6 +10,7 @@ What a body reads and writes: images, the flat array of a layout, schedule value
 the returned numbers and the count of skipped steps, all allocated once.
 """
 
+import contextlib
 import logging
 import time
 from collections import OrderedDict
@@ -127,13 +128,24 @@ class _Gradients:
         self.lend()
 
 
-def _record(body: Body, pool: object) -> Body:
+def _record(body: Body, pool: Any) -> Body:
     """Captures a body, without running it; returns what replays it."""
-    graph = torch.cuda.CUDAGraph()
-    # other threads (loader, saver) may allocate meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
-        body()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # other threads (loader, saver) may allocate meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            body()
+    except RuntimeError:
+        # PyTorch leaves its stream, and an allocator that waits for the capture's end
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        raise
     return graph.replay
+
+
+def _pool(device: torch.device) -> Any:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 class _Graphs:
@@ -151,7 +163,7 @@ class _Graphs:
         self._device = device
         self._seen: set[Hashable] = set()
         self._replays: OrderedDict[Hashable, Body] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = _pool(device)
         self._seconds = 0.0
 
     def __len__(self) -> int:
@@ -174,6 +186,7 @@ class _Graphs:
         """Forgets all graphs: weights or moments have moved."""
         self._replays.clear()
         self._seen.clear()
+        self._pool = _pool(self._device)  # one that lost all its graphs takes no new ones
 
     def _capture(self, key: Hashable, body: Body) -> Body | None:
         started = time.perf_counter()

@@ -341,7 +341,8 @@ class _TrunkGraph:
                 trunk(self.images)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # other threads (loader, saver) may allocate meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.outputs = trunk(self.images)
         _logger.info("target encoder: captured as a CUDA graph for %d images", len(images))
 
