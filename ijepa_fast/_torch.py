@@ -13,6 +13,7 @@ __all__ = [
     "cpu_has",
     "cudnn_attention",
     "cudnn_attention_backward",
+    "end_capture_pool",
     "flash_attention",
     "flash_attention_backward",
     "foreach_add_",
@@ -52,6 +53,9 @@ cudnn_attention = _private(torch.ops.aten, "_scaled_dot_product_cudnn_attention"
 cudnn_attention_backward = _private(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward")
 flash_attention = _private(torch.ops.aten, "_flash_attention_forward")
 flash_attention_backward = _private(torch.ops.aten, "_flash_attention_backward")
+
+# Ends an allocator's share in a capture that failed. Without it: the run stops there instead.
+end_capture_pool = _private(torch._C, "_cuda_endAllocateToPool")
 
 
 def cpu_has(feature: str) -> bool | None:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ijepa_fast._torch import foreach_add_, foreach_copy_
+from ijepa_fast._torch import end_capture_pool, foreach_add_, foreach_copy_
 from ijepa_fast.fast.attention import Pair
 from ijepa_fast.fast.layout import Key, grid_sequences, pack, size_of, views
 from ijepa_fast.fast.step import FastStep
@@ -138,8 +138,8 @@ def _record(body: Body, pool: Any) -> Body:
     except RuntimeError:
         # PyTorch leaves its stream, and an allocator that waits for the capture's end
         torch.cuda.set_stream(stream)
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        with contextlib.suppress(RuntimeError):  # none was begun
+            end_capture_pool(stream.device_index, pool)
         raise
     return graph.replay
 
