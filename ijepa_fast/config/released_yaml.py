@@ -6,7 +6,7 @@ Its `data.batch_size` is that of one GPU, and the file does not say how many the
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,14 +169,11 @@ def _flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     return flat
 
 
-def convert(
-    tree: Mapping[Any, Any], *, known: Collection[str], batch_given: bool = False
-) -> Conversion:
+def convert(tree: Mapping[Any, Any], *, batch_given: bool = False) -> Conversion:
     """A released file's content to our settings; what it lacks keeps the published value.
 
     Args:
         tree: the sections, as YAML gives them.
-        known: the settings that there are.
         batch_given: the global batch is given elsewhere, so that none is guessed.
 
     Raises:
@@ -204,7 +201,7 @@ def convert(
     _batch(flat, settings, notes, batch_given)
     _model(flat, settings, becomes)
     _root(flat, settings, notes)
-    _start(flat, settings, notes, known)
+    _start(flat, settings, notes)
     if "optimization.ema" in flat:
         first, last = _pair("optimization.ema", flat["optimization.ema"])
         settings |= {"optim.momentum": first, "optim.final_momentum": last}
@@ -295,9 +292,7 @@ def _root(flat: Mapping[str, Any], settings: dict[str, Any], notes: list[str]) -
     notes.append(f"{shown} -> data.root {_shown(str(folder))}{text}")
 
 
-def _start(
-    flat: Mapping[str, Any], settings: dict[str, Any], notes: list[str], known: Collection[str]
-) -> None:
+def _start(flat: Mapping[str, Any], settings: dict[str, Any], notes: list[str]) -> None:
     load, read = "meta.load_checkpoint", "meta.read_checkpoint"
     wanted, file = flat.get(load), flat.get(read)
     if load in flat:
@@ -305,11 +300,6 @@ def _start(
     if file is not None:
         file = _text(read, file)
     if wanted and file:
-        if "init" not in known:
-            raise ValueError(
-                f"{load} must be false here, got true with {read} {file!r}: starting from another "
-                "run's weights is not supported"
-            )
         settings["init"] = file
         notes.append(f"{load} true, {read} {_shown(file)} -> init")
         return

@@ -13,8 +13,8 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.config import Config, DataConfig
-from ijepa_fast.errors import CheckpointError, UsageError, exit_code
+from ijepa_fast.config import Config, DataConfig, run_command
+from ijepa_fast.errors import UsageError, require
 from ijepa_fast.evaluate.features import Features, extract
 from ijepa_fast.evaluate.labelled import Split, labelled_data
 from ijepa_fast.evaluate.scores import (
@@ -109,10 +109,7 @@ def _untrained(weights: Pretrained, seed: int) -> Encoder:
 
 
 def _check(args: EvaluateArgs) -> None:
-    if not 0 <= args.seed < 2**64:
-        raise UsageError(f"seed must be in 0..2**64-1, got {args.seed}")
-    if args.k < 1:
-        raise UsageError(f"k must be at least 1, got {args.k}")
+    require(0 <= args.seed < 2**64, "seed", "in 0..2**64-1", args.seed)
     if not args.methods:
         raise UsageError("methods must name at least one of knn, ridge, linear, finetune, got none")
     if args.out is not None and args.out.exists():
@@ -120,19 +117,18 @@ def _check(args: EvaluateArgs) -> None:
     if args.out is not None and not args.out.parent.is_dir():
         raise UsageError(f"out must lie in a folder that exists, got {args.out}")
     tune = args.finetune
-    for name, value, low in (("epochs", tune.epochs, 1), ("batch", tune.batch, 1)):
-        if value < low:
-            raise UsageError(f"finetune.{name} must be at least {low}, got {value}")
-    if args.linear_epochs is not None and args.linear_epochs < 1:
-        raise UsageError(f"linear-epochs must be at least 1, got {args.linear_epochs}")
-    if not 0 <= tune.lr < math.inf:
-        raise UsageError(f"finetune.lr must be at least 0 and finite, got {tune.lr}")
-    if not 0 <= tune.layer_decay <= 1:
-        raise UsageError(f"finetune.layer-decay must be between 0 and 1, got {tune.layer_decay}")
-    if not 0 < tune.share <= 1:
-        raise UsageError(f"finetune.share must be above 0 and at most 1, got {tune.share}")
-    if tune.per_class is not None and tune.per_class < 1:
-        raise UsageError(f"finetune.per_class must be at least 1, got {tune.per_class}")
+    for name, value in (
+        ("k", args.k),
+        ("linear-epochs", args.linear_epochs),
+        ("finetune.epochs", tune.epochs),
+        ("finetune.batch", tune.batch),
+        ("finetune.per_class", tune.per_class),
+    ):
+        require(value is None or value >= 1, name, "at least 1", value)
+    require(0 <= tune.lr < math.inf, "finetune.lr", "at least 0 and finite", tune.lr)
+    decay, share = tune.layer_decay, tune.share
+    require(0 <= decay <= 1, "finetune.layer-decay", "between 0 and 1", decay)
+    require(0 < share <= 1, "finetune.share", "above 0 and at most 1", share)
 
 
 def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
@@ -285,18 +281,16 @@ def _table(result: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _report(args: EvaluateArgs) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    result = _evaluate(args)
+    text = json.dumps(result, indent=1)
+    if args.out is not None:
+        with args.out.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+    print(text if args.json else _table(result))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = tyro.cli(EvaluateArgs, args=argv, prog="python -m ijepa_fast.evaluate")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        result = _evaluate(args)
-        text = json.dumps(result, indent=1)
-        if args.out is not None:
-            with args.out.open("x", encoding="utf-8") as file:
-                file.write(text + "\n")
-    except (CheckpointError, ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(text if args.json else _table(result))
-    return 0
+    return run_command(EvaluateArgs, _report, argv, "evaluate")
