@@ -5,9 +5,16 @@ gradients, 5 a file that cannot be read or written, 6 another rank is gone, 128 
 SIGTERM, SIGINT or SIGUSR1 (a checkpoint is saved, and the same command goes on from there).
 """
 
+import sys
+
+if __name__ == "__main__":
+    # parses the arguments before torch is imported, which takes seconds
+    from ijepa_fast.__main__ import enter
+
+    enter("train")
+
 import logging
 import os
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -375,7 +382,3 @@ def _fail(error: Exception, code: int) -> int:
     elif dist.is_initialized():
         print(f"error on rank {rank}: {error}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    distributed.leave(main())

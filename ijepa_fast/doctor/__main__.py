@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ijepa_fast.__main__ import enter
 from ijepa_fast.doctor.findings import Finding, first_line, render
 
 __all__ = ["examine", "main"]
@@ -77,4 +78,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("doctor")

@@ -9,13 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ijepa_fast.config import (
-    Config,
-    as_dict,
-    dump_yaml,
-    flatten,
-    load_yaml,
-)
+from ijepa_fast.config import Config, as_dict, completed, dump_yaml, load_yaml
 from ijepa_fast.errors import UsageError
 from ijepa_fast.state.checkpoint import checkpoint_folders
 
@@ -30,7 +24,6 @@ NOT_RECIPE = (
     "device",
     "path",
     "attention",
-    "compile",  # of runs begun with version 0.1
     "graphs",
     "memory",
     "shard",
@@ -46,8 +39,6 @@ NOT_RECIPE = (
     "checkpoint.",
     "eval.",
 )
-# what runs began with that do not name it
-BEFORE = {"target_precision": "same"}
 
 
 def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -56,7 +47,7 @@ def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     Args:
         old, new: nested settings as `as_dict` gives them.
     """
-    flat_old, flat_new = ({**BEFORE, **flatten(dict(tree))} for tree in (old, new))
+    flat_old, flat_new = completed(old), completed(new)
     return [
         f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
         for key in sorted(flat_old.keys() | flat_new.keys())
@@ -75,6 +66,19 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return super().format(record).translate(self._ESCAPES)
+
+
+class _Console(logging.StreamHandler[Any]):
+    """A terminal or pipe that may go or fill up: the run goes on, and its log with it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger = logging.getLogger("ijepa_fast")
+        logger.removeHandler(self)
+        logger.warning("stdout must be writable, got %s: what follows is in train.log only", error)
 
 
 class RunFolder:
@@ -121,7 +125,7 @@ class RunFolder:
         new = as_dict(config)
         if path.exists():
             try:
-                old = load_yaml(path.read_text())
+                old = load_yaml(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UsageError(
                     f"{path} must be YAML, got: {' '.join(str(error).split())}"
@@ -141,7 +145,7 @@ class RunFolder:
                 # a copy: a kill between here and the end leaves no folder without config.yaml
                 shutil.copyfile(path, self._spare("config", ".yaml"))
         temporary = self.path / ".config.yaml.tmp"
-        temporary.write_text(dump_yaml(config))
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
         temporary.replace(path)
 
     def _spare(self, stem: str, suffix: str) -> Path:
@@ -168,7 +172,7 @@ class RunFolder:
         self._logger_was = (logger.level, logger.propagate)
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
-        file = logging.FileHandler(self.path / "train.log")
+        file = logging.FileHandler(self.path / "train.log", encoding="utf-8")
         file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
         self._handlers.append(file)
         if sys.stdout.isatty():
@@ -178,7 +182,7 @@ class RunFolder:
             rich.setFormatter(_Plain("%(message)s"))
             self._handlers.append(rich)
         else:
-            plain = logging.StreamHandler(sys.stdout)
+            plain = _Console(sys.stdout)
             plain.setFormatter(_Plain("%(message)s"))
             self._handlers.append(plain)
         self._handlers[1].setLevel(logging.INFO)
