@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -44,10 +43,6 @@ def _same_dtype(dg, h):
     return dh, dh.sum(0, dtype=F32), g.detach()
 
 
-def _fused(dg, h) -> Any:
-    return gelu_backward(dg, h)
-
-
 def _check(dg, h, slack=1.0):
     results = zip(gelu_backward(dg, h), _same_dtype(dg, h), _truth(dg, h), strict=True)
     for name, (ours, same_dtype, truth) in zip(NAMES, results, strict=True):
@@ -71,11 +66,6 @@ def test_not_worse_than_torch(width, dtype, device):
         assert_not_worse(NAMES[n], ours, same_dtype[n], truth[n])
 
 
-@pytest.mark.parametrize("rows", [1, 8, 63, 64, 65, 200])
-def test_rows(rows, device):
-    _check(*_inputs((rows, 72), BF16, device))
-
-
 @given(
     rows=st.integers(1, 70),
     width=st.integers(1, 300),
@@ -85,7 +75,7 @@ def test_rows(rows, device):
 )
 def test_any_shape(rows, width, dtype, scale, seed, device):
     dg, h = _inputs((rows, width), dtype, device, seed, scale)
-    results = list(zip(_fused(dg, h), _same_dtype(dg, h), _truth(dg, h), strict=True))
+    results = list(zip(gelu_backward(dg, h), _same_dtype(dg, h), _truth(dg, h), strict=True))
     _, (ours, same_dtype, truth), _ = results
     for n in (0, 2):
         assert_not_worse(NAMES[n], *results[n], slack=4)
@@ -99,25 +89,13 @@ def test_tails(device):
     """Each piece of the curve alone: relative to itself, where 1 + erf has nothing left."""
     h = torch.linspace(-9, 9, 3601, device=device)[:, None]
     dg = torch.ones_like(h)
-    ours, theirs, truth = _fused(dg, h), _same_dtype(dg, h), _truth(dg, h)
+    ours, theirs, truth = gelu_backward(dg, h), _same_dtype(dg, h), _truth(dg, h)
     edges = [-9.0, -5.0, -2.0, -0.6, 0.0, 1.0, 4.0, 9.1]
     for low, high in pairwise(edges):
         piece = ((h >= low) & (h < high))[:, 0]
         for n in (0, 2):
             name = f"{NAMES[n]} in {low} .. {high}"
             assert_not_worse(name, ours[n][piece], theirs[n][piece], truth[n][piece])
-
-
-def test_is_not_the_tanh_form(device):
-    """Which differs by up to 5e-4, within what bfloat16 rounds away."""
-    h = torch.linspace(-4, 4, 400, device=device)[:, None].requires_grad_()
-    approximate = F.gelu(h, approximate="tanh")
-    (slope,) = torch.autograd.grad(approximate.sum(), h)
-    dh, _, g = _fused(torch.ones_like(h), h.detach())
-    truth, _, value = _truth(torch.ones_like(h), h.detach())
-    for exact, tanh, true in ((dh, slope, truth), (g, approximate, value)):
-        assert (exact - true).abs().max() < 1e-6
-        assert (tanh - true).abs().max() > 3e-4
 
 
 def test_special_values(device):
@@ -133,13 +111,13 @@ def test_mixed_dtypes_and_strides(device):
     dg, h = _inputs((6, 40), F32, device)
     wide, tall = dg.repeat(1, 2)[:, ::2], h.bfloat16().t().contiguous().t()
     for ours, plain in zip(
-        _fused(wide, tall),
-        _fused(wide.contiguous(), tall.contiguous()),
+        gelu_backward(wide, tall),
+        gelu_backward(wide.contiguous(), tall.contiguous()),
         strict=True,
     ):
         assert torch.equal(ours, plain)
         assert ours.is_contiguous()
-    dh, bias_grad, g = _fused(wide, tall)
+    dh, bias_grad, g = gelu_backward(wide, tall)
     assert (dh.dtype, bias_grad.dtype, g.dtype) == (BF16, F32, BF16)
     _check(*(t.bfloat16().contiguous() for t in (wide, tall)))
 
@@ -159,7 +137,7 @@ def test_empty(shape, device):
     assert g.shape == shape
     assert torch.autograd.grad(g.sum(), h)[0].shape == shape
     if h.ndim == 2:
-        dh, bias_grad, again = _fused(h.detach(), h.detach())
+        dh, bias_grad, again = gelu_backward(h.detach(), h.detach())
         assert dh.shape == again.shape == shape
         assert torch.equal(bias_grad, torch.zeros(16, device=device))
 
@@ -188,7 +166,7 @@ def test_compiles_whole_and_passes_opcheck(device):
 def test_float64():
     dg, h = (t.double() for t in _inputs((4, 10), F32, "cpu"))
     torch.autograd.gradcheck(gelu, (h.clone().requires_grad_(),))
-    for ours, truth in zip(_fused(dg, h), _truth(dg, h), strict=True):
+    for ours, truth in zip(gelu_backward(dg, h), _truth(dg, h), strict=True):
         assert ours.dtype == torch.float64
         torch.testing.assert_close(ours, truth, rtol=1e-13, atol=1e-13)
 
@@ -224,5 +202,3 @@ def test_bad_input_of_the_forward_pass():
 def test_bytes():
     assert gelu_bytes(10, 100, BF16) == 4000
     assert gelu_bytes(10, 100, BF16, backward=True) == 6000
-    some = gelu_bytes(10, 100, BF16, backward=True, with_bias_grad=True, with_activation=True)
-    assert some == 8000 + 400
