@@ -3,14 +3,11 @@
 Nothing is extracted, unpickled or followed: a member is a byte range, whatever it is called.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
 import os
 import tarfile
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,9 +20,9 @@ from ijepa_fast.data.pixels import (
     is_plain,
     open_image,
 )
-from ijepa_fast.data.sources import Bad
+from ijepa_fast.data.sources import Bad, trusted_time
 
-__all__ = ["YOUNG_NS", "Image", "Inspected", "inspect_file", "inspect_shard"]
+__all__ = ["Image", "Inspected", "inspect_file", "inspect_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +30,13 @@ logger = logging.getLogger(__name__)
 _TAIL = 1024
 _END_MARKER = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _LONGEST = 2**32 - 1
-YOUNG_NS = 2_000_000_000
-"""Age of a file, in ns, from which its time of change tells it from a later version."""
 _LONGEST_LABEL = 1 << 20
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a link",
+    tarfile.DIRTYPE: "a folder",
+    **dict.fromkeys((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE), "a device or FIFO"),
+}
 _LABEL_KEYS = ("label", "cls", "class")
 
 
@@ -64,44 +65,28 @@ class Inspected(NamedTuple):
     ignored: int = 0
 
 
-class _Range(io.RawIOBase):
-    """A byte range of a descriptor as a file."""
+class _Range:
+    """A byte range of a descriptor as a file; no read allocates more than there is."""
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
-        super().__init__()
         self._descriptor, self._offset, self._at = descriptor, offset, 0
-        self.length = length
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        self._length = length
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.length}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         if start + offset < 0:
             raise OSError("a position must be at least 0")
         self._at = start + offset
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), max(self.length - self._at, 0))
-        count = os.preadv(self._descriptor, [memoryview(buffer)[:size]], self._offset + self._at)
-        self._at += count
-        return count
-
-
-class _Cut:
-    """A file whose reads allocate no more than there is."""
-
-    def __init__(self, file: Any, length: int) -> None:
-        self._file, self._length = file, length
-        self.seek, self.tell = file.seek, file.tell
+    def tell(self) -> int:
+        return self._at
 
     def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._file.tell(), 0)
-        data: bytes = self._file.read(left if size < 0 else min(size, left))
+        left = max(self._length - self._at, 0)
+        size = left if size < 0 else min(size, left)
+        data = os.pread(self._descriptor, size, self._offset + self._at)
+        self._at += len(data)
         return data
 
 
@@ -135,8 +120,7 @@ def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Imag
         raise ValueError("the file is empty")
     if length > _LONGEST:
         raise ValueError(f"an image must have at most {_LONGEST} bytes, got {length}")
-    file = io.BufferedReader(_Range(descriptor, offset, length))
-    with open_image(file) as image:
+    with open_image(_Range(descriptor, offset, length)) as image:
         width, height = image.size
         check_pixels(width, height)
         check_mode(image)
@@ -164,10 +148,7 @@ def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Imag
 
 
 def _stamp(status: os.stat_result) -> int:
-    """The stamp, or 0 for what was changed so shortly before that the clock may not tell a change
-    to come from it.
-    """
-    return stamp(status) if status.st_mtime_ns < time.time_ns() - YOUNG_NS else 0
+    return stamp(status) if trusted_time(status) else 0
 
 
 def _reason(root: str, path: str, error: Exception) -> str:
@@ -201,7 +182,7 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
         descriptor, status = open_regular(os.path.join(root, path))
     except OSError as error:
         return Inspected(path, [], [Bad(path, _reason(root, path, error))], 0)
-    with contextlib.closing(io.FileIO(descriptor, "rb")):
+    with os.fdopen(descriptor, "rb"):
         known = _stamp(status)
         members = _members(_Range(descriptor, 0, status.st_size))
         while True:
@@ -217,7 +198,8 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
             full = f"{path}/{member.name}"
             if extension in EXTENSIONS:
                 if not member.isreg() or member.issparse():
-                    bad.append(Bad(full, f"must be a plain member of the tar, got {_kind(member)}"))
+                    kind = _KINDS.get(member.type, "a sparse or unknown one")
+                    bad.append(Bad(full, f"must be a plain member of the tar, got {kind}"))
                     continue
                 if key in seen:
                     bad.append(Bad(full, f"the shard holds the key {key!r} twice"))
@@ -254,17 +236,14 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
     return Inspected(path, labelled, bad, known, ignored)
 
 
-def _members(file: "_Range") -> Iterator[tarfile.TarInfo]:
+def _members(file: Any) -> Iterator[tarfile.TarInfo]:
     """Members one after the other, none kept.
 
     Raises:
         Exception: whatever tarfile raises on a damaged archive.
     """
-    # reads are cut at the file's end: a header may claim any length
-    whole: Any = io.BufferedReader(file)
-    cut: Any = _Cut(whole, file.length)
     with tarfile.open(
-        fileobj=cut, mode="r:", encoding="utf-8", errors="surrogateescape"
+        fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
     ) as archive:
         before = -1
         while (member := archive.next()) is not None:
@@ -275,8 +254,8 @@ def _members(file: "_Range") -> Iterator[tarfile.TarInfo]:
             archive.members.clear()  # type: ignore[attr-defined]
             yield member
         # tarfile takes a damaged header for the end; the end is a block of zeros
-        whole.seek(archive.offset)
-        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no header and no end marker at byte {archive.offset}")
 
 
@@ -287,19 +266,6 @@ def _split(name: str) -> tuple[str, str]:
         return name, ""
     key = base.partition(".")[0]
     return f"{folder}{slash}{key}", os.path.splitext(base)[1].lower()
-
-
-def _kind(member: tarfile.TarInfo) -> str:
-    for name, is_kind in (
-        ("a symbolic link", member.issym()),
-        ("a link", member.islnk()),
-        ("a folder", member.isdir()),
-        ("a sparse file", member.issparse()),
-        ("a device or FIFO", member.isdev()),
-    ):
-        if is_kind:
-            return name
-    return f"type {member.type!r}"
 
 
 def _label(descriptor: int, member: tarfile.TarInfo, extension: str) -> str | None:

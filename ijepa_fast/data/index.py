@@ -47,7 +47,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "verified": np.bool_,
     "mark": np.uint64,
 }
-_TEXTS = ("paths", "members", "classes", "roots", "bad", "bad_paths")
+_TEXTS = ("paths", "members", "classes", "roots", "bad", "bad_paths", "watched")
 # Shards stay open while they are read; images that are files of their own do not.
 _OPEN_SHARDS = 256
 _MASK = (1 << 64) - 1
@@ -74,12 +74,6 @@ class Texts(Sequence[str]):
         np.cumsum(lengths, out=start[1:])
         joined = b"".join(text + b"\0" for text in encoded)
         return cls(np.frombuffer(joined, dtype=np.uint8), start)
-
-    @classmethod
-    def from_blob(cls, blob: NDArray[np.uint8]) -> "Texts":
-        """Finds the texts in a block."""
-        ends = np.flatnonzero(blob == 0) + 1
-        return cls(blob, np.concatenate([np.zeros(1, np.int64), ends.astype(np.int64)]))
 
     def raw(self, place: int) -> bytes:
         """The bytes of one text."""
@@ -158,6 +152,8 @@ class Index:
         table: name of the kept table that this was opened from; another one once it is renewed.
         ignored: number of files (and members of shards) that do not look like images.
         ignored_in: int64 (k, 2), entry of `paths` and number, for shards that hold such members.
+        watched: absolute folders and list files: as long as these stand, the listing does.
+        watched_times: int64 (len(watched),), their times of change in ns, 0 where not trusted.
     """
 
     file: NDArray[np.int32]
@@ -182,6 +178,8 @@ class Index:
     table: str = ""
     ignored: int = 0
     ignored_in: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    watched: Texts = field(default_factory=lambda: Texts.of(()))
+    watched_times: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     _shards: dict[int, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _changed: set[int] = field(default_factory=set, repr=False)
@@ -217,6 +215,13 @@ class Index:
     def root(self, row: int) -> str:
         """The folder of the row's source."""
         return self.roots[self._root(int(self.file[row]))]
+
+    @property
+    def shard_files(self) -> NDArray[np.int64]:
+        """Entries of `paths` that are tar shards."""
+        if self.members is None:
+            return np.zeros(0, dtype=np.int64)
+        return np.unique(self.file[np.diff(self.members.start) > 1]).astype(np.int64)
 
     def rows_named(self, name: str) -> NDArray[np.int64]:
         """Rows of this name; none where there is no such one. Searches bytes, not row by row."""
@@ -334,6 +339,7 @@ def index_to_arrays(index: Index) -> dict[str, NDArray[np.generic]]:
         "roots": Texts.of(index.roots),
         "bad": Texts.of(text for entry in index.bad for text in entry),
         "bad_paths": Texts.of(index.bad_paths),
+        "watched": index.watched,
     }
     if index.members is not None:
         texts["members"] = index.members
@@ -342,6 +348,7 @@ def index_to_arrays(index: Index) -> dict[str, NDArray[np.generic]]:
         arrays[f"{name}_start"] = packed.start
     arrays["stamps"], arrays["root_start"] = index.stamps, index.root_start
     arrays["bad_stamps"], arrays["ignored_in"] = index.bad_stamps, index.ignored_in
+    arrays["watched_times"] = index.watched_times
     arrays["ignored"] = np.array([index.ignored], dtype=np.int64)
     arrays["digest"] = np.frombuffer(bytes.fromhex(index.digest()), dtype=np.uint8)
     return arrays
@@ -356,7 +363,7 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
     needed = [
         *(name for name in COLUMNS if name not in ("file", "offset")),
         *(f"{name}{end}" for name in _TEXTS if name != "members" for end in ("", "_start")),
-        *("stamps", "root_start", "bad_stamps", "ignored", "ignored_in", "digest"),
+        *("stamps", "root_start", "bad_stamps", "ignored", "ignored_in", "watched_times", "digest"),
     ]
     missing = [name for name in needed if name not in arrays]
     if missing:
@@ -380,6 +387,8 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
     bad = tuple(texts["bad"])
     if len(bad) != 2 * len(arrays["bad_stamps"]) or len(texts["bad_paths"]) * 2 != len(bad):
         raise ValueError("bad, bad_paths and bad_stamps of an index must be of one length")
+    if len(texts["watched"]) != len(arrays["watched_times"]):
+        raise ValueError("watched and watched_times of an index must be of one length")
     index = Index(
         **{name: columns[name].astype(dtype, copy=False) for name, dtype in COLUMNS.items()},  # type: ignore[arg-type]
         paths=texts["paths"],
@@ -393,6 +402,8 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
         bad_stamps=arrays["bad_stamps"].astype(np.uint64, copy=False),
         ignored=int(arrays["ignored"].reshape(-1)[0].item()),
         ignored_in=arrays["ignored_in"].astype(np.int64, copy=False).reshape(-1, 2),
+        watched=texts["watched"],
+        watched_times=arrays["watched_times"].astype(np.int64, copy=False),
     )
     # known already: computing it again would read the whole table
     index.__dict__["_digest"] = arrays["digest"].tobytes().hex()

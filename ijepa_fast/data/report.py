@@ -78,7 +78,7 @@ def summary(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str
         "sources": list(index.roots),
         "images": rows,
         "files": len(index.paths),
-        "shards": _shards(index),
+        "shards": len(index.shard_files),
         "bytes": int(index.length.sum(dtype=np.int64)),
         "mean_bytes": round(float(index.length.mean(dtype=np.float64)), 1),
         "classes": len(index.classes),
@@ -104,13 +104,6 @@ def summary(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str
         "duplicates_of_several_classes": len(conflicts),
         "digest": index.digest(),
     }
-
-
-def _shards(index: Index) -> int:
-    if index.members is None:
-        return 0
-    named = np.diff(index.members.start) > 1
-    return len(np.unique(index.file[named]))
 
 
 def _histogram(values: NDArray[Any], ends: tuple[int, ...]) -> dict[str, int]:
