@@ -351,7 +351,7 @@ def test_a_batch_over_the_maximum_is_refused(chelsea, dali):
 def test_make_decoder(monkeypatch):
     decoder, reason = make_decoder(DataConfig(decoder="pillow", crop=32), "cpu", max_batch=4)
     assert isinstance(decoder, PillowDecoder)
-    assert "Pillow, as asked" in reason
+    assert reason.endswith("as asked")
     assert decoder.crop_size == (32, 32)
     decoder.close()
     if HAS_DALI:

@@ -220,7 +220,7 @@ def test_an_abandoned_loader_does_not_keep_the_process_alive(index):
 def test_the_decoder_in_use_is_logged_once(index, caplog):
     with caplog.at_level("INFO", logger="ijepa_fast.data"):
         sample_ids(index, steps=3)
-    assert [r.getMessage() for r in caplog.records] == ["decoder: Pillow, as asked (2 threads)"]
+    assert [r.getMessage() for r in caplog.records] == ["decoder: Pillow (2 threads), as asked"]
 
 
 @pytest.mark.gpu

@@ -81,7 +81,6 @@ def test_replacements_are_keyed_by_position_and_attempt():
         (lambda: epoch_order(0, seed=0, epoch=0), ["num_images", "0"]),
         (lambda: positions(2, 2, 0, 4), ["rank", "2"]),
         (lambda: positions(0, 2, -1, 4), ["micro_step", "-1"]),
-        (lambda: replacement_id(5, seed=0, epoch=0, position=0, attempt=-1), ["attempt", "-1"]),
         (lambda: crop_windows([0], [5], [0], seed=0, epoch=0, **RECIPE), ["width", "0"]),
         (lambda: crop_windows([5], [5, 6], [0], seed=0, epoch=0, **RECIPE), ["one shape"]),
     ],
