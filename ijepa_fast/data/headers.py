@@ -99,23 +99,41 @@ def inspect_file(root: str, path: str, label: str | None, *, verify: bool) -> In
         label: class of the image, if it has one.
         verify: decode the whole image.
     """
-    known = 0
+    opened = _open(root, path)
+    if isinstance(opened, Inspected):
+        return opened
+    descriptor, status = opened
+    known = _stamp(status)
+    with os.fdopen(descriptor, "rb"):
+        found = _inspect(descriptor, 0, status.st_size, verify=verify)
+    if isinstance(found, str):
+        return Inspected(path, [], [Bad(path, found)], known)
+    return Inspected(path, [found._replace(label=label)], [], known)
+
+
+def _open(root: str, path: str) -> tuple[int, os.stat_result] | Inspected:
+    """A regular file, or what is wrong with it."""
+    where = os.path.join(root, path)
     try:
-        descriptor, status = open_regular(os.path.join(root, path))
-        try:
-            known = _stamp(status)
-            image = _inspect(descriptor, 0, status.st_size, verify=verify)
-        finally:
-            os.close(descriptor)
+        return open_regular(where)
+    except OSError as error:
+        broken = isinstance(error, FileNotFoundError) and os.path.islink(where)
+        reason = "a broken symbolic link" if broken else describe(error)
+        return Inspected(path, [], [Bad(path, reason)], 0)
+
+
+def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Image | str:
+    """What is known of a usable image, or why it is not usable."""
+    try:
+        return _header(descriptor, offset, length, verify=verify)
     except MemoryError:
         raise
     # Pillow raises nearly anything on a hostile file; all of it means that the file is not usable.
     except Exception as error:  # noqa: BLE001
-        return Inspected(path, [], [Bad(path, _reason(root, path, error))], known)
-    return Inspected(path, [image._replace(label=label)], [], known)
+        return describe(error)
 
 
-def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
+def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
     if length == 0:
         raise ValueError("the file is empty")
     if length > _LONGEST:
@@ -132,7 +150,7 @@ def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Imag
         if verified:
             image.load()
         name = "JPEG" if image.format == "MPO" else image.format
-        mark = hashlib.blake2b(tail + length.to_bytes(8, "little"), digest_size=8).digest()
+    mark = hashlib.blake2b(tail + length.to_bytes(8, "little"), digest_size=8).digest()
     return Image(
         member="",
         label=None,
@@ -151,14 +169,6 @@ def _stamp(status: os.stat_result) -> int:
     return stamp(status) if trusted_time(status) else 0
 
 
-def _reason(root: str, path: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError) and os.path.islink(os.path.join(root, path)):
-        return "a broken symbolic link"
-    if type(error) is ValueError and str(error) == "the file is empty":
-        return str(error)
-    return describe(error)
-
-
 def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> Inspected:
     """Lists a tar shard in the WebDataset layout and reads the headers of its images.
 
@@ -174,16 +184,16 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
     """
     images: list[Image] = []
     bad: list[Bad] = []
-    known = ignored = unread = 0
+    ignored = unread = 0
     labels: dict[str, str] = {}
     keys: list[str] = []
     seen: set[str] = set()
-    try:
-        descriptor, status = open_regular(os.path.join(root, path))
-    except OSError as error:
-        return Inspected(path, [], [Bad(path, _reason(root, path, error))], 0)
+    opened = _open(root, path)
+    if isinstance(opened, Inspected):
+        return opened
+    descriptor, status = opened
+    known = _stamp(status)
     with os.fdopen(descriptor, "rb"):
-        known = _stamp(status)
         members = _members(_Range(descriptor, 0, status.st_size))
         while True:
             try:
@@ -205,18 +215,13 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
                     bad.append(Bad(full, f"the shard holds the key {key!r} twice"))
                     continue
                 seen.add(key)
-                try:
-                    if member.offset_data + member.size > status.st_size:
-                        raise ValueError("the shard ends before the file does")
-                    image = _inspect(descriptor, member.offset_data, member.size, verify=verify)
-                except MemoryError:
-                    raise
-                # As above.
-                except Exception as error:  # noqa: BLE001
-                    reason = str(error) if type(error) is ValueError else describe(error)
-                    bad.append(Bad(full, reason))
+                found: Image | str = "the shard ends before the file does"
+                if member.offset_data + member.size <= status.st_size:
+                    found = _inspect(descriptor, member.offset_data, member.size, verify=verify)
+                if isinstance(found, str):
+                    bad.append(Bad(full, found))
                     continue
-                images.append(image._replace(member=member.name))
+                images.append(found._replace(member=member.name))
                 keys.append(key)
             elif extension in (".cls", ".json") and member.isreg() and not member.issparse():
                 text = _label(descriptor, member, extension)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -173,10 +172,6 @@ class Loader(Iterator[Batch]):
         self._thread = threading.Thread(target=self._produce, name="ijepa-loader")
         self._thread.start()
 
-    def __iter__(self) -> "Loader":
-        """The loader itself."""
-        return self
-
     def __next__(self) -> Batch:
         """The next micro-batch; an error of the thread is raised here, with its traceback."""
         if self._end is None:
@@ -222,12 +217,7 @@ class Loader(Iterator[Batch]):
         """The loader itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stops the background thread and drops what it has read ahead."""
         self.close()
 
@@ -316,14 +306,16 @@ class Loader(Iterator[Batch]):
                 return Batch(images=self._decode(plan, parts), ids=torch.from_numpy(plan.ids))
             except DecodeError as error:
                 for row, reason in error.failures.items():
-                    self._condemn(
-                        int(plan.ids[row]), reason, epoch=plan.epoch, position=int(plan.places[row])
+                    sample = int(plan.ids[row])
+                    self._bad[sample] = True
+                    self._quarantine.add(
+                        self._index.name(sample),
+                        reason,
+                        sample_id=sample,
+                        epoch=plan.epoch,
+                        position=int(plan.places[row]),
                     )
-
-    def _condemn(self, row: int, reason: str, **where: int) -> None:
-        self._bad[row] = True
-        self._quarantine.add(self._index.name(row), reason, sample_id=row, **where)
-        self._require_good()
+                    self._require_good()
 
     def _require_good(self) -> None:
         """Without a single good file the search for a replacement would not end."""

@@ -150,4 +150,6 @@ def describe(error: BaseException) -> str:
         return f"cannot be read: {error.strerror}"
     # Control characters and lone surrogates from a hostile header do not reach a log.
     text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    # most plain ones are ours, and say it all
+    kind = "" if text and type(error) is ValueError else type(error).__name__
+    return ": ".join(filter(None, (kind, text)))
