@@ -118,28 +118,21 @@ class Quarantine:
 
     def _keep(self, entries: Sequence[Mapping[str, object]]) -> None:
         """Records that the disk refuses are known in this process alone: the file is met again."""
-        try:
-            self._append(entries)
-        except OSError as error:
-            logger.warning("%s cannot be written: %s", self.path, error)
-
-    def _append(self, entries: Sequence[Mapping[str, object]]) -> None:
         if self.path is None:
             return
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        data = "".join(json.dumps(entry) + "\n" for entry in entries).encode("ascii")
         try:
-            # After a kill the last line may be torn: it must not swallow this one.
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                text = "\n" + text
-            # One write, so that lines of several ranks do not mix.
-            data = text.encode("ascii")
-            if os.write(descriptor, data) != len(data):
-                raise OSError(f"{self.path}: a record was not written whole")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with self.path.open("a+b", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                # After a kill the last line may be torn: it must not swallow this one.
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    data = b"\n" + data
+                # One write, so that lines of several ranks do not mix.
+                if file.write(data) != len(data):
+                    raise OSError("a record was not written whole")
+                os.fsync(file.fileno())
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error)
 
     def _read(self) -> None:
         """Takes over what was appended since the last call, by this process or another."""
