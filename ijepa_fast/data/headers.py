@@ -4,6 +4,7 @@ Nothing is extracted, unpickled or followed: a member is a byte range, whatever 
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -65,12 +66,19 @@ class Inspected(NamedTuple):
     ignored: int = 0
 
 
-class _Range:
-    """A byte range of a descriptor as a file; no read allocates more than there is."""
+class _Range(io.RawIOBase):
+    """A byte range of a descriptor as a file; `read` allocates no more than there is."""
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        super().__init__()
         self._descriptor, self._offset, self._at = descriptor, offset, 0
         self._length = length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
@@ -79,15 +87,18 @@ class _Range:
         self._at = start + offset
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def read(self, size: int = -1) -> bytes:
         left = max(self._length - self._at, 0)
-        size = left if size < 0 else min(size, left)
-        data = os.pread(self._descriptor, size, self._offset + self._at)
+        data = os.pread(
+            self._descriptor, left if size < 0 else min(size, left), self._offset + self._at
+        )
         self._at += len(data)
         return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def inspect_file(root: str, path: str, label: str | None, *, verify: bool) -> Inspected:
@@ -104,8 +115,10 @@ def inspect_file(root: str, path: str, label: str | None, *, verify: bool) -> In
         return opened
     descriptor, status = opened
     known = _stamp(status)
-    with os.fdopen(descriptor, "rb"):
+    try:
         found = _inspect(descriptor, 0, status.st_size, verify=verify)
+    finally:
+        os.close(descriptor)
     if isinstance(found, str):
         return Inspected(path, [], [Bad(path, found)], known)
     return Inspected(path, [found._replace(label=label)], [], known)
@@ -138,7 +151,9 @@ def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image
         raise ValueError("the file is empty")
     if length > _LONGEST:
         raise ValueError(f"an image must have at most {_LONGEST} bytes, got {length}")
-    with open_image(_Range(descriptor, offset, length)) as image:
+    # Pillow reads a header in small pieces
+    file = io.BufferedReader(_Range(descriptor, offset, length))
+    with open_image(file) as image:
         width, height = image.size
         check_pixels(width, height)
         check_mode(image)
