@@ -23,8 +23,8 @@ def path_of(device: str, folder: Path = FOLDER) -> Path:
 
 def dump(path: Path, machine: Mapping[str, Any], results: Iterable[Result]) -> None:
     """Writes results, whole or not at all."""
-    results = {r.key: asdict(r) for r in results}
-    write_json(path, {"machine": dict(machine), "results": results})
+    found = {r.key: asdict(r) for r in results}
+    write_json(path, {"machine": dict(machine), "results": found})
 
 
 def accept(machine: Mapping[str, Any], results: Iterable[Result], folder: Path = FOLDER) -> Path:

@@ -12,10 +12,8 @@ from pathlib import Path
 
 from benchmarks import baselines, harness, step_report
 from benchmarks.bench_step import GPU_MODELS
-from benchmarks.discover import benches
 from benchmarks.gpu_check.files import write_json
-from benchmarks.harness import Bench, Result
-from benchmarks.shapes import SMALL
+from benchmarks.harness import Bench, Result, benches
 from benchmarks.step_contest import measure, names_on
 from benchmarks.step_providers import MODES, Case, make_case
 
@@ -82,23 +80,14 @@ def _cases(full: bool) -> list[Case]:
 # --- all of it -----------------------------------------------------------------------------------
 
 
-def _heading(full: bool, chosen: Sequence[Bench], step: bool) -> str:
+def _heading(full: bool, chosen: Sequence[Bench]) -> str:
     lines = [", ".join(f"{key} {value}" for key, value in harness.machine().items() if value)]
-    if harness.device().type == "cuda":
-        if not full:
-            lines.append("Small: ops at B/16's shapes and the step of ViT-B/16 only; --full is all")
-        return "\n".join(lines)
-    if chosen:
-        lines.append(
-            f"No GPU: ops at a tiny shape ({SMALL.batch} images, {SMALL.patches} patches, "
-            f"{SMALL.width} wide), on their PyTorch implementations: no measurement of a kernel, "
-            "nothing compiled, no GB/s"
-        )
-    if step and not full:
-        lines.append(
-            "Small: a step of 2 images through 2 + 1 blocks of ViT-S/16; --full is 8 images and "
-            "the whole depth"
-        )
+    cuda = harness.device().type == "cuda"
+    if chosen and not cuda:
+        lines.append("No GPU: ops at a tiny shape, in plain PyTorch: no measurement of a kernel")
+    if not full:
+        ops, model = ("B/16's shapes", "ViT-B/16") if cuda else ("the tiny shape", "2 + 1 blocks")
+        lines.append(f"Small: ops at {ops}, the step of {model}; --full is all")
     return "\n".join(lines)
 
 
@@ -117,7 +106,7 @@ def run(
     Returns:
         The exit code: 1 if something is wrong or could not be measured.
     """
-    say(_heading(full, chosen, step))
+    say(_heading(full, chosen))
     failed: list[str] = []
     results: list[Result] = []
     rows: list[step_report.Row] = []

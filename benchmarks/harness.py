@@ -32,6 +32,7 @@ __all__ = [
     "RESULTS",
     "Bench",
     "Result",
+    "benches",
     "copy_bandwidth",
     "device",
     "machine",
@@ -329,6 +330,14 @@ class Bench:
         if leaves:
             return _kept(lambda: function(*arguments))
         return torch.no_grad()(_kept(lambda: function(*arguments)))
+
+
+@functools.cache
+def benches() -> tuple[Bench, ...]:
+    """Every `Bench` of the modules ``benchmarks/bench_*.py``."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
+    modules = [import_module(f"benchmarks.{name}") for name in names]
+    return tuple(b for module in modules for b in vars(module).values() if isinstance(b, Bench))
 
 
 def measured(bench: Bench) -> Callable[[str, str, str], None]:

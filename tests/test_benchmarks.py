@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from benchmarks import baselines, harness, predict
-from benchmarks.discover import benches
-from benchmarks.harness import Bench, Result
+from benchmarks.harness import Bench, Result, benches
 from benchmarks.shapes import MODELS, SMALL
 from ijepa_fast.config.presets import preset
 from ijepa_fast.estimate import estimate

@@ -20,10 +20,9 @@ from typing import Any
 
 import triton
 
-from benchmarks.discover import benches
 from benchmarks.gpu_check import files
 from benchmarks.gpu_check.files import write_json
-from benchmarks.harness import machine
+from benchmarks.harness import benches, machine
 from benchmarks.shapes import MODELS, Model
 
 __all__ = ["main", "run"]
