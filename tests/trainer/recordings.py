@@ -8,6 +8,9 @@ import torch
 from ijepa_fast.verify.parity import replay
 from tests.trainer import plain_step
 
+FORWARD, GRADIENT, LOSS, FINAL = "forward", "gradient", "loss", "final weights"
+MOVED, SCHEDULE = "target movement", "schedule"
+
 GOLDEN = Path(__file__).parents[1] / "golden" / "p8_64.safetensors"
 
 CASE: dict[str, Any] = {
@@ -103,3 +106,13 @@ def failures(file: Path | str, **arguments: Any) -> dict[str, set[str]]:
         if not row.ok:
             names.setdefault(row.kind, set()).add(row.name)
     return names
+
+
+def must_fail(file: Path, kinds: set[str], **arguments: Any) -> None:
+    """Rows of these kinds fail, and none of what is computed before the first of them."""
+    failed = failures(file, **arguments)
+    assert kinds <= failed.keys()
+    for earlier in (SCHEDULE, FORWARD, GRADIENT):
+        if earlier in kinds:
+            break
+        assert earlier not in failed
