@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.verify.parity import replay
+from ijepa_fast.verify.parity import compare
 from tests.trainer import plain_step
 
 FORWARD, GRADIENT, LOSS, FINAL = "forward", "gradient", "loss", "final weights"
@@ -102,7 +102,7 @@ def record(path: Path, *, context: int = 4, target: int = 4, drop: int = 0, **ch
 def failures(file: Path | str, **arguments: Any) -> dict[str, set[str]]:
     """Names of the rows beyond their limit, by kind."""
     names: dict[str, set[str]] = {}
-    for row in replay(Path(file), **arguments).rows:
+    for row in compare(Path(file), **arguments).rows:
         if not row.ok:
             names.setdefault(row.kind, set()).add(row.name)
     return names

@@ -464,7 +464,12 @@ def _tanh_gelu(patch: Patch) -> None:
 def _attend(patch: Patch, change: Callable[..., tuple[Tensor, ...]]) -> None:
     """Attention over other queries, keys and values."""
     right = model.attend
-    patch.setattr(model, "attend", lambda q, k, v, valid=None: right(*change(q, k, v), valid))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+        q, k, v = change(q, k, v)
+        return right(q, k, v, valid)
+
+    patch.setattr(model, "attend", attend)
 
 
 def _optimizer(patch: Patch, kind: str, **options: Any) -> None:

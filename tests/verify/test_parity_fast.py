@@ -23,7 +23,7 @@ from ijepa_fast.fast.layout import Key, Layout, views
 from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.verify.comparison import Report
-from ijepa_fast.verify.parity import main, replay
+from ijepa_fast.verify.parity import compare, main
 from ijepa_kernels import latent_loss, patchify
 from ijepa_kernels.add_layer_norm import add_layer_norm_backward, add_layer_norm_forward
 from ijepa_kernels.gather_tokens import Gather
@@ -81,7 +81,7 @@ def test_another_recording_passes_in_bfloat16(tmp_path, capsys):
 
 
 def test_in_bfloat16_errors_are_held_to_the_reference_paths():
-    report = replay(GOLDEN, dtype="bfloat16", path="fast")
+    report = compare(GOLDEN, dtype="bfloat16", path="fast")
     assert report.ok
     compared = {row.name for row in report.rows if row.kind in (GRADIENT, FINAL)}
     assert {r.name.removesuffix(" (of reference)") for r in report.rows if r.kind == EACH} == (
