@@ -74,7 +74,7 @@ def test_the_last_look_is_of_the_saved_weights(run, data):
     index = open_index(str(data))[0]
     of = OnlineEvaluation(config, index, CPU)
     context, target, predictor = of.networks(state.tensors)
-    images, _ = of._load()
+    images, _ = of._images
     assert len(images) == 40
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
     cosines, patches = [], []
@@ -215,10 +215,10 @@ def test_views_are_crops_where_the_recipe_has_none(data):
     index = open_index(str(data))[0]
     arguments = ["--data", str(data), "--data.crop", "32", "--model.patch-size", "8"]
     crops = ["--data.scale", "1", "1", "--data.ratio", "1", "1"]
-    _, views = OnlineEvaluation(parse([*arguments, *crops]).config, index, CPU)._load()
+    _, views = OnlineEvaluation(parse([*arguments, *crops]).config, index, CPU)._images
     assert len(views) == 4
     assert not any(torch.equal(views[0], view) for view in views[1:])
-    _, same = OnlineEvaluation(parse(arguments).config, index, CPU)._load()
+    _, same = OnlineEvaluation(parse(arguments).config, index, CPU)._images
     assert all(torch.equal(a, b) for a, b in zip(views, same, strict=True))
 
 
