@@ -221,13 +221,6 @@ def test_unseen_classes_are_wrong():
     assert ridge_accuracy(TRAIN, TRAIN_LABELS, TEST, test_labels).accuracy <= 0.75
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes(dtype):
-    train, test = TRAIN.to(dtype), TEST.to(dtype)
-    a = probe(train, test=test, epochs=2, test_labels=TEST_LABELS.int())
-    assert a.heads == probe(train.float(), test=test.float(), epochs=2).heads
-
-
 def test_collapsed_features_give_chance():
     labels = torch.arange(300) % 4
     result = probe(

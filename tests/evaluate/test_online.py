@@ -174,16 +174,6 @@ def test_looks_cost_less_than_half_a_percent(name, world):
         assert number > 2
 
 
-def test_looks_in_between_are_as_many_as_the_share_pays_for():
-    config = preset("fashion_mnist")
-    of_one = 64 * 5 + 2048 + 512
-    for steps, between in ((600, 0), (2574, 1), (25_740, 34), (1_000_000, 50)):
-        assert math.ceil(steps / look_interval(config, steps)) == between + 1
-        paid = steps * 256 * 4 * 0.004 / of_one
-        assert between == min(max(int(paid) - 2, 0), 50)
-    assert look_interval(config, 25_740, 8) > 4 * look_interval(config, 25_740)
-
-
 @pytest.mark.parametrize("whole", [False, True])
 def test_all_labelled_images_only_where_asked_for(whole, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(online, "TRAIN_ROWS", 16)
