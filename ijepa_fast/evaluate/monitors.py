@@ -169,7 +169,7 @@ def collapse_warning(monitors: Mapping[str, float], baseline: Mapping[str, float
     patch, of the same images; `baseline` is of the untrained network. The warning is given where
     either has fallen below 0.3 of it.
 
-    Measured on 256 images of `shapes` (RankMe on every fourth of 16,384 rows), 3 x 192 ViT,
+    Measured on 256 rendered images (RankMe on every fourth of 16,384 rows), 3 x 192 ViT,
     predictor 96 x 2, batch 64, 150 steps, float32, a checkpoint every 25 steps; untrained: feature
     std 0.59 to 0.62, RankMe 36 to 37. Shares of that:
 
