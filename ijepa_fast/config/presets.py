@@ -36,9 +36,7 @@ def demo() -> Config:
         ),
         # images whole; crops of so few pixels cost accuracy
         data=DataConfig(root="fashion_mnist_10k", crop=28, scale=(1.0, 1.0), ratio=(1.0, 1.0)),
-        masks=MaskConfig(
-            num_targets=6, target_scale=(0.08, 0.12), min_keep=4, truncation_group=64
-        ),
+        masks=MaskConfig(num_targets=6, target_scale=(0.08, 0.12), min_keep=4, truncation_group=64),
         # many CPUs have no bfloat16 products
         optim=OptimConfig(
             epochs=8,

@@ -172,7 +172,7 @@ def test_prove_command(run, data, tmp_path, capsys, monkeypatch):
     result = json.loads(out.read_text())
     assert (result["blocks"], result["seeds"], result["step"]) == (12, 2, 3)
     assert result["classes"] == [f"class{n}" for n in range(4)]
-    assert result["real_crops"] == 32 * 4
+    assert result["real_crops"] == 32 * 6  # images x target blocks
     assert result["control"]["step"] == 0
     assert result["decoder"]["step"] == 3
     assert result["control"]["digest"] != result["decoder"]["digest"]
