@@ -249,7 +249,7 @@ def test_the_environment_is_read_by_the_launcher_only():
     assert readers <= {
         "ijepa_fast.ranks.distributed",
         "ijepa_fast.train",
-        "ijepa_fast.data.sets.shapes",
+        "ijepa_fast.data.sets.idx",
     }
 
 

@@ -155,10 +155,10 @@ class MaskConfig:
 class DataConfig:
     """Images and their augmentation (paper, appendix A: random resized crops only)."""
 
-    root: str | tuple[str, ...] = "shapes"
+    root: str | tuple[str, ...] = ""
     """A folder of images (any nesting), a list file (.txt, .tsv), tar shards
-    (`train-{0000..0099}.tar`) or several of these; `shapes` is the embedded data set; `--data` is
-    short for it. Empty: must still be given."""
+    (`train-{0000..0099}.tar`) or several of these; or a name, `fashion_mnist_10k` (embedded) or
+    `fashion_mnist`. `--data` is short for it. Empty: must still be given."""
     crop: int | tuple[int, int] = 224
     """Side of the training crop in pixels, or its height and width."""
     scale: tuple[float, float] = (0.3, 1.0)
@@ -329,7 +329,7 @@ class EvalConfig:
     """
 
     data: str | None = None
-    """A folder with one sub-folder a class, `shapes` or `fashion_mnist`, for the kNN accuracy."""
+    """A folder with one sub-folder a class, or the name of a set, for the kNN accuracy."""
     every: int | None = None
     """Steps between two looks; by default as often as a small part of a percent of the run pays
     for.

@@ -13,12 +13,10 @@ from ijepa_fast.data.loader import Batch, Loader, known_bad
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
 from ijepa_fast.data.quarantine import Quarantine
+from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.sets.named import NAMES, named_data
-from ijepa_fast.data.sets.scenes import CLASSES, Split, pose, silhouette
-from ijepa_fast.data.sets.shapes import cache_folder
 
 __all__ = [
-    "CLASSES",
     "NAMES",
     "Batch",
     "DaliDecoder",
@@ -28,7 +26,6 @@ __all__ = [
     "Loader",
     "PillowDecoder",
     "Quarantine",
-    "Split",
     "build_index",
     "cache_folder",
     "crop_windows",
@@ -41,10 +38,8 @@ __all__ = [
     "make_decoder",
     "named_data",
     "open_index",
-    "pose",
     "positions",
     "save_table",
-    "silhouette",
     "steps_per_epoch",
     "usable_ids",
 ]

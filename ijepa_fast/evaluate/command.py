@@ -47,7 +47,7 @@ class EvaluateArgs:
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
     """A run's folder, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
-    """Folder with one sub-folder a class, `shapes` or `fashion_mnist`; by default the run's own
+    """Folder with one sub-folder a class, or the name of a set; by default the run's own
     eval.data."""
     methods: tuple[Method, ...] = ("knn",)
     """Any of knn, ridge (closed form), linear (SGD: last layer and last four, with and without
