@@ -153,6 +153,6 @@ def draw_neighbours(
         for number, cosine in zip(near.tolist(), cosines, strict=True):
             image, label = pictures.images[number].numpy(), pictures.label(number)
             colour = "#1a9850" if label == own else "#d73027"
-            frames = [Frame(0, 0, *image.shape[:2], colour)] if own else []
+            frames = [Frame((0, 0, *image.shape[:2]), colour)] if own else []
             rows[-1].append(Panel(image, f"{cosine:.3f}\n{label}".strip(), frames))
     draw_sheet(path, rows, title, side=1.25)

@@ -55,12 +55,9 @@ def save(figure: Any, path: Path, *, dpi: int) -> None:
 
 
 class Frame(NamedTuple):
-    """A rectangle over a panel: in pixels of its image, and a colour."""
+    """A rectangle over a panel: top, left, height and width in pixels of its image."""
 
-    top: float
-    left: float
-    height: float
-    width: float
+    box: Sequence[float]
     colour: str
 
 
@@ -106,19 +103,18 @@ def draw_sheet(
             if panel:
                 extent = (x, x + side, y + height, y)
                 axis.imshow(panel.image, interpolation="nearest", extent=extent, aspect="auto")
-                style = {"fontsize": 8, "ha": "center", "va": "bottom", "linespacing": 1.1}
+                style: dict[str, Any] = {"ha": "center", "va": "bottom", "linespacing": 1.1}
                 short = [textwrap.shorten(line, int(18 * side)) for line in panel.words.split("\n")]
-                axis.text(x + side / 2, y - 0.02, "\n".join(short), **style)
+                axis.text(x + side / 2, y - 0.02, "\n".join(short), fontsize=8, **style)
                 scale = side / panel.image.shape[1]
                 for frame in panel.frames:
-                    corner = (x + frame.left * scale, y + frame.top * scale)
-                    size = (frame.width * scale, frame.height * scale)
-                    edge = Rectangle(corner, *size, fill=False, ec=frame.colour, lw=1.6)
-                    axis.add_patch(edge)
+                    down, right, tall, wide = (scale * length for length in frame.box)
+                    style = {"fill": False, "ec": frame.colour, "lw": 1.6}
+                    axis.add_patch(Rectangle((x + right, y + down), wide, tall, **style))
             x += column + SPACE
     axis.set(xlim=(0, width), ylim=(top + step * len(rows), 0))
-    style = {"fontsize": 9, "ha": "center", "va": "top", "linespacing": 1.1}
-    axis.text(width / 2, SPACE / 2, "\n".join(lines), **style)
+    style = {"ha": "center", "va": "top", "linespacing": 1.1}
+    axis.text(width / 2, SPACE / 2, "\n".join(lines), fontsize=9, **style)
     save(figure, path, dpi=120)
 
 

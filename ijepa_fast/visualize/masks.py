@@ -65,7 +65,7 @@ def _frame(
     rows, columns = np.divmod(block, grid[1])
     top, left = patch * int(rows.min()), patch * int(columns.min())
     height, width = patch * int(np.ptp(rows) + 1), patch * int(np.ptp(columns) + 1)
-    return Frame(top + inset, left + inset, height - 2 * inset, width - 2 * inset, colour)
+    return Frame((top + inset, left + inset, height - 2 * inset, width - 2 * inset), colour)
 
 
 def draw_geometries(
@@ -116,7 +116,7 @@ def draw_geometries(
             f"{mean.target:.1f} in a target block"
         )
         for row, image in enumerate(images):
-            edge = Frame(0, 0, *image.shape[:2], "#c8c8c8")
+            edge = Frame((0, 0, *image.shape[:2]), "#c8c8c8")
             before, _ = _of_image(whole, row, patches)
             context, targets = _of_image(cut, row, patches)
             seen = faded(image, _visible(context, grid), _visible(before, grid))

@@ -49,7 +49,7 @@ def _plain_colours(count, grid, patch):
 def test_a_sheet_on_paper(tmp_path):
     """Every pixel of a small image is a square of its colour; nothing is outside the paper."""
     colours, _ = _plain_colours(5, (4, 6), 1)
-    green = Frame(1, 2, 2, 3, "#00ff00")
+    green = Frame((1, 2, 2, 3), "#00ff00")
     panels = [Panel(image, "two\nlines") for image in colours]
     panels[4] = panels[4]._replace(frames=[green])
     rows = [[panels[0], None, panels[1]], [panels[2], None, panels[3]], [panels[4]]]
@@ -153,11 +153,11 @@ def test_both_geometries_over_the_images(tmp_path, sheets):
             assert right.words == f"{geometry}\ntargets: 4 x {targets.shape[1]}"
             for block, frame in zip(targets, right.frames, strict=False):
                 y, x = np.divmod(block, 8)
-                inset = frame.top - 4 * y.min()
+                inset = frame.box[0] - 4 * y.min()
                 assert 0 < inset < 1
                 size = (4 * np.ptp(y) + 4 - 2 * inset, 4 * np.ptp(x) + 4 - 2 * inset)
                 expected = (4 * y.min() + inset, 4 * x.min() + inset, *size)
-                np.testing.assert_allclose(frame[:4], expected)
+                np.testing.assert_allclose(frame.box, expected)
 
 
 def test_masks_command(tmp_path, split, run, command):

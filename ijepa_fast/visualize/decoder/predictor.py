@@ -49,7 +49,7 @@ def draw_predictor(
     sheet = []
     for row, original in enumerate(pictures.images.numpy()):
         context = np.where(patch_pixels(seen[row], original.shape), original, np.uint8(GREY))
-        frame = [Frame(*box[row].tolist(), "#00e060")]
+        frame = [Frame(box[row].tolist(), "#00e060")]
         painted = [Panel(images[row], f"seed {n}", frame) for n, images in enumerate(pasted)]
         sheet.append(
             [Panel(original, "original"), Panel(context, "context", frame), None, *painted]
