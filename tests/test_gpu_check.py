@@ -49,10 +49,10 @@ def test_first_ends_with_a_verdict(tmp_path, monkeypatch):
 
 
 def test_first_says_what_fails(tmp_path, monkeypatch):
-    def replay(*args, **kwargs):
+    def compare(*args, **kwargs):
         raise RuntimeError("no such kernel\nlong text")
 
-    monkeypatch.setattr(parity, "replay", replay)
+    monkeypatch.setattr(parity, "compare", compare)
     monkeypatch.setattr(first, "measure", lambda *args, **kwargs: time.sleep(60))
     monkeypatch.setattr(files, "GRACE", 0.5)
     green, lines = _first(tmp_path, monkeypatch, "--seconds", "1")
