@@ -56,10 +56,10 @@ setup(
     ],
     package_dir={"ijepa_kernels": "kernels/ijepa_kernels"},
     package_data={
-        "ijepa_fast": ["py.typed", "data/sets/*/*"],
+        "ijepa_fast": ["py.typed", "data/sets/fashion_mnist_10k/*"],
         "ijepa_kernels": ["py.typed"],
     },
-    entry_points={"console_scripts": ["ijepa-fast = ijepa_fast.__main__:main"]},
+    entry_points={"console_scripts": ["ijepa-fast = ijepa_fast.__main__:enter"]},
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy>=1.26"],
     extras_require=EXTRAS,
     keywords=["I-JEPA", "JEPA", "self-supervised learning", "ViT", "PyTorch", "Triton", "CUDA"],
