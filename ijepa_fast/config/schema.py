@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+# back ends of the fast path's attention; `fast.attention` has what they are
+AttentionName = Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Dimensions of a ViT: width D, depth, heads H, MLP width F; and the predictor's depth."""
@@ -48,10 +52,6 @@ ARCHITECTURES = {
     "vit_huge": Architecture(1280, 32, 16, 5120, 12),
     "vit_giant": Architecture(1408, 40, 16, 6144, 16),
 }
-
-
-# back ends of the fast path's attention; `fast.attention` has what they are
-AttentionName = Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"]
 
 
 def _require_at_least(low: int, section: str, config: object, *names: str) -> None:
