@@ -16,6 +16,7 @@ from ijepa_fast.errors import require
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "AttentionName",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
@@ -26,6 +27,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
 ]
+
+
+# back ends of the fast path's attention; `fast.attention` has what they are
+AttentionName = Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,10 @@ class MaskConfig:
 class DataConfig:
     """Images and their augmentation (paper, appendix A: random resized crops only)."""
 
-    root: str | tuple[str, ...] = "shapes"
+    root: str | tuple[str, ...] = ""
     """A folder of images (any nesting), a list file (.txt, .tsv), tar shards
-    (`train-{0000..0099}.tar`) or several of these; `shapes` is the embedded data set; `--data` is
-    short for it. Empty: must still be given."""
+    (`train-{0000..0099}.tar`) or several of these; or a name, `fashion_mnist_10k` (embedded) or
+    `fashion_mnist`. `--data` is short for it. Empty: must still be given."""
     crop: int | tuple[int, int] = 224
     """Side of the training crop in pixels, or its height and width."""
     scale: tuple[float, float] = (0.3, 1.0)
@@ -354,7 +359,7 @@ class EvalConfig:
     """
 
     data: str | None = None
-    """A folder with one sub-folder a class, `shapes` or `fashion_mnist`, for the kNN accuracy."""
+    """A folder with one sub-folder a class, or the name of a set, for the kNN accuracy."""
     every: int | None = None
     """Steps between two looks; by default as often as a small part of a percent of the run pays
     for.
@@ -387,7 +392,7 @@ class Config:
     """`fast` trains with fused kernels on packed rows, `reference` in plain PyTorch; same
     mathematics, and either resumes the other's checkpoints.
     """
-    attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
+    attention: AttentionName = "auto"
     """Back end of attention on the fast path; `auto` takes cuDNN where all lengths are equal
     (Hopper and later) and flash attention elsewhere, or what is installed and 10 % faster.
     """

@@ -23,6 +23,7 @@ from ijepa_fast.errors import UsageError
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.ranks import distributed
+from ijepa_fast.state import checkpoint, misfit
 from ijepa_fast.step import TrainingStep, make_step, one_device
 from ijepa_fast.verify.nonfinite import REPLAY_FORMAT
 
@@ -95,20 +96,9 @@ def _training(
         config = replace(config, path=path, optim=optim, target_precision="same")
     networks = build_models(config.model, config.data.crop_size)
     training = make_step(config, *networks, device)
-    masters = training.masters()
-    wrong = [
-        name
-        for name in masters.keys() | recorded.weights.keys()
-        if name not in masters
-        or name not in recorded.weights
-        or masters[name].shape != recorded.weights[name].shape
-    ]
-    if wrong:
-        raise UsageError(f"FILE must hold the weights of its configuration, got others: {wrong[0]}")
-    with torch.no_grad():
-        for name, tensor in masters.items():
-            tensor.copy_(recorded.weights[name])
-        training.round()
+    if wrong := misfit(training.masters(), recorded.weights):
+        raise UsageError(f"FILE must hold the weights of its configuration: {wrong}")
+    checkpoint.load_weights(training, recorded.weights)
     return training
 
 

@@ -31,7 +31,7 @@ from ijepa_fast.model import NORM_EPS
 from ijepa_fast.state import read_rows
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
-from ijepa_fast.weights.pretrained import METADATA, Pretrained, Shape, Which
+from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
 from ijepa_fast.weights.read import read_weights
 
 __all__ = ["ExportArgs", "export", "main"]
@@ -41,7 +41,7 @@ _BILINEAR = 2
 
 
 def _hugging_face(
-    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: EncoderKind | None
 ) -> None:
     shape = weights.shape
     height, width = shape.image_size
@@ -100,7 +100,7 @@ def timm_arguments(shape: Shape) -> dict[str, Any]:
 
 
 def _timm(
-    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: EncoderKind | None
 ) -> None:
     shape = weights.shape
     config = {
@@ -141,7 +141,7 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _write_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained, kind: Which | None
+    folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained, kind: EncoderKind | None
 ) -> None:
     """`kind`: which encoder it is, where the file holds one."""
     shape = weights.shape
@@ -162,7 +162,7 @@ def export(
     out: Path,
     *,
     layout: Format,
-    which: Which = "target",
+    which: EncoderKind = "target",
     metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Writes weights into a new folder, and reads them back to see that nothing changed.
@@ -248,7 +248,7 @@ class ExportArgs:
     """Folder to write; it must not exist."""
     format: Format = "hf"
     """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
-    encoder: Which = "target"
+    encoder: EncoderKind = "target"
     """Which of the two encoders; the target encoder has the better features."""
     image_size: tuple[int, int] | None = None
     """Height and width that foreign weights were trained at, where their file does not tell."""

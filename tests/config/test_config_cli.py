@@ -287,7 +287,7 @@ def test_flags_win_over_yaml_and_yaml_over_preset(tmp_path):
 )
 def test_data_is_short_for_the_root(arguments):
     assert _config(*arguments).data.root == "/some/where"
-    assert _config(*arguments).eval.data == "shapes"
+    assert _config(*arguments).eval.data == "fashion_mnist_10k"
 
 
 @pytest.mark.parametrize("text", ["1e-3", "2E-4", ".5e-3", "1.5e-3", "0.001", "1", "'1e-3'"])
@@ -419,8 +419,8 @@ def test_a_fitted_group_is_said(tmp_path, capsys):
             "no group, got 96",
         ),
         (
-            ["--optim.warmup", "7"],
-            "optim.warmup must be at most optim.epochs * optim.ipe_scale (6), got 7.0",
+            ["--optim.warmup", "9"],
+            "optim.warmup must be at most optim.epochs * optim.ipe_scale (8), got 9.0",
         ),
     ],
 )
@@ -518,7 +518,7 @@ def test_an_unknown_yaml_key_names_the_nearest(text, key, near, tmp_path, capsys
         ("- 1\n- 2\n", "must hold a mapping, got list"),
         ("optim: {lr: [\n", "must be a readable YAML file"),
         ("optim: !!python/object/apply:os.getcwd []\n", "must be a readable YAML file"),
-        ("data: {crop: 97}\n", "data.crop must be a multiple of model.patch_size (8), got 97"),
+        ("data: {crop: 97}\n", "data.crop must be a multiple of model.patch_size (4), got 97"),
         ("optim: {lr: yes}\n", "--optim.lr"),
         ("optim: {lr: [1, 2]}\n", "2"),
         ("out: no\n", "out"),
@@ -531,7 +531,7 @@ def test_wrong_yaml_is_one_line(text, part, tmp_path, capsys):
 
 def test_masks_that_the_grid_cannot_hold_are_refused_before_data(tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["--data.crop", "16", "--data", str(tmp_path / "missing"), "--out", str(out)]
+    arguments = ["--data.crop", "8", "--data", str(tmp_path / "missing"), "--out", str(out)]
     message = _refused(arguments, capsys)
     assert message.startswith("masks.")
     assert "grid of 2x2" in message
@@ -553,7 +553,7 @@ def test_the_command_itself_refuses_at_once(tmp_path):
     assert time.monotonic() - started < 15
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "error: data.crop must be a multiple of model.patch_size (8), got 97\n"
+    assert result.stderr == "error: data.crop must be a multiple of model.patch_size (4), got 97\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -582,10 +582,10 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{number}.jpg")
     out = tmp_path / "run"
-    arguments = ["--data", str(folder), "--out", str(out), "--model.patch-size", "4"]
+    arguments = ["--preset", "fashion_mnist_published", "--data", str(folder), "--out", str(out)]
     arguments += ["--data.crop", "32", "--masks.truncation-group", "4", "--optim.epochs", "3"]
     arguments += ["--batch.global", "8", "--batch.device", "4", "--device", "cpu"]
-    arguments += ["--optim.precision", "bfloat16"]
+    arguments += ["--masks.min-keep", "4"]
     assert train.main([*arguments, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert not out.exists()

@@ -25,7 +25,7 @@ from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules
 from ijepa_fast.state.run_folder import RunFolder
-from ijepa_fast.state.saving import Saver
+from ijepa_fast.state.saves import Saver
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[2]
