@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -81,6 +82,10 @@ class _Console(logging.StreamHandler[Any]):
         logger.warning("stdout must be writable, got %s: what follows is in train.log only", error)
 
 
+def _unwritable(config: Config, error: OSError) -> UsageError:
+    return UsageError(f"out must be a folder that can be written, got {config.out}: {error}")
+
+
 class RunFolder:
     """Owns OUT while a run is alive; only rank 0 makes one.
 
@@ -96,24 +101,68 @@ class RunFolder:
         self._handlers: list[logging.Handler] = []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = (self.path / ".lock").open("a")
+            self._lock = self._locked(config)
         except OSError as error:
-            raise UsageError(
-                f"out must be a folder that can be written, got {config.out}: {error}"
-            ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UsageError(
-                f"out must not be in use: another run is training in {config.out}"
-            ) from None
+            raise _unwritable(config, error) from None
         try:
             self._write_config(config)
         except BaseException:
             self._lock.close()
             raise
         self._start_log()
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuses what a run would be refused for, and writes nothing.
+
+        Raises:
+            UsageError: as of the class.
+        """
+        path = Path(config.out)
+        try:
+            there = next(folder for folder in (path, *path.parents) if folder.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(f"{there} is no folder that can be written")
+            if (path / ".lock").exists():
+                cls._locked(config).close()
+        except OSError as error:
+            raise _unwritable(config, error) from None
+        cls._changes(config)
+
+    @staticmethod
+    def _locked(config: Config) -> IO[str]:
+        lock = (Path(config.out) / ".lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UsageError(
+                f"out must not be in use: another run is training in {config.out}"
+            ) from None
+        return lock
+
+    @staticmethod
+    def _changes(config: Config) -> list[str]:
+        """What of the recipe is to change in a run that has begun."""
+        path = Path(config.out) / "config.yaml"
+        if not path.exists():
+            return []
+        try:
+            old = load_yaml(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from None
+        if not isinstance(old, dict):
+            raise UsageError(f"{path} must hold a mapping, got {type(old).__name__}")
+        changed = recipe_difference(old, as_dict(config))
+        if not checkpoint_folders(Path(config.out) / "checkpoints"):
+            # an earlier start came to nothing (a mistyped path, say)
+            return []
+        if changed and not config.allow_changed_recipe:
+            raise UsageError(
+                f"the recipe differs from the one in {path} ({'; '.join(changed)}); train into "
+                "another --out, or add --allow-changed-recipe"
+            )
+        return changed
 
     @property
     def checkpoints(self) -> Path:
@@ -122,28 +171,9 @@ class RunFolder:
 
     def _write_config(self, config: Config) -> None:
         path = self.path / "config.yaml"
-        new = as_dict(config)
-        if path.exists():
-            try:
-                old = load_yaml(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UsageError(
-                    f"{path} must be YAML, got: {' '.join(str(error).split())}"
-                ) from None
-            if not isinstance(old, dict):
-                raise UsageError(f"{path} must hold a mapping, got {type(old).__name__}")
-            changed = recipe_difference(old or {}, new)
-            if changed and not checkpoint_folders(self.checkpoints):
-                # an earlier start came to nothing (a mistyped path, say)
-                changed = []
-            if changed and not config.allow_changed_recipe:
-                raise UsageError(
-                    f"the recipe differs from the one in {path} ({'; '.join(changed)}); train into "
-                    "another --out, or add --allow-changed-recipe"
-                )
-            if changed:
-                # a copy: a kill between here and the end leaves no folder without config.yaml
-                shutil.copyfile(path, self._spare("config", ".yaml"))
+        if self._changes(config):
+            # a copy: a kill between here and the end leaves no folder without config.yaml
+            shutil.copyfile(path, self._spare("config", ".yaml"))
         temporary = self.path / ".config.yaml.tmp"
         temporary.write_text(dump_yaml(config), encoding="utf-8")
         temporary.replace(path)
