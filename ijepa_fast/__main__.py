@@ -92,7 +92,10 @@ def main(argv: Sequence[str]) -> int:
             # not for the doctor, who finds what is missing
             from ijepa_fast.config import parse
 
-            parse(rest)
+            invocation = parse(rest)
+            if invocation.print_config:
+                print(invocation.as_yaml(), end="")
+                return 0
         found = importlib.util.find_spec(f"ijepa_fast.{name}") if name in COMMANDS else None
         if found is None:
             raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")

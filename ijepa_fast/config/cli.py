@@ -14,7 +14,7 @@ import yaml
 
 from ijepa_fast import __version__
 from ijepa_fast.config.command import parse_arguments
-from ijepa_fast.config.presets import preset
+from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
 from ijepa_fast.config.schema import Config
 from ijepa_fast.errors import UsageError
@@ -58,8 +58,9 @@ DESCRIPTION = "Trains I-JEPA. Short names: " + ", ".join(
 class TrainArguments:
     """The options of `train` that are no settings, and the settings."""
 
-    preset: str = "demo"
-    """Start from a named recipe."""
+    preset: Annotated[str, tyro.conf.arg(help=f"Start from a recipe: {', '.join(PRESETS)}.")] = (
+        "demo"
+    )
     config: Path | None = None
     """YAML with the same nested names as the flags, or one of the released trainer's files, whose
     keys are converted and reported; flags win over it."""
@@ -86,6 +87,10 @@ class Invocation:
     dry_run: bool
     notes: tuple[str, ...] = ()
     """What the keys of a released trainer's file became, and what was fitted; a line each."""
+
+    def as_yaml(self) -> str:
+        """The whole configuration as YAML, the notes as comments."""
+        return "".join(f"# {note}\n" for note in self.notes) + dump_yaml(self.config)
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
