@@ -6,7 +6,8 @@ network.
 section 4), averaged over patches; images are cropped centrally.
 """
 
-from ijepa_fast.evaluate.command import main, untrained
+from ijepa_fast.evaluate.command import main
+from ijepa_fast.evaluate.features import encoder_of, untrained
 from ijepa_fast.evaluate.labelled import (
     BATCH,
     Images,
@@ -16,7 +17,7 @@ from ijepa_fast.evaluate.labelled import (
     parts_of,
 )
 from ijepa_fast.evaluate.scheduled import ScheduledEvaluation
-from ijepa_fast.evaluate.scores import knn_scores, knn_table
+from ijepa_fast.evaluate.scores import final_table, knn_scores, table
 
 __all__ = [
     "BATCH",
@@ -24,10 +25,12 @@ __all__ = [
     "ScheduledEvaluation",
     "Split",
     "central_windows",
+    "encoder_of",
+    "final_table",
     "knn_scores",
-    "knn_table",
     "labelled_data",
     "main",
     "parts_of",
+    "table",
     "untrained",
 ]

@@ -12,9 +12,9 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.config import Config, DataConfig
+from ijepa_fast.config import DataConfig
 from ijepa_fast.errors import CheckpointError, UsageError, exit_code
-from ijepa_fast.evaluate.features import extract
+from ijepa_fast.evaluate.features import extract, untrained
 from ijepa_fast.evaluate.finetune import FinetuneSettings
 from ijepa_fast.evaluate.labelled import Split, labelled_data
 from ijepa_fast.evaluate.scores import (
@@ -23,9 +23,10 @@ from ijepa_fast.evaluate.scores import (
     linear_scores,
     score_knn,
     score_ridge,
+    table,
 )
 from ijepa_fast.keyed_random import Stream, torch_generator
-from ijepa_fast.model import VisionTransformer, build_models, initialise
+from ijepa_fast.model import initialise
 from ijepa_fast.weights import (
     Encoder,
     EncoderKind,
@@ -35,7 +36,7 @@ from ijepa_fast.weights import (
     read_weights,
 )
 
-__all__ = ["EvaluateArgs", "main", "untrained"]
+__all__ = ["EvaluateArgs", "main"]
 
 Method = Literal["knn", "ridge", "linear", "finetune"]
 
@@ -79,19 +80,12 @@ class EvaluateArgs:
     """Also write the JSON into this file."""
 
 
-def untrained(config: Config) -> VisionTransformer:
-    """The encoder that a run started from."""
-    generator = torch_generator(config.seed, Stream.INIT)
-    return build_models(config.model, config.data.crop_size, generator)[0]
-
-
 def _untrained(weights: Pretrained, seed: int) -> Encoder:
     """The run's first encoder, or one of the same dimensions."""
     if weights.config is not None:
-        network = untrained(weights.config)
-    else:
-        network = network_of(weights.shape)
-        initialise(network, torch_generator(seed, Stream.INIT))
+        return untrained(weights.config)
+    network = network_of(weights.shape)
+    initialise(network, torch_generator(seed, Stream.INIT))
     shape = weights.shape
     return Encoder(network, patch_size=shape.patch_size, mean=weights.mean, std=weights.std)
 
@@ -203,34 +197,18 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _table(result: Mapping[str, Any]) -> str:
-    """The accuracies for a person: a row a subject; two lines of titles where they are long."""
-    accuracy: Scores = result["accuracy"]
-    titles = list(dict.fromkeys(title for scores in accuracy.values() for title in scores))
-    heads = [title.split(", ") for title in titles]
-    lines = max(len(head) for head in heads)
-    columns = [[*([""] * (lines - len(head))), *head] for head in heads]
-    widths = [max(8, *(len(word) for word in column)) for column in columns]
-    first = max(len(name) for name in accuracy)
-    rows = []
-    for line in range(lines):
-        words = [column[line].rjust(w) for column, w in zip(columns, widths, strict=True)]
-        rows.append("  ".join([" " * first, *words]))
-    for name, scores in accuracy.items():
-        cells = [
-            (f"{100 * scores[t]:.1f} %" if t in scores else "-").rjust(w)
-            for t, w in zip(titles, widths, strict=True)
-        ]
-        rows.append("  ".join([name.ljust(first), *cells]))
+def _printed(result: Mapping[str, Any]) -> str:
+    """For a person: the accuracies, and of what they are."""
     train, test = result["images"]
-    neighbours = f"; k = {result['k']}" if "kNN" in titles else ""
-    rows.append(
+    neighbours = f"; k = {result['k']}" if "kNN" in next(iter(result["accuracy"].values())) else ""
+    lines = [
+        table(result["accuracy"]),
         f"{train} training and {test} test images in {result['classes']} classes of "
-        f"{result['data']}{neighbours}"
-    )
+        f"{result['data']}{neighbours}",
+    ]
     if "finetune" in result:
-        rows.append("fine-tuned: of raw pixels a ridge regression on the same images")
-    return "\n".join(rows)
+        lines.append("fine-tuned: of raw pixels a ridge regression on the same images")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,5 +224,5 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, ValueError, FloatingPointError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_code(error)
-    print(text if args.json else _table(result))
+    print(text if args.json else _printed(result))
     return 0

@@ -7,10 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ijepa_fast.config import Config
 from ijepa_fast.evaluate.labelled import Split
+from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.model import VisionTransformer, build_models
 from ijepa_fast.weights import Encoder
 
-__all__ = ["LAST", "LAST_FOUR", "PIXELS", "SMALL", "Features", "extract", "pixels"]
+__all__ = [
+    "LAST",
+    "LAST_FOUR",
+    "PIXELS",
+    "SMALL",
+    "Features",
+    "encoder_of",
+    "extract",
+    "pixels",
+    "untrained",
+]
 
 PIXELS = "raw pixels"
 LAST = "last"
@@ -21,6 +34,19 @@ _PIXEL_SIDE = 64
 _SMALL_SIDE = 32
 # of the pixels of all training images
 _MOST_BYTES = 2**32
+
+
+def encoder_of(config: Config, network: VisionTransformer) -> Encoder:
+    """A network of a run with its images' normalisation, on the network's device."""
+    data, device = config.data, network.pos_embed.device
+    encoder = Encoder(network, patch_size=config.model.patch_size, mean=data.mean, std=data.std)
+    return encoder.to(device)
+
+
+def untrained(config: Config) -> Encoder:
+    """The encoder that a run without `init` starts from, on the CPU."""
+    generator = torch_generator(config.seed, Stream.INIT)
+    return encoder_of(config, build_models(config.model, config.data.crop_size, generator)[0])
 
 
 def pixels(images: Tensor, side: int = _PIXEL_SIDE) -> Tensor:

@@ -1,8 +1,9 @@
-"""Looks at a run's features while it trains: kNN on a labelled set, and monitors without labels.
+"""Evaluation of a run's features while it trains: kNN on a labelled set, and monitors without
+labels.
 
-Monitors are of `monitors.py`, on the same few training images at every look: feature std and RankMe
+Monitors are of `monitors.py`, on the same few training images every time: feature std and RankMe
 of the target encoder's patch features, LiDAR over random crops, and the cosine between prediction
-and target. A collapse is said in words.
+and target.
 """
 
 import copy
@@ -21,15 +22,15 @@ from torch import Tensor
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
 from ijepa_fast.evaluate import monitors
-from ijepa_fast.evaluate.command import untrained
+from ijepa_fast.evaluate.features import encoder_of, untrained
 from ijepa_fast.evaluate.labelled import Split, labelled_data
-from ijepa_fast.evaluate.scores import knn_scores
+from ijepa_fast.evaluate.scores import final_table, knn_scores
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import latent_targets, normalise, predict
 
-__all__ = ["UNTRAINED", "OnlineEvaluation", "look_interval"]
+__all__ = ["UNTRAINED", "OnlineEvaluation", "evaluation_interval"]
 
 _Network = TypeVar("_Network", VisionTransformer, Predictor)
 UNTRAINED = "untrained network"
@@ -44,20 +45,20 @@ TRAIN_ROWS, TEST_ROWS = 2048, 512
 # were the same
 VIEW_SCALE, VIEW_RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 SHARE = 0.004
-_MOST_LOOKS = 50
+_MOST_BETWEEN = 50
 # a step's forward and backward passes of both encoders and the predictor, in forward passes of one
 FORWARDS = 4
 
 
-def look_interval(config: Config, steps: int, world: int = 1) -> int:
-    """Steps between two looks; 0 where there are none. `eval.every`, or as often as 0.4 % of the
-    run's work pays for, those at the start and the end included, at most 50 times between them.
+def evaluation_interval(config: Config, steps: int, world: int = 1) -> int:
+    """Steps between two evaluations; 0 where there are none. `eval.every`, or as often as 0.4 % of
+    the run's work pays for, those at the start and the end included, at most 50 times between them.
     It is counted in forward passes and comes to 0.6 % of the time on a CPU (docs/speed.md).
 
     Args:
         config: of the run.
         steps: of the whole run.
-        world: ranks: one looks while the others wait.
+        world: ranks: one evaluates while the others wait.
     """
     if config.eval.every is not None:
         return config.eval.every
@@ -65,7 +66,7 @@ def look_interval(config: Config, steps: int, world: int = 1) -> int:
         return 0
     images = IMAGES * (1 + VIEWS) + TRAIN_ROWS + TEST_ROWS
     paid = int(SHARE * FORWARDS * config.batch.global_ * steps / (images * world))
-    between = min(max(paid - 2, 0), _MOST_LOOKS)
+    between = min(max(paid - 2, 0), _MOST_BETWEEN)
     return math.ceil(steps / (between + 1))
 
 
@@ -103,8 +104,8 @@ class OnlineEvaluation:
             filled("predictor", predictor),
         )
 
-    def look(
-        self, weights: Mapping[str, Tensor], name: str, *, whole: bool, baselines: bool
+    def row(
+        self, weights: Mapping[str, Tensor], name: str, *, whole: bool, first: bool
     ) -> dict[str, Any]:
         """One row, without its step.
 
@@ -112,16 +113,16 @@ class OnlineEvaluation:
             weights: `encoder.*`, `target_encoder.*` and `predictor.*`, whole.
             name: of the target encoder at this step.
             whole: kNN on all of the labelled set, not a part of it.
-            baselines: also kNN of raw pixels and of the untrained network.
+            first: also kNN of raw pixels and of the untrained network.
 
         Returns:
-            `monitors`; `data`, `knn` and, on a part, `images` if there is a labelled set; `timing`.
+            `monitors`; if there is a labelled set `data`, `knn`, on a part of it `images`, and on
+            all of it, unless it is the first, `table`, see `final_table`; `timing`.
         """
         started = time.perf_counter()
         context, target, predictor = self.networks(weights)
         row: dict[str, Any] = {"monitors": self.monitors(context, target, predictor)}
-        root = self.config.eval.data
-        if root:
+        if self.config.eval.data:
             splits = self._labelled
             if not whole:
                 every = [len(split.rows) for split in splits]
@@ -129,13 +130,18 @@ class OnlineEvaluation:
                 taken = [len(split.rows) for split in splits]
                 if taken != every:
                     row["images"] = taken
-            row["data"] = root
-            encoders = {name: target}
-            if baselines and name != UNTRAINED:
+            row["data"] = self.config.eval.data
+            encoders = {name: encoder_of(self.config, target)}
+            if name != UNTRAINED and (first or whole):
                 encoders = {UNTRAINED: untrained(self.config).to(self.device), **encoders}
-            row["knn"] = knn_scores(encoders, splits, self.config, with_pixels=baselines)
+            precision = self.config.optim.precision
+            if whole and not first:
+                row["table"] = final_table(encoders, splits, precision=precision)
+                row["knn"] = {name: row["table"][name]["kNN"]}
+            else:
+                row["knn"] = knn_scores(encoders, splits, precision=precision, with_pixels=first)
         seconds = time.perf_counter() - started
-        return {**row, "timing": {"look_seconds": round(seconds, 3)}}
+        return {**row, "timing": {"evaluation_seconds": round(seconds, 3)}}
 
     @cached_property
     def _labelled(self) -> tuple[Split, Split]:
@@ -143,7 +149,7 @@ class OnlineEvaluation:
 
     @cached_property
     def _images(self) -> tuple[Tensor, list[Tensor]]:
-        """The images that every look sees: whole, and a few random crops of each."""
+        """The images of every evaluation: whole, and a few random crops of each."""
         # a reader of its own, so that nothing is quarantined on behalf of the run
         split = Split(
             index=self.index,

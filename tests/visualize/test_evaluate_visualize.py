@@ -102,7 +102,7 @@ def test_the_encoders_are_those_of_the_checkpoint(run):
         weights = load_encoder(read, encoder=which).network.state_dict()
         assert weights.keys() == {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
         assert all(torch.equal(v, state[prefix + k]) for k, v in weights.items())
-    untrained = evaluate.untrained(config).state_dict()
+    untrained = evaluate.untrained(config).network.state_dict()
     assert not torch.equal(untrained["patch_embed.proj.weight"], weights["patch_embed.proj.weight"])
 
 
