@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels._layer_norm import (
     add_layer_norm_bwd,
@@ -41,11 +39,7 @@ BENCH = Bench(
     bytes=_bytes,
     differentiate=(0, 1, 2, 3),
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_add_layer_norm(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_add_layer_norm = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:
