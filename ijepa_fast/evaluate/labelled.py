@@ -1,7 +1,7 @@
 """Training and test images with labels, decoded a batch at a time; cropped centrally."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from ijepa_fast.data import (
     named_data,
     open_index,
 )
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, uniform
 
 __all__ = [
@@ -79,11 +80,12 @@ class Split:
         return self.index.label[self.rows].astype(np.int64)
 
     def batches(self) -> Iterator[Images]:
-        """Decodes batch after batch, cropped centrally; what cannot be decoded is named in the log
-        and left out.
+        """Decodes batch after batch, cropped centrally; what cannot be used is named in the log and
+        left out.
 
         Raises:
-            ValueError: not one image can be decoded.
+            ValueError: less than half of the images can be used.
+            OSError: it is the storage that fails, not a file.
         """
         return self._decoded(self.rows, BATCH, None)
 
@@ -102,22 +104,34 @@ class Split:
     def _decoded(
         self, order: NDArray[np.int64], batch: int, crops: tuple[int, int] | None
     ) -> Iterator[Images]:
+        """`crops`: seed and epoch of random ones."""
         decoder, _ = make_decoder(self.data, self.device, max_batch=batch)
-        found = False
+        index, found = self.index, 0
         try:
             for start in range(0, len(order), batch):
-                images, rows = _decode(
-                    self.index, order[start : start + batch], self.data, decoder, crops
-                )
+                rows = order[start : start + batch]
+                windows = central_windows(index, rows, self.data.crop_size)
+                if crops:
+                    windows = crop_windows(
+                        index.width[rows],
+                        index.height[rows],
+                        rows,
+                        seed=crops[0],
+                        epoch=crops[1],
+                        scale=self.data.scale,
+                        ratio=self.data.ratio,
+                    )
+                images, rows = _decode(index, rows, windows, decoder)
+                found += len(rows)
                 if len(rows):
-                    found = True
-                    labels = torch.from_numpy(self.index.label[rows].astype(np.int64))
+                    labels = torch.from_numpy(index.label[rows].astype(np.int64))
                     yield Images(images, labels, rows)
         finally:
             decoder.close()
-        if not found:
+        if 2 * found < len(order):
             raise ValueError(
-                f"data must hold images that can be decoded, got none in {self.index.roots[0]}"
+                f"at least half of the images must be usable, got {found} of {len(order)} in "
+                f"{index.roots[0]}"
             )
 
 
@@ -135,38 +149,32 @@ def central_windows(
 
 
 def _decode(
-    index: Index,
-    rows: NDArray[np.int64],
-    data: DataConfig,
-    decoder: ImageDecoder,
-    crops: tuple[int, int] | None = None,
+    index: Index, rows: NDArray[np.int64], windows: NDArray[np.int32], decoder: ImageDecoder
 ) -> tuple[Tensor, NDArray[np.int64]]:
-    """The decodable images of these rows, and their rows; `crops` is the seed and the epoch of
-    random ones.
-    """
+    """The images of these rows that can be read and decoded, and their rows."""
     while len(rows):
-        try:
-            encoded = [index.read(int(row)) for row in rows]
-            windows = central_windows(index, rows, data.crop_size)
-            if crops:
-                windows = crop_windows(
-                    index.width[rows],
-                    index.height[rows],
-                    rows,
-                    seed=crops[0],
-                    epoch=crops[1],
-                    scale=data.scale,
-                    ratio=data.ratio,
-                )
-            return decoder.decode(encoded, windows, index.plain[rows]), rows
-        except DecodeError as error:
-            for row, reason in error.failures.items():
-                _logger.warning("left out %s: %s", index.name(int(rows[row])), reason)
-            rows = np.delete(rows, list(error.failures))
+        failures: Mapping[int, str] = {}
+        encoded = []
+        for place, row in enumerate(rows.tolist()):
+            try:
+                encoded.append(index.read(row))
+            except OSError as error:
+                failures = {**failures, place: str(error)}
+        if not failures:
+            try:
+                return decoder.decode(encoded, windows, index.plain[rows]), rows
+            except DecodeError as error:
+                failures = error.failures
+        for place, reason in failures.items():
+            _logger.warning("left out %r: %s", index.name(int(rows[place])), reason)
+        rows = np.delete(rows, list(failures))
+        windows = np.delete(windows, list(failures), axis=0)
     return torch.empty(0), rows
 
 
-def parts_of(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+def parts_of(
+    root: str, data: DataConfig, device: torch.device, *, name: str = "data"
+) -> tuple[Split, Split]:
     """Training and test part of any data set, labelled or not.
 
     Args:
@@ -175,31 +183,38 @@ def parts_of(root: str, data: DataConfig, device: torch.device) -> tuple[Split, 
             keyed 80 % / 20 % split of the images.
         data: crop and decoder.
         device: the training device.
+        name: of the setting that `root` is, for the errors.
 
     Raises:
-        ValueError: there are no images, or an empty part.
+        UsageError: there are no images, or an empty part.
     """
-    parts = _split(root, data, device)
-    _check_not_empty(parts, root)
+    parts = _split(root, data, device, name)
+    _check_not_empty(parts, root, name)
     return parts
 
 
-def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
-    folder = named_data(root) or Path(root)
-    names = [name for name in ("test", "val") if (folder / name).is_dir()]
-    if (folder / "train").is_dir() and names:
-        parts = [open_index(folder / "train")[0], _held_out(folder, names)]
-        chosen = [np.arange(len(part)) for part in parts]
-    else:
-        index = open_index(str(folder))[0]
-        parts = [index, index]
-        draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
-        chosen = [np.flatnonzero(draws < _TRAIN_SHARE), np.flatnonzero(draws >= _TRAIN_SHARE)]
+def _split(root: str, data: DataConfig, device: torch.device, name: str) -> tuple[Split, Split]:
+    try:
+        parts, chosen = _tables(root)
+    except ValueError as error:
+        raise UsageError(str(error).replace("data.root", name)) from None
     train, test = (
         Split(index=part, rows=rows, data=data, device=device)
         for part, rows in zip(parts, chosen, strict=True)
     )
     return train, test
+
+
+def _tables(root: str) -> tuple[list[Index], list[NDArray[np.int64]]]:
+    """The tables of training and test part, and the rows of each."""
+    folder = named_data(root) or Path(root)
+    names = [name for name in ("test", "val") if (folder / name).is_dir()]
+    if (folder / "train").is_dir() and names:
+        parts = [open_index(folder / "train")[0], _held_out(folder, names)]
+        return parts, [np.arange(len(part)) for part in parts]
+    index = open_index(str(folder))[0]
+    held_out = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0] >= _TRAIN_SHARE
+    return [index, index], [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
 
 
 def _held_out(folder: Path, names: Sequence[str]) -> Index:
@@ -214,32 +229,34 @@ def _class_folders(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name[0] != "." and path.is_dir()}
 
 
-def _check_not_empty(parts: tuple[Split, Split], root: str) -> None:
+def _check_not_empty(parts: tuple[Split, Split], root: str, name: str) -> None:
     if min(len(part.rows) for part in parts) == 0:
-        raise ValueError(
-            f"data must leave images for training and test, got an empty part in {root}"
+        raise UsageError(
+            f"{name} must leave images for training and test, got an empty part in {root}"
         )
 
 
-def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+def labelled_data(
+    root: str, data: DataConfig, device: torch.device, *, name: str = "data"
+) -> tuple[Split, Split]:
     """Training and test part of a labelled data set; images beside the class folders, which carry
     no label, are left out. Arguments as of `parts_of`.
 
     Raises:
-        ValueError: there are no images, fewer than two classes, other classes in the test part, or
+        UsageError: there are no images, fewer than two classes, other classes in the test part, or
             an empty part.
     """
-    train, test = _split(root, data, device)
-    names = train.index.classes
-    if names != test.index.classes:
-        raise ValueError(
-            f"classes of train and test part must be the same, got {list(names)[:5]}... "
-            f"and {list(test.index.classes)[:5]}... in {test.index.roots[0]}"
+    train, test = _split(root, data, device, name)
+    classes = train.index.classes
+    if classes != test.index.classes:
+        raise UsageError(
+            f"classes of train and test part of {name} must be the same, got "
+            f"{list(classes)[:5]}... and {list(test.index.classes)[:5]}... in {test.index.roots[0]}"
         )
-    if len(names) < 2:
-        raise ValueError(
-            f"data must have at least 2 classes (sub-folders), got {len(names)} in {root}"
+    if len(classes) < 2:
+        raise UsageError(
+            f"{name} must have at least 2 classes (sub-folders), got {len(classes)} in {root}"
         )
     train, test = (replace(part, rows=part.rows[part.labels >= 0]) for part in (train, test))
-    _check_not_empty((train, test), root)
+    _check_not_empty((train, test), root, name)
     return train, test

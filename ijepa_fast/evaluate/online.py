@@ -145,7 +145,9 @@ class OnlineEvaluation:
 
     @cached_property
     def _labelled(self) -> tuple[Split, Split]:
-        return labelled_data(str(self.config.eval.data), self.config.data, self.device)
+        return labelled_data(
+            str(self.config.eval.data), self.config.data, self.device, name="eval.data"
+        )
 
     @cached_property
     def _images(self) -> tuple[Tensor, list[Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
+from ijepa_fast.errors import UsageError
 from ijepa_fast.evaluate.monitors import collapse_warning
 from ijepa_fast.evaluate.online import UNTRAINED, OnlineEvaluation, evaluation_interval
 from ijepa_fast.evaluate.scores import table
@@ -101,9 +102,9 @@ class ScheduledEvaluation:
             row = self._online.row(weights, name, whole=whole, first=not step)
             before = self._before_training(rows) if step else row["monitors"]
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            # before the first step and after the last an error in the labelled data ends the run;
-            # otherwise an evaluation is no reason to lose it
-            if ends and not isinstance(error, torch.OutOfMemoryError):
+            # wrong settings end a run before its first step; otherwise an evaluation, and files
+            # that cannot be read for it, are no reason to lose it
+            if not step and isinstance(error, UsageError):
                 raise
             _logger.warning("no evaluation at step %d: %s", step, error)
             return

@@ -1,5 +1,6 @@
 """Evaluation while a run trains: what it computes, when, and what it changes: nothing."""
 
+import errno
 import json
 import math
 import re
@@ -280,18 +281,26 @@ def _log(run):
     return (run / "train.log").read_text()
 
 
-def test_an_evaluation_that_fails_does_not_end_the_run(data, tmp_path, monkeypatch):
-    real = monitors.lidar
-    calls = []
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [(0, OSError(errno.EIO, "Input/output error")), (2, ValueError("features must be finite"))],
+)
+def test_an_evaluation_that_fails_does_not_end_the_run(step, error, data, tmp_path, monkeypatch):
+    real, calls = monitors.lidar, []
 
     def sometimes(views):
         calls.append(0)
-        if len(calls) == 2:
-            raise ValueError("features must be finite, got 3 values that are not")
+        if len(calls) == 1 + step // 2:
+            raise error
         return real(views)
 
     monkeypatch.setattr(monitors, "lidar", sometimes)
     assert tiny.run(data, tmp_path / "run", eval__every=2, max_steps=6) == 0
-    assert [row["step"] for row in _evaluations(tmp_path / "run")] == [0, 4, 6]
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert "no evaluation at step 2: features must be finite" in log
+    rows = _evaluations(tmp_path / "run")
+    assert [row["step"] for row in rows] == [n for n in (0, 2, 4, 6) if n != step]
+    assert f"no evaluation at step {step}: {error}" in _log(tmp_path / "run")
+
+
+def test_labelled_data_that_is_not_there_ends_a_run_before_it_trains(data, tmp_path, capsys):
+    assert tiny.run(data, tmp_path / "run", eval__data=tmp_path / "none") == 2
+    assert "error: eval.data must be an existing folder" in capsys.readouterr().err
