@@ -15,8 +15,6 @@ from ijepa_fast.masks import Masks, mean_tokens, sample_masks
 from ijepa_fast.model import initialise
 from ijepa_fast.visualize import (
     curves,
-    draw_curves,
-    draw_masks,
     feature_pictures,
     figure,
     inputs,
@@ -109,7 +107,7 @@ def test_masks_of_a_batch(tmp_path, sheets):
         max_context=6,
         target_index=torch.tensor([[[4, 5, 10, 11], [18, 19, 12, 13]]] * 3).int(),
     )
-    draw_masks(tmp_path / "masks.png", images, given, (4, 6), rows=2)
+    masks.draw_masks(tmp_path / "masks.png", images, given, (4, 6), rows=2)
     ((rows, _),) = sheets
     assert len(rows) == 2
     for number, row in enumerate(rows):
@@ -224,13 +222,13 @@ def test_curves_of_several_runs(tmp_path, monkeypatch, command):
         "loss": [([10], [4.0]), ([5, 10], [2.0, 1.0])],
         "learning rate": [([10], [0.01]), ([5, 10], [0.005, 0.01])],
         "weight decay": [([10], [0.1])],
-        "momentum of the target encoder": [([10], [0.99]), ([5, 10], [0.99, 0.99])],
-        "feature std of the target encoder": [([10], [0.2])],
+        "momentum": [([10], [0.99]), ([5, 10], [0.99, 0.99])],
+        "feature std": [([10], [0.2])],
         "images/s": [([10], [17.0]), ([5, 10], [12.0, 17.0])],
-        "kNN accuracy, %": [([0, 20, 40], [30.0, 50.0, 60.0])],
+        "kNN, %": [([0, 20, 40], [30.0, 50.0, 60.0])],
         "RankMe": [([40], [12.5])],
         "LiDAR": [([40], [3.0])],
-        "cosine of prediction and target": [([40], [0.25])],
+        "prediction cosine": [([40], [0.25])],
     }
     assert levels == [40.0]
     # one name is not enough where folders share it
@@ -240,7 +238,9 @@ def test_curves_of_several_runs(tmp_path, monkeypatch, command):
 
 
 def test_curves_on_paper(tmp_path):
-    draw_curves(tmp_path / "c.png", {"run": [_training(10 * n, 1.0 / n) for n in range(1, 7)]})
+    curves.draw_curves(
+        tmp_path / "c.png", {"run": [_training(10 * n, 1.0 / n) for n in range(1, 7)]}
+    )
     picture = _png(tmp_path / "c.png")
     # the loss falls, the learning rate rises
     blue = (abs(picture - np.array([31, 119, 180])) < 40).all(axis=2)
@@ -279,13 +279,13 @@ def test_accuracies_at_a_part_are_curves_of_their_own():
     ]
 
     def found(title):
-        return [(line.steps, line.values) for line in curves._panels(rows)[title]]
+        return [(line.steps, line.values) for line in curves.panels_of(rows)[title]]
 
-    assert found("kNN accuracy, %") == [([0, 25], [50.0, 60.0]), ([], [80.0])]
-    assert found("kNN accuracy, %, part of the images") == [([10, 20], [40.0, 45.0])]
+    assert found("kNN, %") == [([0, 25], [50.0, 60.0]), ([], [80.0])]
+    assert found("kNN on a part of the images, %") == [([10, 20], [40.0, 45.0])]
     # a run from other weights starts with them; the untrained network is a level
     rows[0]["knn"]["target encoder, step 0"] = 0.5625
-    assert found("kNN accuracy, %") == [([0, 25], [56.25, 60.0]), ([], [80.0]), ([], [50.0])]
+    assert found("kNN, %") == [([0, 25], [56.25, 60.0]), ([], [80.0]), ([], [50.0])]
 
 
 # --- principal components ------------------------------------------------------------------------
@@ -359,7 +359,8 @@ def test_pca_of_a_rectangle_rounds_its_width_to_the_patch(
     network = network_of(shape)
     initialise(network, torch.Generator().manual_seed(0))
     encoder = Encoder(network, patch_size=8, mean=DATA.mean, std=DATA.std)
-    given = (encoder, replace(DATA, crop=(16, 40)), None, "rectangle")
+    data = replace(DATA, crop=(16, 40))
+    given = inputs.OpenedWeights(encoder, data, None, "rectangle")
     monkeypatch.setattr(inputs, "open_weights", lambda _: given)
     size = ("--images", "2", "--size", "24")
     command("pca", "x", "--data", split, *size, "--out", tmp_path / "p.png")
@@ -450,7 +451,7 @@ def test_pictures_keep_their_labels_and_names(split, tmp_path):
     parts = inputs.open_parts(str(data), DATA)
     with tiny.log_lines() as lines:
         both = [inputs.load_pictures(part, 1000, seed=3) for part in parts]
-    assert [line for line in lines if "left out class1/bad.png" in line]
+    assert [line for line in lines if "left out 'class1/bad.png'" in line]
     assert sum(len(part.images) for part in both) == 32
     for part in both:
         assert len(part.images) == len(part.labels) == len(part.names)
