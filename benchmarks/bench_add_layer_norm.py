@@ -10,7 +10,6 @@ from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels._layer_norm import (
     add_layer_norm_bwd,
-    add_layer_norm_bwd_rows,
     add_layer_norm_fwd,
     add_layer_norm_fwd_float8,
 )
@@ -58,10 +57,11 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
             add_layer_norm_fwd_float8, r, x, affine, affine, 1e-6
         )
         cases[f"bwd {name} residual"] = partial(
-            add_layer_norm_bwd, x, r, r, mean, mean, affine, BF16
+            add_layer_norm_bwd,
+            *(x, r, r, mean, mean, affine, affine, BF16, dtype != BF16, False, False),
         )
         cases[f"bwd of a block, {name} residual"] = partial(
-            add_layer_norm_bwd_rows,
+            add_layer_norm_bwd,
             *(x, r, r, mean, mean, affine, affine, BF16, True, True, True),
         )
     cases["fwd fp32, nothing added"] = partial(
