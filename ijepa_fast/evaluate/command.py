@@ -12,8 +12,8 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.config import DataConfig
-from ijepa_fast.errors import CheckpointError, UsageError, exit_code
+from ijepa_fast.config import DataConfig, run_command
+from ijepa_fast.errors import UsageError, require
 from ijepa_fast.evaluate.features import extract, untrained
 from ijepa_fast.evaluate.finetune import FinetuneSettings
 from ijepa_fast.evaluate.labelled import Split, labelled_data
@@ -48,7 +48,7 @@ class EvaluateArgs:
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
     """A run's folder, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
-    """Folder with one sub-folder a class, `shapes` or `fashion_mnist`; by default the run's own
+    """Folder with one sub-folder a class, or the name of a set; by default the run's own
     eval.data."""
     methods: tuple[Method, ...] = ("knn",)
     """Any of knn, ridge (closed form), linear (SGD: last layer and last four, with and without
@@ -91,18 +91,15 @@ def _untrained(weights: Pretrained, seed: int) -> Encoder:
 
 
 def _check(args: EvaluateArgs) -> None:
-    if not 0 <= args.seed < 2**64:
-        raise UsageError(f"seed must be in 0..2**64-1, got {args.seed}")
-    if args.k < 1:
-        raise UsageError(f"k must be at least 1, got {args.k}")
+    require(0 <= args.seed < 2**64, "seed", "in 0..2**64-1", args.seed)
     if not args.methods:
         raise UsageError("methods must name at least one of knn, ridge, linear, finetune, got none")
     if args.out is not None and args.out.exists():
         raise UsageError(f"out must be a new file, got {args.out}, which is there")
     if args.out is not None and not args.out.parent.is_dir():
         raise UsageError(f"out must lie in a folder that exists, got {args.out}")
-    if args.linear_epochs is not None and args.linear_epochs < 1:
-        raise UsageError(f"linear-epochs must be at least 1, got {args.linear_epochs}")
+    for name, value in (("k", args.k), ("linear-epochs", args.linear_epochs)):
+        require(value is None or value >= 1, name, "at least 1", value)
     args.finetune.check()
 
 
@@ -211,18 +208,16 @@ def _printed(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _report(args: EvaluateArgs) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    result = _evaluate(args)
+    text = json.dumps(result, indent=1)
+    if args.out is not None:
+        with args.out.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+    print(text if args.json else _printed(result))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = tyro.cli(EvaluateArgs, args=argv, prog="python -m ijepa_fast.evaluate")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        result = _evaluate(args)
-        text = json.dumps(result, indent=1)
-        if args.out is not None:
-            with args.out.open("x", encoding="utf-8") as file:
-                file.write(text + "\n")
-    except (CheckpointError, ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(text if args.json else _printed(result))
-    return 0
+    return run_command(EvaluateArgs, _report, argv, "evaluate")

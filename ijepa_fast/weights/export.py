@@ -29,7 +29,8 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ijepa_fast.errors import CheckpointError, UsageError, exit_code
+from ijepa_fast.config import run_command
+from ijepa_fast.errors import UsageError
 from ijepa_fast.model import NORM_EPS
 from ijepa_fast.state import read_rows
 from ijepa_fast.weights.model_card import model_card
@@ -282,24 +283,18 @@ class ExportArgs:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = tyro.cli(ExportArgs, args=argv, prog="python -m ijepa_fast.export")
-    try:
-        weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
-        weights = weights.with_normalisation(args.mean, args.std)
-        if doubt := weights.doubt():
-            print(doubt, file=sys.stderr)
-        metrics = _run_metrics(args.run) if args.run.is_dir() else {}
-        export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+    return run_command(ExportArgs, _export, argv, "export")
+
+
+def _export(args: ExportArgs) -> None:
+    weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
+    weights = weights.with_normalisation(args.mean, args.std)
+    if doubt := weights.doubt():
+        print(doubt, file=sys.stderr)
+    metrics = _run_metrics(args.run) if args.run.is_dir() else {}
+    export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     what = "all networks" if args.format == "torch" else weights.title(args.encoder)
     print(
         f"{what} of {weights.source} written to {args.out} ({size / 2**20:.1f} MiB) and read back"
     )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -90,23 +90,25 @@ def require_whole(networks: Mapping[str, Mapping[str, Tensor]], shape: Shape, so
         UsageError: a tensor is missing or too much, or has another shape.
     """
     for name, state in networks.items():
+        place = f"{name} of {source}" if len(networks) > 1 else source
         # without memory
         with torch.device("meta"):
-            network = _predictor(state, shape) if name == "predictor" else network_of(shape)
-        place = f"{name} of {source}" if len(networks) > 1 else source
-        fit_to(state, network.state_dict(), old=shape.grid, new=shape.grid, source=place)
+            whole = _predictor(state, shape, place) if name == "predictor" else network_of(shape)
+        fit_to(state, whole.state_dict(), old=shape.grid, new=shape.grid, source=place)
 
 
-def _predictor(state: Mapping[str, Tensor], shape: Shape) -> Predictor:
+def _predictor(state: Mapping[str, Tensor], shape: Shape, source: str) -> Predictor:
     """A predictor of the dimensions that its tensors say."""
-    embed = state.get("predictor_embed.weight")
-    hidden = state.get("predictor_blocks.0.mlp.fc1.weight")
-    blocks = {key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}
+    sizes = []
+    for key in ("predictor_embed.weight", "predictor_blocks.0.mlp.fc1.weight"):
+        if key not in state or state[key].ndim != 2:
+            raise UsageError(f"weights must have a matrix {key}, got none in {source}")
+        sizes.append(len(state[key]))
     return Predictor(
         grid=shape.grid,
         encoder_width=shape.width,
-        width=len(embed) if embed is not None and embed.ndim else 1,
-        depth=len(blocks),
+        width=sizes[0],
+        depth=len({key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}),
         heads=1,
-        mlp_hidden=len(hidden) if hidden is not None and hidden.ndim else 1,
+        mlp_hidden=sizes[1],
     )

@@ -557,7 +557,7 @@ def test_other_networks_are_refused(tmp_path, change, message):
             torch.zeros(16),
             "predictor_blocks.1.attn.proj.bias must be",
         ),
-        ("predictor_embed.weight", None, "predictor_embed.weight must be"),
+        ("predictor_embed.weight", None, "must have a matrix predictor_embed.weight, got none"),
     ],
 )
 def test_a_predictor_that_is_not_whole(tmp_path, key, value, message):
