@@ -17,7 +17,6 @@ import glob
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from ijepa_fast.state import read_rows
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
 from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
-from ijepa_fast.weights.read import read_weights
+from ijepa_fast.weights.read import ReadOptions, read_weights
 
 __all__ = ["ExportArgs", "export", "main"]
 
@@ -260,7 +259,7 @@ def _run_metrics(run: Path) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArgs:
+class ExportArgs(ReadOptions):
     """Writes a run's weights for other libraries."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -271,14 +270,6 @@ class ExportArgs:
     """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
     encoder: EncoderKind = "target"
     """Which of the two encoders; the target encoder has the better features."""
-    image_size: tuple[int, int] | None = None
-    """Height and width that foreign weights were trained at, where their file does not tell."""
-    heads: int | None = None
-    """Attention heads of foreign weights, where their file does not tell."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the image channels in 0-1 units, instead of what the file tells."""
-    std: tuple[float, float, float] | None = None
-    """Their standard deviation, likewise."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,10 +278,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: ExportArgs) -> None:
-    weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
-    weights = weights.with_normalisation(args.mean, args.std)
-    if doubt := weights.doubt():
-        print(doubt, file=sys.stderr)
+    weights = args.read(args.run)
     metrics = _run_metrics(args.run) if args.run.is_dir() else {}
     export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
     size = sum(path.stat().st_size for path in args.out.iterdir())

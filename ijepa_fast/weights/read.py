@@ -4,9 +4,11 @@ import json
 import math
 import pickle  # for the name of an error only
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ijepa_fast.weights.fit import require_whole
 from ijepa_fast.weights.names import our_names
 from ijepa_fast.weights.pretrained import METADATA, NETWORKS, Pretrained, Shape, channel_values
 
-__all__ = ["read_weights"]
+__all__ = ["ReadOptions", "read_weights"]
 
 _TORCH_FILES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _HEADS = {a.width: a.heads for a in ARCHITECTURES.values()}
@@ -86,6 +88,32 @@ def read_weights(
         "weights must be a run's folder, a checkpoint, a Hugging Face folder, or a .safetensors or "
         f"{'/'.join(_TORCH_FILES)} file, got {path}{'' if path.exists() else ', which is missing'}"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Options of commands that read weights."""
+
+    image_size: tuple[int, int] | None = None
+    """Height and width that the weights were trained at, where their file does not tell."""
+    heads: int | None = None
+    """Attention heads, where the file does not tell."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the image channels in 0-1 units, instead of what the file tells."""
+    std: tuple[float, float, float] | None = None
+    """Their standard deviation, likewise."""
+
+    def read(self, path: Path) -> Pretrained:
+        """Reads weights with these options; a doubt about them goes to stderr.
+
+        Raises:
+            UsageError, CheckpointError: as `read_weights`.
+        """
+        weights = read_weights(path, image_size=self.image_size, heads=self.heads)
+        weights = weights.with_normalisation(self.mean, self.std)
+        if doubt := weights.doubt():
+            print(doubt, file=sys.stderr)
+        return weights
 
 
 def _own(path: Path) -> Pretrained:
