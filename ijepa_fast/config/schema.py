@@ -329,23 +329,31 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Looks at the features, at the start, the end and in between: kNN accuracy on labelled images,
-    and monitors that need no labels. None without either field.
+    """Evaluation of the features, at the start, the end and in between: kNN accuracy on labelled
+    images, and monitors that need no labels. None without `data` or `every`.
     """
 
     data: str | None = None
     """A folder with one sub-folder a class, or the name of a set, for the kNN accuracy."""
     every: int | None = None
-    """Steps between two looks; by default as often as a small part of a percent of the run pays
-    for.
+    """Steps between two evaluations; by default as often as a small part of a percent of the run
+    pays for.
     """
     whole: bool = False
-    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs;
-    otherwise, and in between, it is of 2,048 training and 512 test images.
+    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs,
+    and end with a table of kNN and ridge regression; otherwise, and in between, kNN is of at most
+    2,048 training and 512 test images.
+    """
+    seconds: float = 10.0
+    """The most seconds of an evaluation on a part of the images, which gets smaller where it would
+    take longer. A run whose steps take less than this is not evaluated, unless `every` asks for it;
+    0 is no limit.
     """
 
     def __post_init__(self) -> None:
         _require_at_least(1, "eval.", self, "every")
+        finite = 0 <= self.seconds < math.inf
+        require(finite, "eval.seconds", "at least 0 and finite", self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

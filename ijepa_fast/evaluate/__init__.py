@@ -7,6 +7,7 @@ section 4), averaged over patches; images are cropped centrally.
 """
 
 from ijepa_fast.evaluate.command import main
+from ijepa_fast.evaluate.embedding import Embedded, embed
 from ijepa_fast.evaluate.features import encoder_of, untrained
 from ijepa_fast.evaluate.labelled import (
     BATCH,
@@ -22,10 +23,12 @@ from ijepa_fast.evaluate.scores import final_table, knn_scores, table
 
 __all__ = [
     "BATCH",
+    "Embedded",
     "Images",
     "ScheduledEvaluation",
     "Split",
     "central_windows",
+    "embed",
     "encoder_of",
     "final_table",
     "knn_scores",

@@ -12,11 +12,11 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.config import DataConfig, run_command
+from ijepa_fast.config import run_command
 from ijepa_fast.errors import UsageError, require
 from ijepa_fast.evaluate.features import extract, untrained
 from ijepa_fast.evaluate.finetune import FinetuneSettings
-from ijepa_fast.evaluate.labelled import Split, labelled_data
+from ijepa_fast.evaluate.labelled import Split, data_of, labelled_data, precision_of
 from ijepa_fast.evaluate.scores import (
     Scores,
     finetune_scores,
@@ -31,9 +31,9 @@ from ijepa_fast.weights import (
     Encoder,
     EncoderKind,
     Pretrained,
+    ReadOptions,
     load_encoder,
     network_of,
-    read_weights,
 )
 
 __all__ = ["EvaluateArgs", "main"]
@@ -42,7 +42,7 @@ Method = Literal["knn", "ridge", "linear", "finetune"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs:
+class EvaluateArgs(ReadOptions):
     """Accuracy of features on a labelled folder, beside raw pixels and the untrained network."""
 
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
@@ -66,14 +66,6 @@ class EvaluateArgs:
     """As data.decoder."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder's products; `auto` is the run's, and float32 for weights without a run."""
-    image_size: tuple[int, int] | None = None
-    """Height and width that the weights were trained at, where their file does not tell."""
-    heads: int | None = None
-    """Attention heads, where the file does not tell."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the image channels in 0-1 units, instead of what the file tells."""
-    std: tuple[float, float, float] | None = None
-    """Their standard deviation, likewise."""
     json: bool = False
     """Print JSON instead of the table."""
     out: Path | None = None
@@ -105,17 +97,13 @@ def _check(args: EvaluateArgs) -> None:
 
 def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
     _check(args)
-    weights = read_weights(args.weights, image_size=args.image_size, heads=args.heads)
-    weights = weights.with_normalisation(args.mean, args.std)
-    if doubt := weights.doubt():
-        _say(doubt)
+    weights = args.read(args.weights)
     config = weights.config
     root = args.data or (config.eval.data if config else None)
     if root is None:
         raise UsageError("data must be given (--data DIR): the run has no eval.data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = config.data if config else DataConfig(mean=weights.mean, std=weights.std)
-    data = replace(data, crop=weights.shape.image_size, decoder=args.decoder)
+    data = replace(data_of(weights), decoder=args.decoder)
     splits = labelled_data(root, data, device)
     if "knn" in args.methods and args.k > len(splits[0].rows):
         raise UsageError(
@@ -127,9 +115,7 @@ def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
         "untrained network": _untrained(weights, args.seed).to(device),
         f"{weights.title(args.encoder)}{step}": trained.to(device),
     }
-    precision = args.precision
-    if precision == "auto":
-        precision = config.optim.precision if config else "float32"
+    precision = precision_of(weights, args.precision)
     scores, details = _scores(args, encoders, splits, precision, device)
     return {
         "weights": weights.source,
@@ -165,6 +151,7 @@ def _scores(
                 training_images=len(splits[0].rows),
                 precision=precision,
                 four=bool({"ridge", "linear"} & set(args.methods)),
+                bar=True,
             )
             for split in splits
         )
@@ -209,7 +196,7 @@ def _printed(result: Mapping[str, Any]) -> str:
 
 
 def _report(args: EvaluateArgs) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = _evaluate(args)
     text = json.dumps(result, indent=1)
     if args.out is not None:

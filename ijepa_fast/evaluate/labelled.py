@@ -24,20 +24,36 @@ from ijepa_fast.data import (
 )
 from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, uniform
+from ijepa_fast.weights import Pretrained
 
 __all__ = [
     "BATCH",
     "Images",
     "Split",
     "central_windows",
+    "data_of",
     "labelled_data",
     "parts_of",
+    "precision_of",
     "shown_part",
 ]
 
 _TRAIN_SHARE = 0.8
 BATCH = 256
 _logger = logging.getLogger(__name__)
+
+
+def data_of(weights: Pretrained) -> DataConfig:
+    """How images are made for an encoder: as for its run, at the size of its weights."""
+    data = weights.config.data if weights.config else DataConfig()
+    return replace(data, crop=weights.shape.image_size, mean=weights.mean, std=weights.std)
+
+
+def precision_of(weights: Pretrained, precision: str) -> str:
+    """Of products: `auto` is that of the run, and float32 for weights without one."""
+    if precision != "auto":
+        return precision
+    return weights.config.optim.precision if weights.config else "float32"
 
 
 class Images(NamedTuple):
@@ -80,7 +96,7 @@ class Split:
         """Of the rows: int64 (n,)."""
         return self.index.label[self.rows].astype(np.int64)
 
-    def batches(self) -> Iterator[Images]:
+    def batches(self, batch: int = BATCH) -> Iterator[Images]:
         """Decodes batch after batch, cropped centrally; what cannot be used is named in the log and
         left out.
 
@@ -88,7 +104,7 @@ class Split:
             ValueError: less than half of the images can be used.
             OSError: it is the storage that fails, not a file.
         """
-        return self._decoded(self.rows, BATCH, None)
+        return self._decoded(self.rows, batch, None)
 
     def random_batches(self, epoch: int, *, batch: int, seed: int) -> Iterator[Images]:
         """The rows of one training epoch: in keyed order, with the random crops of `data`, in whole

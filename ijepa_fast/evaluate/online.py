@@ -44,6 +44,8 @@ TRAIN_ROWS, TEST_ROWS = 2048, 512
 # views are crops of these shares of an image, whatever the recipe's are: without crops all views
 # were the same
 VIEW_SCALE, VIEW_RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
+# not below so many test images
+_FEWEST = 64
 SHARE = 0.004
 _MOST_BETWEEN = 50
 # a step's forward and backward passes of both encoders and the predictor, in forward passes of one
@@ -77,10 +79,19 @@ class OnlineEvaluation:
         config: of the run.
         index: its training images.
         device: where to compute.
+        steps: of the run.
+        world: ranks.
+
+    Attributes:
+        part: training and test images of an evaluation that is not of all; None until the first.
     """
 
-    def __init__(self, config: Config, index: Index, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, index: Index, device: torch.device, *, steps: int, world: int
+    ) -> None:
         self.config, self.index, self.device = config, index, device
+        self.steps, self.world = steps, world
+        self.part: tuple[int, int] | None = None
 
     def networks(
         self, weights: Mapping[str, Tensor]
@@ -107,7 +118,7 @@ class OnlineEvaluation:
     def row(
         self, weights: Mapping[str, Tensor], name: str, *, whole: bool, first: bool
     ) -> dict[str, Any]:
-        """One row, without its step.
+        """One row, without its step; an empty one where the run is too short for an evaluation.
 
         Args:
             weights: `encoder.*`, `target_encoder.*` and `predictor.*`, whole.
@@ -121,12 +132,16 @@ class OnlineEvaluation:
         """
         started = time.perf_counter()
         context, target, predictor = self.networks(weights)
+        if self.part is None:
+            self.part = self._affordable(target)
+        if not all(self.part):
+            return {}
         row: dict[str, Any] = {"monitors": self.monitors(context, target, predictor)}
         if self.config.eval.data:
             splits = self._labelled
             if not whole:
                 every = [len(split.rows) for split in splits]
-                splits = (_part(splits[0], TRAIN_ROWS), _part(splits[1], TEST_ROWS))
+                splits = (_part(splits[0], self.part[0]), _part(splits[1], self.part[1]))
                 taken = [len(split.rows) for split in splits]
                 if taken != every:
                     row["images"] = taken
@@ -142,6 +157,30 @@ class OnlineEvaluation:
                 row["knn"] = knn_scores(encoders, splits, precision=precision, with_pixels=first)
         seconds = time.perf_counter() - started
         return {**row, "timing": {"evaluation_seconds": round(seconds, 3)}}
+
+    @torch.no_grad()
+    def _affordable(self, encoder: VisionTransformer) -> tuple[int, int]:
+        """Training and test images that `eval.seconds` pays for, by one forward pass that is
+        measured: none where the run's steps take less.
+        """
+        limit, part = self.config.eval.seconds, (TRAIN_ROWS, TEST_ROWS)
+        if not limit or self.config.eval.every is not None:
+            return part
+        mean, std = (torch.zeros(3, device=self.device), torch.ones(3, device=self.device))
+        x = normalise(self._images[0].to(self.device), mean, std)
+        half, seconds = self.config.optim.precision == "bfloat16", 0.0
+        # the first pass pays for what is made once
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+                encoder(x).float().sum().item()
+            seconds = (time.perf_counter() - started) / len(x)
+        forwards = FORWARDS * self.config.batch.global_ * self.steps / self.world
+        if forwards * seconds < limit:
+            return 0, 0
+        while sum(part) * seconds > limit and part[1] > _FEWEST:
+            part = part[0] // 2, part[1] // 2
+        return part
 
     @cached_property
     def _labelled(self) -> tuple[Split, Split]:

@@ -50,7 +50,9 @@ class ScheduledEvaluation:
     ) -> None:
         self._config, self._weights, self._journal = config, weights, journal
         self._allowance = allowance
-        self._online = OnlineEvaluation(config, index, device)
+        steps = min(run_steps, config.max_steps or run_steps)
+        self._online = OnlineEvaluation(config, index, device, steps=steps, world=world)
+        self._too_short = False
         self.every = evaluation_interval(config, run_steps, world)
 
     def due(self, step: int) -> bool:
@@ -59,17 +61,20 @@ class ScheduledEvaluation:
 
     def refused(self) -> bool:
         """Whether there is no time for one now; those that `eval.every` asks for are made."""
-        return self._config.eval.every is None and not self._allowance.covers("evaluation")
+        return self._config.eval.every is None and (
+            self._too_short or not self._allowance.covers("evaluation")
+        )
 
     def between(self, step: int, *, refused: bool) -> None:
         """An evaluation while training, unless there is no time for it."""
         if not refused:
             self.evaluate(step, ends=False)
-            return
-        _logger.info(
-            "no evaluation at step %d: saves, pictures and evaluations have taken %.1f s of %.0f s",
-            *(step, self._allowance.spent, self._allowance.elapsed),
-        )
+        elif not self._too_short:
+            _logger.info(
+                "no evaluation at step %d: saves, pictures and evaluations have taken %.1f s of "
+                "%.0f s",
+                *(step, self._allowance.spent, self._allowance.elapsed),
+            )
 
     def evaluate(self, step: int, *, ends: bool) -> None:
         """Evaluates the features, once for each step, if the run is to; see `online.py`.
@@ -86,10 +91,14 @@ class ScheduledEvaluation:
         weights = self._weights()
         file, root = self._journal.file, self._config.eval.data
         whole = ends and self._config.eval.whole
-        if not file or not self._journal.reporter:
+        if not file or not self._journal.reporter or self._too_short:
             return
         self._journal.flush()
         rows = [row for row in file.rows if "monitors" in row]
+        # on as many images as in the part of the run before
+        earlier = [row["images"] for row in rows if row.get("data") == root and "images" in row]
+        if earlier:
+            self._online.part = earlier[-1][0], earlier[-1][1]
         done = [row for row in rows if row["step"] == step and row.get("data") == root]
         if done and not (whole and root):
             return
@@ -100,6 +109,14 @@ class ScheduledEvaluation:
         name = UNTRAINED if untrained else f"target encoder, step {step}"
         try:
             row = self._online.row(weights, name, whole=whole, first=not step)
+            if not row:
+                self._too_short = True
+                _logger.info(
+                    "no evaluation: the steps of this run take less than eval.seconds (%g); "
+                    "--eval.seconds 0 evaluates it all the same",
+                    self._config.eval.seconds,
+                )
+                return
             before = self._before_training(rows) if step else row["monitors"]
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
             # wrong settings end a run before its first step; otherwise an evaluation, and files

@@ -75,7 +75,7 @@ def test_the_last_evaluation_is_of_the_saved_weights(run, data):
     assert state is not None
     config = parse(["--config", str(run / "config.yaml")]).config
     index = open_index(str(data))[0]
-    of = OnlineEvaluation(config, index, CPU)
+    of = OnlineEvaluation(config, index, CPU, steps=15, world=1)
     context, target, predictor = of.networks(state.tensors)
     images, _ = of._images
     assert len(images) == 40
@@ -217,10 +217,12 @@ def test_views_are_crops_where_the_recipe_has_none(data):
     index = open_index(str(data))[0]
     arguments = ["--data", str(data), "--data.crop", "32", "--model.patch-size", "8"]
     crops = ["--data.scale", "1", "1", "--data.ratio", "1", "1"]
-    _, views = OnlineEvaluation(parse([*arguments, *crops]).config, index, CPU)._images
+    _, views = OnlineEvaluation(
+        parse([*arguments, *crops]).config, index, CPU, steps=1, world=1
+    )._images
     assert len(views) == 4
     assert not any(torch.equal(views[0], view) for view in views[1:])
-    _, same = OnlineEvaluation(parse(arguments).config, index, CPU)._images
+    _, same = OnlineEvaluation(parse(arguments).config, index, CPU, steps=1, world=1)._images
     assert all(torch.equal(a, b) for a, b in zip(views, same, strict=True))
 
 
@@ -275,6 +277,26 @@ def test_evaluations_that_take_too_long_are_left_out_unless_asked_for(
     left_out = [int(n) for n in re.findall(r"no evaluation at step (\d+): saves,", _log(out))]
     assert left_out == ([] if settings else [4, 8, 12])
     assert [row["step"] for row in _evaluations(out)] == sorted({0, 4, 8, 12, 15} - set(left_out))
+
+
+@pytest.mark.parametrize(("limit", "part"), [(1e-4, (16, 4)), (0.0, None), (1e4, "none")])
+def test_an_evaluation_has_a_limit_in_seconds(limit, part, data, tmp_path, monkeypatch):
+    """A tenth of a millisecond pays for the fewest images; ten thousand seconds are more than the
+    steps of the run take.
+    """
+    monkeypatch.setattr(online, "TRAIN_ROWS", 32)
+    monkeypatch.setattr(online, "TEST_ROWS", 8)
+    monkeypatch.setattr(online, "_FEWEST", 4)
+    settings = {"eval__data": data, "eval__no_whole": True, "eval__seconds": limit}
+    for steps in (2, 4):
+        assert tiny.run(data, tmp_path / "run", max_steps=steps, **settings) == 0
+    rows = _evaluations(tmp_path / "run")
+    if part == "none":
+        assert not rows
+        assert "no evaluation: the steps of this run take less than" in _log(tmp_path / "run")
+    else:
+        taken = list(part or (32, 7))
+        assert [(row["step"], row["images"]) for row in rows] == [(n, taken) for n in (0, 2, 4)]
 
 
 def _log(run):
