@@ -43,7 +43,10 @@ RUN = {
     ("ijepa_fast.data", ""): (),
     ("ijepa_fast.export", ""): (),
     ("ijepa_fast.evaluate", "knn"): ("--decoder", "pillow", "--linear-epochs", "1"),
-    **{("ijepa_fast.visualize", name): () for name in ("masks", "curves", "pca", "neighbours")},
+    **{
+        ("ijepa_fast.visualize", name): ()
+        for name in ("masks", "curves", "report", "pca", "neighbours")
+    },
     ("ijepa_fast.visualize", "train-decoder"): ("--steps=2", "--images=16", "--width=8"),
     ("ijepa_fast.visualize", "predictor"): ("--sampling-steps=2", "--seeds=2"),
     ("ijepa_fast.visualize", "prove"): ("--sampling-steps=2", "--blocks=8", "--seeds=2"),
