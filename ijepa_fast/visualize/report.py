@@ -234,7 +234,7 @@ def _evaluations(rows: Rows) -> str:
         return ""
     lines = [
         [f">{row['step']:,}", *(f">{_number(row['monitors'].get(key, '–'))}" for key in heads)]
-        for row in found[:: -(-len(found) // 20)]
+        for row in found[:: len(found) // -20][::-1]
     ]
     return _table(["step", *heads.values()], lines)
 

@@ -71,7 +71,7 @@ class Pictures:
             return
         self.curves(rows)
         if done and rows and self._time_for_features(rows):
-            self._draw("pca.png and neighbours.png", lambda _: self._features())
+            self._draw("pca.png and neighbours.png", lambda path: self._features(path.parent))
         self._draw("report.html", lambda path: write_report(path, path.parent, status))
 
     def _time_for_features(self, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -93,12 +93,14 @@ class Pictures:
             )
         return seconds <= left
 
-    def _features(self) -> None:
-        assert self.folder
-        folder, opened = self.folder, open_weights(self.folder)
+    def _features(self, folder: Path) -> None:
+        opened = open_weights(folder)
         root = source_of(None, opened.config)
-        feature_pictures.pca(folder / "pca.png", opened, root)
-        feature_pictures.neighbours(folder / "neighbours.png", opened, root, pool=_POOL)
+        self._draw("pca.png", lambda path: feature_pictures.pca(path, opened, root))
+        self._draw(
+            "neighbours.png",
+            lambda path: feature_pictures.neighbours(path, opened, root, pool=_POOL),
+        )
 
     def _draw(self, name: str, draw: Callable[[Path], Any]) -> None:
         if not self.folder:

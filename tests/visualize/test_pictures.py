@@ -432,17 +432,22 @@ def test_duplicates_are_nearest(run, tmp_path, sheets, command, monkeypatch):
 # --- images --------------------------------------------------------------------------------------
 
 
-def test_images_without_classes(split, tmp_path):
+def test_pictures_show_all_images_but_those_trained_on(split, run, tmp_path, sheets, command):
+    """Of a folder without parts none is held back; labels are not needed."""
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
         for number, file in enumerate(sorted((split / part).rglob("*.jpg"))):
             shutil.copy(file, tmp_path / part / f"{number:02d}.jpg")
-    for root, held_out in ((tmp_path / "train", None), (tmp_path, 12)):
-        parts = [inputs.load_pictures(p, 99) for p in inputs.open_parts(str(root), DATA)]
-        assert held_out in (None, len(parts[1].images))
-        names = [name for part in parts for name in part.names]
-        assert len(names) == 32 + (held_out or 0)
-        assert parts[1].label(0) == ""
+    for root, count in ((tmp_path / "train", 32), (tmp_path, 12)):
+        shown = inputs.shown_images(str(root), DATA, 99)
+        assert sorted(shown.names) == [f"{number:02d}.jpg" for number in range(count)]
+        assert shown.label(0) == ""
+    argv = ("--data", tmp_path / "train", "--out", tmp_path / "n.png")
+    printed = command("neighbours", run, *argv, "--k", "31", "--queries", "1")
+    assert "nearest of 32 images" in printed
+    assert "class" not in printed
+    ((rows, _),) = sheets
+    assert len(rows[0]) == 33
 
 
 def test_pictures_keep_their_labels_and_names(split, tmp_path):

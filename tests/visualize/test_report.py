@@ -151,7 +151,7 @@ def test_pictures_of_features_keep_to_their_share(split, tmp_path, monkeypatch):
     """A run of seconds has no time for them; a long one has."""
     settings = {"eval__data": split, "eval__no_whole": True, "max_steps": 2}
     drawn: list[str] = []
-    monkeypatch.setattr(run_pictures.Pictures, "_features", lambda _: drawn.append("features"))
+    monkeypatch.setattr(run_pictures.Pictures, "_features", lambda *_: drawn.append("features"))
     with tiny.log_lines() as lines:
         assert tiny.run(split / "train", tmp_path / "a", pictures=True, **settings) == 0
     assert not drawn
