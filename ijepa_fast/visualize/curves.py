@@ -133,10 +133,10 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> list[str]:
     from matplotlib.ticker import LogLocator
 
     plt = pyplot()
-    columns = min(3, len(titles))
+    columns = min(4, len(titles))
     count = -(-len(titles) // columns)
     figure, axes = plt.subplots(
-        count, columns, figsize=(4 * columns, 2.8 * count + 0.4), squeeze=False
+        count, columns, figsize=(3.4 * columns, 2.8 * count + 0.4), squeeze=False
     )
     tab10 = plt.get_cmap("tab10").colors
     colours = [tab10[number % len(tab10)] for number in range(len(runs))]

@@ -244,7 +244,7 @@ def test_curves_on_paper(tmp_path):
     picture = _png(tmp_path / "c.png")
     # the loss falls, the learning rate rises
     blue = (abs(picture - np.array([31, 119, 180])) < 40).all(axis=2)
-    height, width = len(blue) // 2, blue.shape[1] // 3
+    height, width = len(blue), blue.shape[1] // 4
     for column, falls in ((0, True), (1, False)):
         part = blue[:height, column * width : (column + 1) * width]
         columns = np.flatnonzero(part.any(axis=0))
