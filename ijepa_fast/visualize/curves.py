@@ -158,9 +158,10 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> list[str]:
     for axis in axes.flat[len(titles) :]:
         axis.set_axis_off()
     height = figure.get_figheight()
-    figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
-    handles = [Line2D([], [], color=colour) for colour in colours]
-    figure.legend(handles, list(runs), loc="lower center", ncols=6, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / height if len(runs) > 1 else 0, 1, 1))
+    if len(runs) > 1:
+        handles = [Line2D([], [], color=colour) for colour in colours]
+        figure.legend(handles, list(runs), loc="lower center", ncols=6, fontsize=9, frameon=False)
     save(figure, path, dpi=100)
     return titles
 
