@@ -45,7 +45,8 @@ def test_first_ends_with_a_verdict(tmp_path, monkeypatch):
     assert found["tests"]["exit_code"] == 0
     assert "passed" in found["tests"]["last_line"]
     assert found["steps"][1]["held_against"] == "reference"
-    assert 0 < found["steps"][1]["loss_error"] < 1e-5
+    assert found["steps"][1]["loss_error"] < 1e-5
+    assert 0 < found["steps"][1]["weights_error"] < 1e-4
 
 
 def test_first_says_what_fails(tmp_path, monkeypatch):
