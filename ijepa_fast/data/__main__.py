@@ -1,10 +1,12 @@
 """`python -m ijepa_fast.data DIR ...`: what a data set consists of, before a run depends on it.
 
-Exit codes: 0 fine, 1 more unusable files than allowed, 2 wrong input.
+Exit codes: 0 fine, 1 more unusable files than allowed, a damaged shard or a folder that cannot be
+listed, 2 wrong input, 130 interrupted.
 """
 
 import json
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -24,7 +26,8 @@ class Arguments:
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders, list files (.txt, .tsv) or tar shards (also train-{0000..0099}.tar)."""
+    """Folders, list files (.txt, .tsv), tar shards (also train-{0000..0099}.tar) or names (shapes,
+    fashion_mnist)."""
     verify: bool = False
     """Decode every image wholly, once: finds damage between header and end."""
     json: bool = False
@@ -50,9 +53,13 @@ def main(argv: list[str] | None = None) -> int:
             threads=arguments.threads,
             verify=arguments.verify,
             compare_all=True,
+            allow_missing=True,
         )
         threads = arguments.threads or 8
         found = summary(index, max_bad_share=arguments.max_bad_share, threads=threads)
+    except KeyboardInterrupt:
+        print("interrupted, nothing is kept", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(as_text(found))
         print(f"table       {found['table'] or 'not kept'}")
-    return int(found["too_many_bad"])
+    return int(found["too_many_bad"] or bool(found["lost"]))
 
 
 if __name__ == "__main__":

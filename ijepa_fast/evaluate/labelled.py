@@ -182,10 +182,13 @@ def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Sp
     folder = named_data(root) or Path(root)
     names = [name for name in ("test", "val") if (folder / name).is_dir()]
     if (folder / "train").is_dir() and names:
-        parts = [open_index(folder / "train")[0], _held_out(folder, names)]
+        parts = [
+            open_index(path, allow_missing=data.allow_missing)[0]
+            for path in (folder / "train", _held_out(folder, names))
+        ]
         chosen = [np.arange(len(part)) for part in parts]
     else:
-        index = open_index(str(folder))[0]
+        index = open_index(str(folder), allow_missing=data.allow_missing)[0]
         parts = [index, index]
         draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
         chosen = [np.flatnonzero(draws < _TRAIN_SHARE), np.flatnonzero(draws >= _TRAIN_SHARE)]
@@ -196,11 +199,11 @@ def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Sp
     return train, test
 
 
-def _held_out(folder: Path, names: Sequence[str]) -> Index:
+def _held_out(folder: Path, names: Sequence[str]) -> Path:
     """The first part with the classes of `train`: ImageNet's `test` has none, its `val` has."""
     classes = _class_folders(folder / "train")
     alike = [name for name in names if _class_folders(folder / name) == classes]
-    return open_index(folder / [*alike, *names][0])[0]
+    return folder / [*alike, *names][0]
 
 
 def _class_folders(folder: Path) -> set[str]:
