@@ -14,12 +14,10 @@ from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usabl
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
 from ijepa_fast.data.quarantine import Quarantine
 from ijepa_fast.data.reading import decode_usable
+from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.sets.named import NAMES, named_data
-from ijepa_fast.data.sets.scenes import CLASSES, Split, pose, silhouette
-from ijepa_fast.data.sets.shapes import cache_folder
 
 __all__ = [
-    "CLASSES",
     "NAMES",
     "Batch",
     "DaliDecoder",
@@ -29,7 +27,6 @@ __all__ = [
     "Loader",
     "PillowDecoder",
     "Quarantine",
-    "Split",
     "build_index",
     "cache_folder",
     "crop_windows",
@@ -43,10 +40,8 @@ __all__ = [
     "make_decoder",
     "named_data",
     "open_index",
-    "pose",
     "positions",
     "save_table",
-    "silhouette",
     "source_names",
     "steps_per_epoch",
     "usable_ids",

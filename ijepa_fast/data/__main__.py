@@ -13,8 +13,10 @@ from typing import Annotated
 
 import tyro
 
+from ijepa_fast.config import run_command
 from ijepa_fast.data.cache import open_index
 from ijepa_fast.data.report import as_text, summary
+from ijepa_fast.errors import require
 
 __all__ = ["main"]
 
@@ -26,8 +28,8 @@ class Arguments:
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders, list files (.txt, .tsv), tar shards (also train-{0000..0099}.tar) or names (shapes,
-    fashion_mnist)."""
+    """Folders, list files (.txt, .tsv), tar shards (also train-{0000..0099}.tar) or a name
+    (fashion_mnist_10k, fashion_mnist)."""
     verify: bool = False
     """Decode every image wholly, once: finds damage between header and end."""
     json: bool = False
@@ -40,29 +42,26 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m ijepa_fast.data")
+    return run_command(Arguments, _check_data, argv, "data")
+
+
+def _check_data(arguments: Arguments) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    share, threads = arguments.max_bad_share, arguments.threads
+    require(0 <= share <= 1, "--max-bad-share", "between 0 and 1", share)
+    require(threads is None or threads >= 1, "--threads", "at least 1", threads)
     try:
-        if not 0 <= arguments.max_bad_share <= 1:
-            share = arguments.max_bad_share
-            raise ValueError(f"--max-bad-share must be between 0 and 1, got {share}")
-        if arguments.threads is not None and arguments.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
         index, path = open_index(
             arguments.sources,
-            threads=arguments.threads,
+            threads=threads,
             verify=arguments.verify,
             compare_all=True,
             allow_missing=True,
         )
-        threads = arguments.threads or 8
-        found = summary(index, max_bad_share=arguments.max_bad_share, threads=threads)
+        found = summary(index, max_bad_share=share, threads=threads or 8)
     except KeyboardInterrupt:
         print("interrupted, nothing is kept", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     found["table"] = str(path) if path else None
     if arguments.json:
         print(json.dumps(found, indent=1))

@@ -25,7 +25,7 @@ from ijepa_fast.data.index import (
     stamp,
 )
 from ijepa_fast.data.reading import thread_pool
-from ijepa_fast.data.sets.shapes import cache_folder
+from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.table_file import TableError, read_table, write_table
 
 __all__ = ["load_table", "open_index", "save_table"]

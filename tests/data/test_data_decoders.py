@@ -16,7 +16,14 @@ import torch
 from PIL import Image
 
 from ijepa_fast.config import DataConfig
-from ijepa_fast.data import DaliDecoder, DecodeError, PillowDecoder, make_decoder, pillow_decoder
+from ijepa_fast.data import (
+    DaliDecoder,
+    DecodeError,
+    PillowDecoder,
+    make_decoder,
+    pillow_decoder,
+    pixels,
+)
 from ijepa_fast.data.pixels import is_plain, open_image
 from tests.trainer.small_folder import HAS_DALI
 
@@ -312,7 +319,7 @@ def test_a_jpeg_of_endless_scans_is_refused(request, decoder_name):
 
 def test_an_image_has_its_time(chelsea, monkeypatch):
     """The thread that is at it is left to itself; the batch goes on without that image."""
-    real, release, slow = pillow_decoder.decode_window, threading.Event(), _encode(chelsea, "PNG")
+    real, release, slow = pixels.decode_window, threading.Event(), _encode(chelsea, "PNG")
 
     def decode_window(encoded, window):
         if encoded == slow:

@@ -21,6 +21,7 @@ from ijepa_fast.data import build as build_module
 from ijepa_fast.data.__main__ import main as data_main
 from ijepa_fast.data.build import NoImages
 from ijepa_fast.data.cache import load_table, save_table
+from ijepa_fast.data.headers import inspect_file
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.reading import Reader
 from ijepa_fast.data.report import duplicates
@@ -536,7 +537,7 @@ def test_too_few_open_files_condemn_nothing(tmp_path):
 
 
 def test_ctrl_c_ends_a_scan_at_once(tmp_path, monkeypatch, capsys):
-    root, real, looked = folder(tmp_path / "set", 400), build_module.inspect_file, []
+    root, real, looked = folder(tmp_path / "set", 400), inspect_file, []
 
     def slow(*arguments, **options):
         looked.append(arguments)
@@ -619,6 +620,8 @@ def test_the_table_of_other_data_is_not_taken(tmp_path, caplog):
     one, two = (aged(folder(tmp_path / name, 3)) for name in ("one", "two"))
     (one / "000.jpg").write_bytes(jpeg(50))
     (one_index, path), (_, other) = (open_index(root, cache=tmp_path / "c") for root in (one, two))
+    assert path
+    assert other
     other.replace(path)
     again, _ = open_index(one, cache=tmp_path / "c")
     assert again.roots == one_index.roots == (str(one),)
