@@ -184,6 +184,8 @@ class DataConfig:
     """The run stops after so many seconds without a batch, and says which files it waits for."""
     max_bad_share: float = 0.001
     """The run stops once more than this share of the files (and more than one file) is unusable."""
+    allow_missing: bool = False
+    """Train on what is left where a tar shard is damaged or a folder cannot be listed."""
 
     def __post_init__(self) -> None:
         _require_choices("data.", self)
