@@ -174,7 +174,8 @@ class RunFolder:
         if sys.stdout.isatty():
             from rich.logging import RichHandler
 
-            rich = RichHandler(show_path=False, show_level=False, markup=False)
+            # times stand in the file: a line has room for what it says
+            rich = RichHandler(show_time=False, show_path=False, show_level=False, markup=False)
             rich.setFormatter(_Plain("%(message)s"))
             self._handlers.append(rich)
         else:

@@ -47,7 +47,7 @@ def test_two_ranks_train_as_one(data, one_rank, tmp_path, group, device_batch):
     codes, output = tiny.run_ranks(data, out, max_steps=STEPS, log__interval=1, **settings)
     assert codes == [0, 0], output
     accumulated = 8 // (2 * device_batch)
-    expected = f"(2 ranks x {device_batch} on the device x {accumulated} accumulated)"
+    expected = f"2 ranks x {device_batch} on the device x {accumulated} accumulated"
     assert expected in (out / "train.log").read_text()
     tiny.assert_near(out, one_rank(group), STEPS)
     # one rank writes and prints
