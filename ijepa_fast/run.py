@@ -119,6 +119,8 @@ class Run:
     def _load_latest(self) -> checkpoint.State | None:
         assert self.folder is not None
         state = checkpoint.load_latest(self.folder.checkpoints)
+        if state:
+            self.folder.require_same_recipe(state.meta)
         digest = state.meta.get("data") if state else self.digest
         if digest != self.digest and not self.config.allow_changed_recipe:
             names = ", ".join(self.config.data.sources)
@@ -127,6 +129,7 @@ class Run:
                 f"(digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
                 "another --out, or add --allow-changed-recipe"
             )
+        self.folder.write_config()
         return state
 
     @property

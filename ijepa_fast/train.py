@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 2 wrong input, 3 no usable checkpoint, 4 too many bad files or non-finite
 gradients, 5 a file that cannot be read or written, 6 another rank is gone, 128 + signal after
-SIGTERM, SIGINT or SIGUSR1 (a checkpoint is saved, and the same command goes on from there).
+SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a checkpoint is saved, and the same command goes on from there).
 """
 
 import logging

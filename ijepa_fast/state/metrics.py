@@ -5,6 +5,7 @@ A row's top level is deterministic: a resumed run writes the same bytes. Whateve
 clock or the machine sits under `timing`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -76,14 +77,20 @@ def id_hash(ids: Tensor, positions: np.ndarray) -> Tensor:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a torn last line is left out."""
+    """Rows of a metrics file; lines that are none are left out, and named unless it is the last,
+    which a kill may have torn.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                break
+    for number, text in enumerate(lines, 1):
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif number < len(lines):
+            _logger.warning("%s: line %d is left out, as it is no row of metrics", path, number)
     return rows
 
 
@@ -100,26 +107,38 @@ class MetricsFile:
     def __init__(self, path: Path, *, step: int, interval: int = 1) -> None:
         last = step - 1 if step % interval else step
         evaluations = ("knn", "monitors")
-        rows = [
+        self.rows = [
             row
             for row in read_rows(path)
             if row["step"] <= (step if any(key in row for key in evaluations) else last)
         ]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._waiting = b""
-        self._failed = False
+        self._path, self._waiting, self._failed = path, b"", False
         self._lock = threading.Lock()
-        self.rows = rows
+        self._file = self._begin()
+
+    def _begin(self) -> int:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(self._path)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def begin_anew(self) -> None:
+        """Writes all rows into a new file: the folder of the one before has gone.
+
+        Raises:
+            OSError: it cannot.
+        """
+        with self._lock:
+            file = self._begin()
+            os.close(self._file)
+            self._file, self._waiting = file, b""
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row and hands it to the system; what a full disk refuses waits for the next
         row, or the next checkpoint.
         """
-        self.rows.append(dict(row))
         with self._lock:
+            self.rows.append(dict(row))
             self._waiting += json.dumps(row).encode() + b"\n"
             try:
                 self._write()
@@ -328,10 +347,13 @@ class Reporter:
 
     def close(self) -> None:
         """Ends the bar and flushes TensorBoard."""
-        if self.progress:
-            self.progress.stop()
-        if self.writer:
-            self.writer.close()
+        # the terminal may be gone, or the disk full: no reason to lose a run's result
+        with contextlib.suppress(OSError):
+            if self.progress:
+                self.progress.stop()
+        with contextlib.suppress(OSError):
+            if self.writer:
+                self.writer.close()
 
 
 class _Arrival:

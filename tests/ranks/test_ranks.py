@@ -63,7 +63,7 @@ def test_two_ranks_resume_bit_identically(data, tmp_path):
     tiny.assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(data, tmp_path, number):
     """Whichever rank it reaches, both leave with its code and rank 0 saves."""
     out, output = tmp_path / "run", tmp_path / "output.txt"

@@ -119,6 +119,20 @@ def test_a_row_between_two_log_lines_is_cut_where_training_goes_on(tmp_path, int
     assert "knn" in tiny.rows(tmp_path)[-1]
 
 
+def test_lines_that_are_no_rows_are_left_out_and_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    broken = ['{"step": 4, "lo', "[]", "5", '{"loss": 1.0}', '{"step": null}', '"\xff"']
+    lines = [json.dumps(_row(2)), *broken, json.dumps(_row(6))]
+    path.write_bytes("".join(line + "\n" for line in lines).encode("latin-1"))
+    with tiny.log_lines() as told:
+        file = MetricsFile(path, step=100)
+    file.close()
+    assert [row["step"] for row in tiny.rows(tmp_path)] == [2, 6]
+    assert [f"line {number} is left out" in text for number, text in enumerate(told, 2)] == (
+        [True] * len(broken)
+    )
+
+
 @pytest.mark.parametrize("torn", ['{"step": 6, "loss": 0.2', '{"st', "\0\0\0\0", ""])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
