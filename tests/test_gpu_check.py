@@ -70,9 +70,7 @@ def test_step_times_one_preset(tmp_path):
     assert "| fast |" in (tmp_path / "step.md").read_text()
 
 
-def test_ops_leave_a_baselines_form(tmp_path, monkeypatch):
-    # a worker's child is no worker, which would not measure
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+def test_ops_leave_a_baselines_form(tmp_path):
     assert ops.main([*CPU, "--out", str(tmp_path), "--ops", "gelu"])
     found = json.loads((tmp_path / "ops_results.json").read_text())
     assert "gelu/small/forward/ours" in found["results"]

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> bool:
 
 
 def _op_tests(args: argparse.Namespace) -> dict[str, Any]:
-    # pytest-benchmark warns of parallel runs
+    # pytest-benchmark, where it is installed, warns of parallel runs
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "no:benchmark", "-n", str(args.workers), *shlex.split(args.tests)]
     return logged(command, args.out / "first_tests.txt", seconds=max(1, args.seconds - files.GRACE))

@@ -10,7 +10,6 @@ holds and every tensor of the file was used.
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from ijepa_fast.config import OptimConfig
+from ijepa_fast.config import OptimConfig, run_command
+from ijepa_fast.errors import UsageError
 from ijepa_fast.fast import FastStep, Memory
 from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_fast.reference import ReferenceStep
@@ -224,22 +224,20 @@ class ParityArgs:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0 all held, 1 something did not, 2 unusable input."""
-    args = tyro.cli(ParityArgs, args=argv, prog="python -m ijepa_fast.parity")
+    return run_command(ParityArgs, _compare, argv, "parity")
+
+
+def _compare(args: ParityArgs) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: device must be auto or cpu here, got cuda: no CUDA device", file=sys.stderr)
-        return 2
-    try:
-        report = compare(
-            args.file,
-            dtype=args.dtype,
-            device=None if args.device == "auto" else torch.device(args.device),
-            path=args.path,
-            attention=args.attention,
-            memory=args.memory,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise UsageError("device must be auto or cpu here, got cuda: no CUDA device")
+    report = compare(
+        args.file,
+        dtype=args.dtype,
+        device=None if args.device == "auto" else torch.device(args.device),
+        path=args.path,
+        attention=args.attention,
+        memory=args.memory,
+    )
     if args.json:
         rows = [{**dataclasses.asdict(row), "ok": row.ok} for row in report.rows]
         result = {"ok": report.ok, "path": report.path, "dtype": report.dtype, "rows": rows}
@@ -247,7 +245,3 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(report.table())
     return 0 if report.ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
