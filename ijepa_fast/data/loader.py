@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # How often a blocked loader thread looks whether it is still wanted, seconds.
 _POLL = 0.1
+# A wait that returns so late, in seconds, was stopped itself.
+_ASLEEP = 1.0
 # How often a waiting step says so, seconds.
 _SAID_EVERY = 10.0
 # Decoding may take so many times as long as `data.timeout` before it counts as stuck.
@@ -204,12 +206,16 @@ class Loader(Iterator[Batch]):
         Raises:
             DataStalled: nothing has been read for too long.
         """
-        started = time.monotonic()
+        started = now = time.monotonic()
         limit = self._config.timeout
+        poll = min(_SAID_EVERY, limit / 2)
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._queue.get(timeout=min(_SAID_EVERY, limit / 2))
-            now = time.monotonic()
+                return self._queue.get(timeout=poll)
+            before, now = now, time.monotonic()
+            if now - before > poll + _ASLEEP:
+                # this process itself was stopped, and reads nothing meanwhile
+                started = now
             idle = now - max(self._reader.progress, started)
             decoding = self._decoding
             where = f"decoding {decoding}" if decoding else f"reading {self._reader.being_read()}"

@@ -127,7 +127,7 @@ class ScheduledEvaluation:
             return
         row = {"step": step, **row}
         file.append(row)
-        self._journal.reporter.show_look(row)
+        self._journal.reporter.show_evaluation(row)
         warning = collapse_warning(row["monitors"], before) if step else None
         if warning:
             _logger.warning("step %d: %s", step, warning)

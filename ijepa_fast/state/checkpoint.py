@@ -344,10 +344,19 @@ def read(folder: Path) -> State:
                 f"{folder} must have format_version {FORMAT_VERSION}, "
                 f"got {header['format_version']}"
             )
-        step, adam_step = header.pop("step"), header.pop("adam_step")
+        step, adam_step = (header.pop(key) for key in ("step", "adam_step"))
         tensors = load_file(folder / "state.safetensors")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error!r}") from None
+    if not type(step) is type(adam_step) is int or not 0 <= adam_step <= step < 2**53:
+        raise CheckpointError(
+            f"{folder} must have whole numbers 0 <= adam_step <= step, got {adam_step!r}, {step!r}"
+        )
+    for key, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(
+                f"{folder} must hold float32 tensors, got {key} in {tensor.dtype}"
+            )
     return State(tensors=tensors, step=step, adam_step=adam_step, meta=header)
 
 
