@@ -321,8 +321,8 @@ def _advise_graphs(run: Run) -> None:
     peak = peak_flops(device, config.optim.precision)
     if graphs_would_pay(estimate.estimate(config).flops * run.device_batch, peak):
         _logger.info(
-            "the device needs less time for such a step than the host: --graphs on captures it "
-            "(by default the target encoder alone, until a GPU has shown that it is right)"
+            "the device is faster than the host: --graphs on captures the whole step, not only\n"
+            "the target encoder"
         )
 
 
