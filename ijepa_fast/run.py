@@ -121,12 +121,12 @@ class Run:
         state = checkpoint.load_latest(self.folder.checkpoints)
         if state:
             self.folder.require_same_recipe(state.meta)
-        digest = state.meta.get("data") if state else self.digest
-        if digest != self.digest and not self.config.allow_changed_recipe:
+        digest = str(state.meta.get("data")) if state else self.digest
+        if not self.index.matches(digest) and not self.config.allow_changed_recipe:
             names = ", ".join(self.config.data.sources)
             raise UsageError(
                 f"the images in {names} differ from those that the run was started with "
-                f"(digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
+                f"(digest {digest[:12]} -> {self.digest[:12]}); restore them, train into "
                 "another --out, or add --allow-changed-recipe"
             )
         self.folder.write_config()

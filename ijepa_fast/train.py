@@ -292,7 +292,7 @@ def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
     run.announce()
     _advise_graphs(run)
     if run.step == 0:
-        evaluation.look(0, ends=True)
+        evaluation.evaluate(0, ends=True)
         distributed.barrier()
     if run.step == run.end:
         _logger.info("the run is complete at step %d: nothing to train", run.end)
@@ -307,7 +307,7 @@ def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
         beside.curves()
         _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
         return 128 + received
-    evaluation.look(run.step, ends=True)
+    evaluation.evaluate(run.step, ends=True)
     evaluation.summary(run.step)
     beside.curves()
     _logger.info("done: %s", Path(run.config.out))

@@ -41,6 +41,7 @@ EXAMPLES = [path for path in sorted((ROOT / "examples").iterdir()) if path.suffi
 # commands that run here, and what makes them quick
 RUN = {
     ("ijepa_fast.data", ""): (),
+    ("ijepa_fast.embed", ""): ("--decoder", "pillow"),
     ("ijepa_fast.export", ""): (),
     ("ijepa_fast.evaluate", "knn"): ("--decoder", "pillow", "--linear-epochs", "1"),
     **{("ijepa_fast.visualize", name): () for name in ("masks", "curves", "pca", "neighbours")},
@@ -187,6 +188,12 @@ def _python(words: Sequence[str], inline: bool) -> None:
             _run(_module(module), rest, parse_only=True)
 
 
+def _console(words: Sequence[str], inline: bool) -> None:
+    """`ijepa-fast NAME ...` is `python -m ijepa_fast.NAME ...`; it has no module for `bench`."""
+    if not words[1].startswith("-") and words[1] != "bench":
+        _python(["python", "-m", f"ijepa_fast.{words[1]}", *words[2:]], inline)
+
+
 def _torchrun(words: Sequence[str], inline: bool) -> None:
     """Perhaps behind srun; in the text the program may be left out."""
     rest = list(words[words.index("torchrun") + 1 :])
@@ -246,7 +253,12 @@ PROGRAMS: dict[str, Callable[[Sequence[str], bool], None]] = {
     **dict.fromkeys(("sbatch", "bash"), _script),
     **dict.fromkeys(("torchrun", "srun"), _torchrun),
 }
-PROGRAMS |= {"make": _make, "pip": _pip, "pytest": lambda words, inline: None}
+PROGRAMS |= {
+    "ijepa-fast": _console,
+    "make": _make,
+    "pip": _pip,
+    "pytest": lambda words, inline: None,
+}
 
 
 def wrong_commands(path: Path) -> list[str]:
@@ -271,8 +283,8 @@ def wrong_commands(path: Path) -> list[str]:
 @functools.cache
 def options() -> set[str]:
     """Every option of every command, and torchrun's; with hyphens."""
-    names = ("train", "data", "doctor", "evaluate", "export", "parity", "replay", "visualize")
-    asked = [[f"ijepa_fast.{name}"] for name in names] + [["benchmarks"]]
+    names = ("train", "data", "doctor", "embed", "evaluate", "export", "parity", "replay")
+    asked = [[f"ijepa_fast.{name}"] for name in (*names, "visualize")] + [["benchmarks"]]
     asked += [list(key) for key in RUN if key[0] == "ijepa_fast.visualize"]
     text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN_OPTIONS)
     with mock.patch.dict(os.environ, {"COLUMNS": "400"}):

@@ -3,6 +3,7 @@
 import importlib
 import io
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from ijepa_fast.data.pillow_decoder import (
+    DecodeError,
     PillowDecoder,
     default_threads,
     empty_batch,
     resize_all,
 )
+from ijepa_fast.data.pixels import check_scans, describe
 
 __all__ = ["DaliDecoder", "last_line"]
 
@@ -40,6 +43,7 @@ class DaliDecoder:
         threads: int | None = None,
         max_batch: int = 256,
         device: torch.device | str = "cpu",
+        limit: float = math.inf,
     ) -> None:
         """Builds the pipeline.
 
@@ -48,6 +52,7 @@ class DaliDecoder:
             threads: decoder threads; None = `default_threads()`.
             max_batch: largest batch that will be decoded.
             device: where the images go; a CUDA device decodes there ("mixed"), the CPU on the CPU.
+            limit: time to decode one image with Pillow, seconds.
 
         Raises:
             ImportError: DALI is not installed.
@@ -57,7 +62,7 @@ class DaliDecoder:
         self.device = torch.device(device)
         self.max_batch = max_batch
         self._threads = threads or default_threads()
-        self._pillow = PillowDecoder(crop_size, self._threads, device)
+        self._pillow = PillowDecoder(crop_size, self._threads, device, limit)
         self._unexplained = 0
         self.refused: list[int] = []
         self._pipeline: Any = self._build(max_batch)
@@ -121,6 +126,9 @@ class DaliDecoder:
                 f"a batch must have at most max_batch ({self.max_batch}) files, got {count}"
             )
         plain = np.zeros(count, dtype=np.bool_) if plain is None else np.asarray(plain)
+        costly = {row: reason for row, data in enumerate(encoded) if (reason := _too_costly(data))}
+        if costly:
+            raise DecodeError(costly)
         by_dali, by_pillow = np.flatnonzero(plain), np.flatnonzero(~plain)
         if by_dali.size == 0:
             return self._pillow.decode(encoded, windows)
@@ -223,6 +231,16 @@ class DaliDecoder:
         """Ends the threads and frees the pipeline."""
         self._pillow.close()
         self._pipeline = None
+
+
+def _too_costly(encoded: bytes) -> str | None:
+    """Why DALI is not given this file: it cannot be stopped either."""
+    try:
+        check_scans(encoded)
+    # Pillow raises nearly anything on a hostile file; what DALI makes of it is seen later
+    except Exception as error:  # noqa: BLE001
+        return describe(error)
+    return None
 
 
 def last_line(error: RuntimeError) -> str:

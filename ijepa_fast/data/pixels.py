@@ -22,6 +22,7 @@ __all__ = [
     "EXTENSIONS",
     "check_mode",
     "check_pixels",
+    "check_scans",
     "decode_window",
     "describe",
     "is_plain",
@@ -39,6 +40,9 @@ _CONVERTIBLE = frozenset(
 _INTEGER = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
 # A PNG starts with 8 bytes signature, then IHDR: 4 length, 4 name, 4 width, 4 height, 1 depth.
 _PNG_DEPTH_AT = 24
+# Each scan of a JPEG passes over all of its pixels. A progressive file has about ten.
+_USUAL_SCANS = 64
+_MOST_SCANNED = 1 << 33
 _RGB_COMPONENTS = (ord("R"), ord("G"), ord("B"))
 
 
@@ -68,6 +72,20 @@ def check_pixels(width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(f"an image must have at most {limit} pixels, got {width}x{height}")
+
+
+def check_scans(encoded: bytes) -> None:
+    """Raises ValueError for a JPEG of so many scans that its decoding would not end in seconds."""
+    scans = encoded.count(b"\xff\xda")
+    if scans <= _USUAL_SCANS:
+        return
+    # in other formats these two bytes mean nothing
+    with open_image(encoded) as image:
+        if image.format in ("JPEG", "MPO") and scans * image.width * image.height > _MOST_SCANNED:
+            raise ValueError(
+                f"pixels times scans of a JPEG must be at most {_MOST_SCANNED}, got "
+                f"{image.width}x{image.height} pixels in {scans} scans"
+            )
 
 
 def is_plain(image: "Image.Image", header: bytes) -> bool:
@@ -129,6 +147,7 @@ def decode_window(encoded: bytes, window: NDArray[np.int32]) -> NDArray[np.uint8
         Exception: anything that Pillow raises on a file that it cannot read.
     """
     top, left, height, width = (int(value) for value in window)
+    check_scans(encoded)
     with open_image(encoded) as image:
         image_w, image_h = image.size
         if top < 0 or left < 0 or top + height > image_h or left + width > image_w:

@@ -335,7 +335,7 @@ class Reporter:
                 if isinstance(value, int | float) and key not in ("step", "ids_hash"):
                     self.writer.add_scalar(f"train/{key}", value, row["step"])
 
-    def show_look(self, row: Mapping[str, Any]) -> None:
+    def show_evaluation(self, row: Mapping[str, Any]) -> None:
         """One row of monitors and, where there are labels, kNN."""
         for text in evaluation_lines(row):
             _logger.info("%s", text)

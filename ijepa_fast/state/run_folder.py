@@ -46,6 +46,7 @@ NOT_RECIPE = (
     "data.prefetch",
     "data.timeout",
     "data.max_bad_share",
+    "data.allow_missing",
     "log.",
     "checkpoint.",
     "eval.",
