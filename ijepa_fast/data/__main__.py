@@ -13,6 +13,7 @@ from typing import Annotated
 
 import tyro
 
+from ijepa_fast.__main__ import enter
 from ijepa_fast.config import run_command
 from ijepa_fast.data.cache import open_index
 from ijepa_fast.data.report import as_text, summary
@@ -72,4 +73,4 @@ def _check_data(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("data")

@@ -7,6 +7,7 @@ float32 tensors named ``encoder.*``, ``predictor.*``, ``target_encoder.*``, ``ex
 ``exp_avg_sq.*``: nothing depends on the path or on the number of ranks.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ __all__ = [
     "misfit",
     "not_finite",
     "read",
+    "recipe_of",
     "restore",
     "rotate",
     "write",
@@ -358,6 +360,17 @@ def read(folder: Path) -> State:
                 f"{folder} must hold float32 tensors, got {key} in {tensor.dtype}"
             )
     return State(tensors=tensors, step=step, adam_step=adam_step, meta=header)
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was made with; empty where that cannot be read, which
+    `read` reports.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        header = json.loads((folder / "state.json").read_bytes())
+        if isinstance(header, dict) and isinstance(header.get("config"), dict):
+            return header["config"]
+    return {}
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

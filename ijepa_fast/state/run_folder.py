@@ -11,16 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ijepa_fast.config import (
-    Config,
-    DataConfig,
-    as_dict,
-    dump_yaml,
-    flatten,
-    load_yaml,
-)
+from ijepa_fast.config import Config, as_dict, completed, dump_yaml, load_yaml
 from ijepa_fast.errors import UsageError
-from ijepa_fast.state.checkpoint import checkpoint_folders
+from ijepa_fast.state.checkpoint import checkpoint_folders, recipe_of
 
 __all__ = ["RunFolder", "recipe_difference"]
 
@@ -28,13 +21,11 @@ _logger = logging.getLogger(__name__)
 
 # what may change between two starts of one run: where and how it runs, not what is computed
 NOT_RECIPE = (
-    "version",
     "out",
     "max_steps",
     "device",
     "path",
     "attention",
-    "compile",  # of runs begun with version 0.1
     "graphs",
     "memory",
     "shard",
@@ -51,20 +42,15 @@ NOT_RECIPE = (
     "checkpoint.",
     "eval.",
 )
-# what it was before it was a setting, where that is not the default of today
-BEFORE = {"target_precision": "same"}
 
 
 def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Recipe entries that differ, as "key: old -> new".
 
     Args:
-        old, new: nested settings as `as_dict` gives them; what `old` does not name is what such
-            runs began with: it was no setting then.
+        old, new: nested settings as `as_dict` gives them.
     """
-    flat_new = flatten(dict(new))
-    defaults = {**flatten(as_dict(Config(data=DataConfig(root="")))), **BEFORE}
-    flat_old = {key: defaults[key] for key in flat_new if key in defaults} | flatten(dict(old))
+    flat_old, flat_new = completed(old), completed(new)
     return [
         f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
         for key in sorted(flat_old.keys() | flat_new.keys())
@@ -85,6 +71,19 @@ class _Plain(logging.Formatter):
         return super().format(record).translate(self._ESCAPES)
 
 
+class _Console(logging.StreamHandler[Any]):
+    """A terminal or pipe that may go or fill up: the run goes on, and its log with it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger = logging.getLogger("ijepa_fast")
+        logger.removeHandler(self)
+        logger.warning("stdout must be writable, got %s: what follows is in train.log only", error)
+
+
 class _LogFile(logging.FileHandler):
     """What a full disk refuses waits for the next line, and is no reason to lose a run."""
 
@@ -102,6 +101,10 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+def _unwritable(config: Config, error: OSError) -> UsageError:
+    return UsageError(f"out must be a folder that can be written, got {config.out}: {error}")
+
+
 class RunFolder:
     """Owns OUT while a run is alive; only rank 0 makes one.
 
@@ -116,28 +119,19 @@ class RunFolder:
         self.path, self._config = Path(config.out), config
         self._handlers: list[logging.Handler] = []
         try:
-            self._lock = self._take()
+            self._lock = self._begin()
         except OSError as error:
-            raise UsageError(
-                f"out must be a folder that can be written, got {config.out}: {error}"
-            ) from None
-        try:
-            self._changed = self._compare()
-        except BaseException:
-            self._lock.close()
-            raise
+            raise _unwritable(config, error) from None
         self._start_log()
 
-    def _take(self) -> IO[str]:
+    def _begin(self) -> IO[str]:
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("a")
+        lock = self._locked(self._config)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._write_config(self._config)
+        except BaseException:
             lock.close()
-            raise UsageError(
-                f"out must not be in use: another run is training in {self.path}"
-            ) from None
+            raise
         self._status = self.path.stat()
         return lock
 
@@ -148,16 +142,13 @@ class RunFolder:
         Raises:
             OSError: it cannot, or another folder stands there.
         """
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self.path.stat(), self._status):
                 return False
-        except FileNotFoundError:
-            pass
-        if self.path.exists() and any(self.path.iterdir()):
-            raise OSError(f"{self.path} is another folder now than the one that the run began in")
-        gone, self._lock = self._lock, self._take()
+            if any(self.path.iterdir()):
+                raise OSError(f"{self.path} is another folder now than the run began in")
+        gone, self._lock = self._lock, self._begin()
         gone.close()
-        self.write_config()
         logger, log = logging.getLogger("ijepa_fast"), self._log_file()
         logger.removeHandler(self._handlers[0])
         self._handlers[0].close()
@@ -166,57 +157,77 @@ class RunFolder:
         _logger.warning("%s was moved or deleted, and is made anew with all metrics", self.path)
         return True
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuses what a run would be refused for, and writes nothing.
+
+        Raises:
+            UsageError: as of the class.
+        """
+        path = Path(config.out)
+        try:
+            there = next(folder for folder in (path, *path.parents) if folder.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(f"{there} is no folder that can be written")
+            if (path / ".lock").exists():
+                cls._locked(config).close()
+        except OSError as error:
+            raise _unwritable(config, error) from None
+        cls._changes(config)
+
+    @staticmethod
+    def _locked(config: Config) -> IO[str]:
+        lock = (Path(config.out) / ".lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UsageError(
+                f"out must not be in use: another run is training in {config.out}"
+            ) from None
+        return lock
+
+    @staticmethod
+    def _changes(config: Config) -> list[str]:
+        """What of the recipe is to change in a run that has begun: against its `config.yaml`, and
+        against its newest checkpoint, which may be another run's.
+        """
+        path = Path(config.out) / "config.yaml"
+        recipes: dict[Path, Any] = {}
+        if path.exists():
+            try:
+                recipes[path] = load_yaml(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                text = " ".join(str(error).split())
+                raise UsageError(f"{path} must be YAML, got: {text}") from None
+            if not isinstance(recipes[path], dict):
+                raise UsageError(f"{path} must hold a mapping, got {type(recipes[path]).__name__}")
+        # without checkpoints an earlier start came to nothing (a mistyped path, say)
+        newest = checkpoint_folders(path.parent / "checkpoints")[:1]
+        if not newest:
+            return []
+        recipes |= {folder: recipe for folder in newest if (recipe := recipe_of(folder))}
+        changes = {where: recipe_difference(old, as_dict(config)) for where, old in recipes.items()}
+        for where, changed in changes.items():
+            if changed and not config.allow_changed_recipe:
+                raise UsageError(
+                    f"the recipe differs from the one in {where} ({'; '.join(changed)}); train "
+                    "into another --out, or add --allow-changed-recipe"
+                )
+        return changes.get(path, [])
+
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints go."""
         return self.path / "checkpoints"
 
-    def _compare(self) -> bool:
-        """Whether the recipe is allowed to differ from the folder's, and does."""
-        path, config = self.path / "config.yaml", self._config
-        if not path.exists():
-            return False
-        try:
-            old = load_yaml(path.read_text())
-        except ValueError as error:
-            raise UsageError(f"{path} must be YAML, got: {' '.join(str(error).split())}") from None
-        if not isinstance(old, dict):
-            raise UsageError(f"{path} must hold a mapping, got {type(old).__name__}")
-        changed = recipe_difference(old or {}, as_dict(config))
-        # without checkpoints an earlier start came to nothing (a mistyped path, say)
-        if not changed or not checkpoint_folders(self.checkpoints):
-            return False
-        if not config.allow_changed_recipe:
-            raise UsageError(
-                f"the recipe differs from the one in {path} ({'; '.join(changed)}); train into "
-                "another --out, or add --allow-changed-recipe"
-            )
-        return True
-
-    def require_same_recipe(self, meta: Mapping[str, Any]) -> None:
-        """Compares the recipe with that of a checkpoint.
-
-        Raises:
-            UsageError: it is another run's, and `allow_changed_recipe` is not set.
-        """
-        old = meta.get("config")
-        if self._config.allow_changed_recipe or not isinstance(old, dict):
-            return
-        if changed := recipe_difference(old, as_dict(self._config)):
-            raise UsageError(
-                f"the recipe differs from that of the checkpoints in {self.checkpoints} "
-                f"({'; '.join(changed)}); train into another --out, or add --allow-changed-recipe"
-            )
-
-    def write_config(self) -> None:
-        """Writes `config.yaml`, once the run is known to belong here."""
+    def _write_config(self, config: Config) -> None:
         path = self.path / "config.yaml"
-        if self._changed and path.exists():
+        if self._changes(config) and path.exists():
             # a copy: a kill between here and the end leaves no folder without config.yaml
             shutil.copyfile(path, self._spare("config", ".yaml"))
-        self._changed = False
         temporary = self.path / ".config.yaml.tmp"
-        temporary.write_text(dump_yaml(self._config))
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
         temporary.replace(path)
 
     def _spare(self, stem: str, suffix: str) -> Path:
@@ -244,24 +255,23 @@ class RunFolder:
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
         self._handlers.append(self._log_file())
-        console: logging.Handler
         if sys.stdout.isatty():
             from rich.logging import RichHandler
 
             # times stand in the file: a line has room for what it says
-            console = RichHandler(show_time=False, show_path=False, show_level=False, markup=False)
+            rich = RichHandler(show_time=False, show_path=False, show_level=False, markup=False)
+            rich.setFormatter(_Plain("%(message)s"))
+            self._handlers.append(rich)
         else:
-            console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(_Plain("%(message)s"))
-        # a terminal or a pipe that has gone is no reason to lose a run
-        console.handleError = lambda record: None  # type: ignore[method-assign]  # noqa: ARG005
-        self._handlers.append(console)
+            plain = _Console(sys.stdout)
+            plain.setFormatter(_Plain("%(message)s"))
+            self._handlers.append(plain)
         self._handlers[1].setLevel(logging.INFO)
         for handler in self._handlers:
             logger.addHandler(handler)
 
     def _log_file(self) -> logging.Handler:
-        file = _LogFile(self.path / "train.log")
+        file = _LogFile(self.path / "train.log", encoding="utf-8")
         file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
         return file
 

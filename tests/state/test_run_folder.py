@@ -23,7 +23,8 @@ def out(tmp_path):
 
 def _refused(capsys):
     error = capsys.readouterr().err
-    assert error.startswith("error: the recipe differs from that of the checkpoints in ")
+    assert error.startswith("error: the recipe differs from the one in ")
+    assert "/checkpoints/step-00000002 (" in error
     assert error.count("\n") == 1
     return error
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ijepa_fast import __version__
 from ijepa_fast.data import PillowDecoder, build_index, crop_windows, epoch_order
 from ijepa_fast.fast import FastStep
 from ijepa_fast.keyed_random import Stream, torch_generator
@@ -537,7 +538,7 @@ def test_unusable_data_ends_with_2_before_training(tmp_path, out, capsys, name):
 
 
 def test_the_command_itself(tmp_path):
-    """As a user types it: exit code, one line, nothing else."""
+    """As a user types it: exit code and one line, after those that say what begins."""
     argv = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
     result = subprocess.run(
         [sys.executable, "-m", "ijepa_fast.train", *argv],
@@ -548,7 +549,10 @@ def test_the_command_itself(tmp_path):
         timeout=60,
     )
     assert result.returncode == 2
-    assert result.stdout == ""
+    assert [line.partition(",")[0] for line in result.stdout.splitlines()] == [
+        f"ijepa-fast {__version__}: loading PyTorch",
+        f"ijepa-fast {__version__}",
+    ]
     assert result.stderr.startswith("error: data.root must be an existing folder")
     assert result.stderr.count("\n") == 1
     # with the traceback, for whoever looks for the cause
