@@ -16,6 +16,7 @@ from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.schema import (
     ARCHITECTURES,
     Architecture,
+    AttentionName,
     BatchConfig,
     CheckpointConfig,
     Config,
@@ -31,6 +32,7 @@ __all__ = [
     "ARCHITECTURES",
     "PRESETS",
     "Architecture",
+    "AttentionName",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
