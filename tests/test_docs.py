@@ -41,6 +41,7 @@ EXAMPLES = [path for path in sorted((ROOT / "examples").iterdir()) if path.suffi
 # commands that run here, and what makes them quick
 RUN = {
     ("ijepa_fast.data", ""): (),
+    ("ijepa_fast.embed", ""): ("--decoder", "pillow"),
     ("ijepa_fast.export", ""): (),
     ("ijepa_fast.evaluate", "knn"): ("--decoder", "pillow", "--linear-epochs", "1"),
     **{
@@ -285,8 +286,8 @@ def wrong_commands(path: Path) -> list[str]:
 @functools.cache
 def options() -> set[str]:
     """Every option of every command, and torchrun's; with hyphens."""
-    names = ("train", "data", "doctor", "evaluate", "export", "parity", "replay", "visualize")
-    asked = [[f"ijepa_fast.{name}"] for name in names] + [["benchmarks"]]
+    names = ("train", "data", "doctor", "embed", "evaluate", "export", "parity", "replay")
+    asked = [[f"ijepa_fast.{name}"] for name in (*names, "visualize")] + [["benchmarks"]]
     asked += [list(key) for key in RUN if key[0] == "ijepa_fast.visualize"]
     text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN_OPTIONS)
     with mock.patch.dict(os.environ, {"COLUMNS": "400"}):

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from ijepa_fast import __version__
 from ijepa_fast.config import run_command
-from ijepa_fast.data import named_data, open_index
+from ijepa_fast.data import open_index
 from ijepa_fast.errors import UsageError, require
 from ijepa_fast.evaluate.features import LAST, LAST_FOUR, pooled_layers, shown
 from ijepa_fast.evaluate.labelled import Split, data_of, precision_of
@@ -82,7 +82,8 @@ def embed(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_encoder(read, encoder=encoder).to(device)
     try:
-        index = open_index(named_data(str(data)) or data)[0]
+        # what is missing is listed with what cannot be used
+        index = open_index(data, allow_missing=True)[0]
     except ValueError as error:
         raise UsageError(str(error).replace("data.root", "data")) from None
     everything = Split(
@@ -117,7 +118,8 @@ class EmbedArgs(ReadOptions):
     weights: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
     """A run's folder, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str
-    """Folder, list file or tar shards, labelled or not, or the name of a set."""
+    """Folder, list file or tar shards, labelled or not, or the name of a set: its training
+    images."""
     out: Path
     """File to write: features.npy (a NumPy array), or features.safetensors (tensor `features`).
     Row i is of the image `paths[i]` of features.json beside it. Neither may exist."""

@@ -1,7 +1,6 @@
 """Training and test images with labels, decoded a batch at a time; cropped centrally."""
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import (
-    DecodeError,
-    ImageDecoder,
     Index,
     crop_windows,
+    decode_usable,
     epoch_order,
     make_decoder,
     named_data,
@@ -40,7 +38,6 @@ __all__ = [
 
 _TRAIN_SHARE = 0.8
 BATCH = 256
-_logger = logging.getLogger(__name__)
 
 
 def data_of(weights: Pretrained) -> DataConfig:
@@ -138,7 +135,7 @@ class Split:
                         scale=self.data.scale,
                         ratio=self.data.ratio,
                     )
-                images, rows = _decode(index, rows, windows, decoder)
+                images, rows = decode_usable(index, rows, windows, decoder)
                 found += len(rows)
                 if len(rows):
                     labels = torch.from_numpy(index.label[rows].astype(np.int64))
@@ -163,30 +160,6 @@ def central_windows(
     inner_width = np.minimum(width, np.maximum(1, height * crop[1] // crop[0]))
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
     return np.stack([top, left, inner_height, inner_width], axis=1).astype(np.int32)
-
-
-def _decode(
-    index: Index, rows: NDArray[np.int64], windows: NDArray[np.int32], decoder: ImageDecoder
-) -> tuple[Tensor, NDArray[np.int64]]:
-    """The images of these rows that can be read and decoded, and their rows."""
-    while len(rows):
-        failures: Mapping[int, str] = {}
-        encoded = []
-        for place, row in enumerate(rows.tolist()):
-            try:
-                encoded.append(index.read(row))
-            except OSError as error:
-                failures = {**failures, place: str(error)}
-        if not failures:
-            try:
-                return decoder.decode(encoded, windows, index.plain[rows]), rows
-            except DecodeError as error:
-                failures = error.failures
-        for place, reason in failures.items():
-            _logger.warning("left out %r: %s", index.name(int(rows[place])), reason)
-        rows = np.delete(rows, list(failures))
-        windows = np.delete(windows, list(failures), axis=0)
-    return torch.empty(0), rows
 
 
 def parts_of(
@@ -220,7 +193,7 @@ def shown_part(root: str, data: DataConfig, device: torch.device) -> Split:
 
 def _split(root: str, data: DataConfig, device: torch.device, name: str) -> tuple[Split, Split]:
     try:
-        parts, chosen = _tables(root)
+        parts, chosen = _tables(root, data.allow_missing)
     except ValueError as error:
         raise UsageError(str(error).replace("data.root", name)) from None
     train, test = (
@@ -230,23 +203,24 @@ def _split(root: str, data: DataConfig, device: torch.device, name: str) -> tupl
     return train, test
 
 
-def _tables(root: str) -> tuple[list[Index], list[NDArray[np.int64]]]:
+def _tables(root: str, allow_missing: bool) -> tuple[list[Index], list[NDArray[np.int64]]]:
     """The tables of training and test part, and the rows of each."""
     folder = named_data(root) or Path(root)
     names = [name for name in ("test", "val") if (folder / name).is_dir()]
     if (folder / "train").is_dir() and names:
-        parts = [open_index(folder / "train")[0], _held_out(folder, names)]
+        folders = (folder / "train", _held_out(folder, names))
+        parts = [open_index(path, allow_missing=allow_missing)[0] for path in folders]
         return parts, [np.arange(len(part)) for part in parts]
-    index = open_index(str(folder))[0]
+    index = open_index(str(folder), allow_missing=allow_missing)[0]
     held_out = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0] >= _TRAIN_SHARE
     return [index, index], [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
 
 
-def _held_out(folder: Path, names: Sequence[str]) -> Index:
+def _held_out(folder: Path, names: Sequence[str]) -> Path:
     """The first part with the classes of `train`: ImageNet's `test` has none, its `val` has."""
     classes = _class_folders(folder / "train")
     alike = [name for name in names if _class_folders(folder / name) == classes]
-    return open_index(folder / [*alike, *names][0])[0]
+    return folder / [*alike, *names][0]
 
 
 def _class_folders(folder: Path) -> set[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
-from ijepa_fast.errors import UsageError
+from ijepa_fast.errors import TooManyBadFiles, UsageError
 from ijepa_fast.evaluate.monitors import collapse_warning
 from ijepa_fast.evaluate.online import UNTRAINED, OnlineEvaluation, evaluation_interval
 from ijepa_fast.evaluate.scores import table
@@ -118,16 +118,16 @@ class ScheduledEvaluation:
                 )
                 return
             before = self._before_training(rows) if step else row["monitors"]
-        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        except (OSError, ValueError, TooManyBadFiles, torch.OutOfMemoryError) as error:
             # wrong settings end a run before its first step; otherwise an evaluation, and files
             # that cannot be read for it, are no reason to lose it
-            if not step and isinstance(error, UsageError):
+            if not step and isinstance(error, UsageError | TooManyBadFiles):
                 raise
             _logger.warning("no evaluation at step %d: %s", step, error)
             return
         row = {"step": step, **row}
         file.append(row)
-        self._journal.reporter.show_look(row)
+        self._journal.reporter.show_evaluation(row)
         warning = collapse_warning(row["monitors"], before) if step else None
         if warning:
             _logger.warning("step %d: %s", step, warning)

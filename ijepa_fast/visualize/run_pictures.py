@@ -69,10 +69,11 @@ class Pictures:
         """
         if not self.folder:
             return
-        self.curves(rows)
-        if done and rows and self._time_for_features(rows):
-            self._draw("pca.png and neighbours.png", lambda path: self._features(path.parent))
-        self._draw("report.html", lambda path: write_report(path, path.parent, status))
+        with self.allowance.spend("pictures and report"):
+            self.curves(rows)
+            if done and rows and self._time_for_features(rows):
+                self._draw("pca.png and neighbours.png", lambda path: self._features(path.parent))
+            self._draw("report.html", lambda path: write_report(path, path.parent, status))
 
     def _time_for_features(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether pictures of features fit into the share of the time, by an estimate."""

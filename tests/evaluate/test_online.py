@@ -133,7 +133,7 @@ def test_without_labels(data, tmp_path, capsys):
     rows = _evaluations(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 5]
     assert all("knn" not in row and "data" not in row for row in rows)
-    assert "look at step 5  feature std" in capsys.readouterr().out
+    assert "evaluation at step 5  std" in capsys.readouterr().out
 
 
 def test_tensorboard(run):
