@@ -11,17 +11,49 @@ import torch
 from ijepa_fast.config import Config
 from ijepa_fast.data import Quarantine, steps_per_epoch
 from ijepa_fast.errors import UsageError
+from ijepa_fast.evaluate import labelled_data
 from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.masks import check_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.ranks import distributed, load_index
 from ijepa_fast.schedules import Schedules
-from ijepa_fast.state import Preparation, RunFolder, checkpoint
+from ijepa_fast.state import Preparation, RunFolder, checkpoint, checkpoint_folders
 from ijepa_fast.step import make_step
 from ijepa_fast.weights import start_weights
 
-__all__ = ["Run"]
+__all__ = ["Run", "check_data", "check_start"]
 
 _logger = logging.getLogger(__name__)
+
+
+def check_start(config: Config) -> None:
+    """What can be refused before anything is read or written; training and `--dry-run` ask it.
+
+    Raises:
+        ValueError: masks do not fit the grid, the folder cannot be had, or `init` is missing.
+    """
+    check_masks(config.masks, config.grid)
+    RunFolder.check(config)
+    # what is resumed needs them no more
+    started = checkpoint_folders(Path(config.out) / "checkpoints")
+    if config.init is not None and not started and not Path(config.init).exists():
+        raise UsageError(f"init must name weights, got {config.init}, which is missing")
+
+
+def check_data(config: Config, images: int, device: torch.device) -> None:
+    """What can be refused once the table of the data is there; likewise.
+
+    Raises:
+        ValueError: there are fewer images than a batch, or the labelled data cannot be used.
+    """
+    steps_per_epoch(images, config.batch.global_)
+    if config.eval.data:
+        try:
+            labelled_data(config.eval.data, config.data, device)
+        except (ValueError, OSError) as error:
+            raise UsageError(
+                f"eval.data must be labelled images, got {config.eval.data}: {error}"
+            ) from None
 
 
 class Run:
@@ -59,6 +91,7 @@ class Run:
         self.device_batch = device_batch
         preparation.begin("table of the data")
         self.index = load_index(config, ranks)
+        distributed.on_main(ranks, lambda: check_data(config, len(self.index), ranks.device))
         self.digest = self.index.digest()
         self.schedules = Schedules.of(
             config.optim,

@@ -5,9 +5,16 @@ gradients, 5 a file that cannot be read or written, 6 another rank is gone, 128 
 SIGTERM, SIGINT or SIGUSR1 (a checkpoint is saved, and the same command goes on from there).
 """
 
+import sys
+
+if __name__ == "__main__":
+    # parses the arguments before torch is imported, which takes seconds
+    from ijepa_fast.__main__ import enter
+
+    enter("train")
+
 import logging
 import os
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,12 +26,12 @@ from torch import Tensor
 
 from ijepa_fast import estimate
 from ijepa_fast.config import Config, Invocation, as_dict, dump_yaml, parse
-from ijepa_fast.data import Loader, default_threads, positions
+from ijepa_fast.data import Loader, default_threads, make_decoder, positions
 from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code
 from ijepa_fast.evaluate import ScheduledEvaluation
-from ijepa_fast.masks import check_masks, sample_masks
+from ijepa_fast.masks import sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
-from ijepa_fast.run import Run
+from ijepa_fast.run import Run, check_data, check_start
 from ijepa_fast.state import (
     Allowance,
     Journal,
@@ -37,7 +44,6 @@ from ijepa_fast.state import (
     Saves,
     Watch,
     checkpoint,
-    checkpoint_folders,
     id_hash,
     peak_flops,
 )
@@ -237,11 +243,7 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
     def decide() -> tuple[RunFolder, int]:
         if not config.data.sources:
             raise UsageError("data.root must be given: --data DIR")
-        check_masks(config.masks, config.grid)
-        # what is resumed needs them no more
-        started = checkpoint_folders(Path(config.out) / "checkpoints")
-        if config.init is not None and not started and not Path(config.init).exists():
-            raise UsageError(f"init must name weights, got {config.init}, which is missing")
+        check_start(config)
         memory = estimate.device_memory(ranks.device, ranks.local_world)
         batch = estimate.device_batch(
             config, world=ranks.world, memory=memory, local_world=ranks.local_world
@@ -321,8 +323,11 @@ def _advise_graphs(run: Run) -> None:
 
 def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
     config = invocation.config
-    check_masks(config.masks, config.grid)
+    distributed.on_main(ranks, lambda: check_start(config))
     images = len(load_index(config, ranks)) if config.data.sources else None
+    make_decoder(config.data, ranks.device, max_batch=1)[0].close()
+    if images is not None:
+        distributed.on_main(ranks, lambda: check_data(config, images, ranks.device))
     memory = estimate.device_memory(ranks.device, ranks.local_world)
     if ranks.is_main:
         text = estimate.report(
@@ -381,7 +386,3 @@ def _fail(error: Exception, code: int) -> int:
     elif dist.is_initialized():
         print(f"error on rank {rank}: {error}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    distributed.leave(main())

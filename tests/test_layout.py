@@ -16,7 +16,7 @@ PACKAGES = [*TRAINER, *KERNELS]
 
 # rooms, from the ground up; each imports from its own floor or from lower ones, never in a circle
 FLOORS = (
-    ("_torch", "keyed_random", "errors", "config"),
+    ("_torch", "keyed_random", "errors", "config", "__main__"),
     ("model", "masks", "schedules", "data"),
     ("ranks",),
     ("reference", "estimate", "state"),
@@ -245,6 +245,7 @@ def test_the_environment_is_read_by_the_launcher_only():
     assert readers <= {
         "ijepa_fast.ranks.distributed",
         "ijepa_fast.train",
+        "ijepa_fast.__main__",
         "ijepa_fast.data.sets.idx",
     }
 

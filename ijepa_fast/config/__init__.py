@@ -4,7 +4,9 @@ trainer's YAML.
 
 from ijepa_fast.config.cli import (
     Invocation,
+    TrainArguments,
     as_dict,
+    completed,
     dump_yaml,
     flatten,
     from_tree,
@@ -43,7 +45,9 @@ __all__ = [
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
+    "TrainArguments",
     "as_dict",
+    "completed",
     "dump_yaml",
     "flatten",
     "from_tree",

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from ijepa_fast.__main__ import enter
 from ijepa_fast.config import run_command
 from ijepa_fast.data.cache import open_index
 from ijepa_fast.data.report import as_text, summary
@@ -61,4 +62,4 @@ def _check_data(arguments: Arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("data")

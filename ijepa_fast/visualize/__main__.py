@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ijepa_fast.__main__ import enter
 from ijepa_fast.config import run_command
 from ijepa_fast.visualize.decoder.commands import PredictorPicture, Prove, TrainDecoder
 from ijepa_fast.visualize.picture_commands import (
@@ -43,4 +44,4 @@ def _draw(command: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("visualize")
