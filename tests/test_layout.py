@@ -28,7 +28,7 @@ FLOORS = (
     ("step",),
     ("evaluate",),
     ("visualize",),
-    ("run",),
+    ("run", "settings"),
     ("verify", "doctor"),
     ("train", "export", "parity", "replay"),
 )

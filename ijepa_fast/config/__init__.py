@@ -2,6 +2,7 @@
 trainer's YAML.
 """
 
+from ijepa_fast.config.choose import Facts, choose, describe
 from ijepa_fast.config.cli import (
     Invocation,
     as_dict,
@@ -35,12 +36,15 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "Facts",
     "Invocation",
     "LogConfig",
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
     "as_dict",
+    "choose",
+    "describe",
     "dump_yaml",
     "flatten",
     "from_tree",

@@ -5,9 +5,10 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import tyro
 import yaml
 
+from ijepa_fast.config.choose import CHOSEN, EVALUATION, EXAMPLE, choose
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
-from ijepa_fast.config.schema import Config
+from ijepa_fast.config.schema import Config, DataConfig
 from ijepa_fast.errors import UsageError
 
 __all__ = [
@@ -32,10 +34,11 @@ __all__ = [
 
 DESCRIPTION = f"""Trains I-JEPA.
 
+--data DIR ...     train on these images, short for --data.root DIR ...; without --preset the
+                   settings are chosen to fit the images and the machine, and printed
 --preset NAME      start from a named recipe: {", ".join(PRESETS)}
 --config FILE      YAML with the same nested names as the flags, or one of the released trainer's
                    files, whose keys are converted and reported; flags win over it
---data DIR ...     short for --data.root DIR ...
 --print-config     print the whole configuration as YAML and stop
 --dry-run          print parameters, FLOPs, token counts, memory and hours, and stop"""
 
@@ -45,6 +48,8 @@ _LONGEST_YAML = 1 << 20
 _DEEPEST_YAML = 20
 # fitted to the global batch where it is not given
 GROUP = "masks.truncation_group"
+# where no preset is named: the published recipe, and data that must be given
+_WITHOUT = Config(data=DataConfig(root=""))
 OWN_OPTIONS = ("preset", "config", "data", "print-config", "dry-run")
 
 
@@ -57,6 +62,10 @@ class Invocation:
     dry_run: bool
     notes: tuple[str, ...] = ()
     """What the keys of a released trainer's file became, and what was fitted; a line each."""
+    open_: tuple[str, ...] = ()
+    """Settings that `choose` may set once the data are known: nothing else gives them."""
+    given: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """The words behind each flag, a file's settings as flags."""
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
@@ -217,8 +226,48 @@ def _check_flags(arguments: Sequence[str]) -> None:
         _check_known(name, f"unknown option {argument.partition('=')[0]}", also=OWN_OPTIONS)
 
 
-def parse(argv: Sequence[str] | None = None) -> Invocation:
+def _given(arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The words behind each flag, under the name of its setting."""
+    known, given = _known(), dict[str, tuple[str, ...]]()
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument[2:].partition("=")
+            head, _, tail = (name := flag.replace("-", "_")).rpartition(".")
+            positive = f"{head}{'.' if head else ''}{tail.removeprefix('no_')}"
+            name = positive if isinstance(known.get(positive), bool) else name
+            given[name] = (value,) if equals else ()
+        elif name:
+            given[name] += (argument,)
+    return given
+
+
+def _open(
+    named: str | None, start: Config, given: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """The settings that are chosen when the data are known."""
+    if not named:
+        return tuple(key for key in CHOSEN if key not in given)
+    # what a preset evaluates on belongs to its own images
+    others = start.eval.data and given.get("data.root", start.data.sources) != start.data.sources
+    return tuple(key for key in EVALUATION if others and key not in given)
+
+
+def _own_folder(root: str) -> str:
+    """Where a run on these images goes by default."""
+    name = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(root)).stem).strip("-.")
+    return f"runs/{name or 'images'}"
+
+
+def parse(
+    argv: Sequence[str] | None = None, choices: Mapping[str, Any] | None = None
+) -> Invocation:
     """Command line to a validated configuration.
+
+    Args:
+        argv: the command line, by default this process's.
+        choices: for the settings in `Invocation.open_`; by default what would be chosen for an
+            example, so that everything that is given is checked before the data are known.
 
     Raises:
         UsageError: an unknown or contradictory value, in one line.
@@ -233,25 +282,20 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     first.add_argument("--dry-run", action="store_true")
     try:
         known, rest = first.parse_known_args(arguments)
-        start = preset(known.preset or "demo")
+        start = preset(known.preset) if known.preset else _WITHOUT
         group = start.masks.truncation_group
     except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from None
-    names = {
-        argument.partition("=")[0].lstrip("-").replace("-", "_")
-        for argument in rest
-        if argument.startswith("-")
-    }
     notes: tuple[str, ...] = ()
-    read = read_yaml(known.config, batch_given="batch.global" in names) if known.config else {}
+    batch_given = "batch.global" in _given(rest)
+    read = read_yaml(known.config, batch_given=batch_given) if known.config else {}
     if isinstance(read, Conversion):
         if known.preset:
             raise UsageError(
                 f"--preset must be left out, got {known.preset}: {known.config} is a released "
                 "trainer's file, which is a whole recipe"
             )
-        # the published recipe, and data that must be given
-        start = Config(data=replace(Config().data, root=""), out=f"runs/{known.config.stem}")
+        start = replace(_WITHOUT, out=f"runs/{known.config.stem}")
         settings, notes = dict(read.settings), read.notes
         # of its GPUs' batch, and as little asked for by the user as a preset's
         group = settings.pop(GROUP, start.masks.truncation_group)
@@ -259,10 +303,25 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
         settings = read
     _check_flags(rest)
     shorthand = [] if known.data is None else ["--data.root", *known.data]
+    given = _given([*_as_arguments(settings), *shorthand, *rest])
+    helps = not {"-h", "--help"}.isdisjoint(rest)
+    open_ = _open(known.preset, start, given) if not (helps or isinstance(read, Conversion)) else ()
+    roots = given.get("data.root", ())
+    if open_ and roots and not known.preset:
+        start = replace(start, out=_own_folder(roots[0]))
+    if choices is None:
+        choices = choose(EXAMPLE, given, open_) if open_ else {}
+    chosen = {key: choices[key] for key in open_ if key in choices}
     # fitted when the batch is known; until then the group is 1, which divides any
-    fits = GROUP not in settings and names.isdisjoint({GROUP, "help", "h"})
+    fits = GROUP not in {*given, *chosen} and not helps
     start = replace(start, masks=replace(start.masks, truncation_group=1 if fits else group))
-    config = _parse_config(start, [*_as_arguments(settings), *shorthand, *rest])
+    config = _parse_config(
+        start, [*_as_arguments(chosen), *_as_arguments(settings), *shorthand, *rest]
+    )
+    if not (known.preset or isinstance(read, Conversion) or any(config.data.sources)):
+        raise UsageError(
+            "--data must name images where no --preset brings its own (as demo does), got neither"
+        )
     if fits:
         batch = config.batch.global_
         fitted = next(n for n in range(min(batch, group), 0, -1) if batch % n == 0)
@@ -273,7 +332,12 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
                 f"batch.global {batch}",
             )
     return Invocation(
-        config=config, print_config=known.print_config, dry_run=known.dry_run, notes=notes
+        config=config,
+        print_config=known.print_config,
+        dry_run=known.dry_run,
+        notes=notes,
+        open_=open_,
+        given=given,
     )
 
 
