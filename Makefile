@@ -19,7 +19,7 @@ demo: venv
 	$(IN_VENV) -m ijepa_fast.train --preset demo
 
 test: venv
-	$(IN_VENV) -m pytest -q -n 2 --benchmark-disable --durations=8
+	$(IN_VENV) -m pytest -q -n 2 --durations=8
 
 # hours of a run's accidents in minutes: kills, lost ranks, a pulled cable, hostile files
 torture: venv

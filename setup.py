@@ -27,7 +27,6 @@ EXTRAS = {
     "viz": ["matplotlib>=3.9"],
     "test": [
         "pytest>=8.3",
-        "pytest-benchmark>=5.1",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "psutil>=6.0",

@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -56,30 +56,21 @@ def _check(args: BenchArgs) -> torch.device:
     return torch.device("cuda" if cuda else "cpu")
 
 
-def _command(device: torch.device) -> Any:
-    """The module `benchmarks.command`, for this device.
-
-    Raises:
-        UsageError: a package that the benchmarks need is missing.
-    """
-    try:
-        importlib.import_module("benchmarks.harness").use(device)
-        return importlib.import_module("benchmarks.command")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"benchmarks need {error.name}, which is not installed: "
-            "pip install 'ijepa-fast[train,test]'"
-        ) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = tyro.cli(BenchArgs, args=argv, prog="python -m benchmarks")
     try:
-        device = _check(args)
-        command = _command(device)
+        importlib.import_module("benchmarks.harness").use(_check(args))
+        command = importlib.import_module("benchmarks.command")
         both = args.ops is None and not args.step
         chosen = command.choose(() if both else args.ops)
+    except ModuleNotFoundError as error:
+        print(
+            f"error: benchmarks need {error.name}, which is not installed: "
+            "pip install 'ijepa-fast[train,test]'",
+            file=sys.stderr,
+        )
+        return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

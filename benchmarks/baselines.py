@@ -1,13 +1,13 @@
 """Baselines of measured times, one file a GPU: ``benchmarks/baselines/<gpu>.json``."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_check.files import write_json
 from benchmarks.harness import Result
 
 __all__ = ["LIMIT", "accept", "compare", "dump", "path_of", "table"]
@@ -23,11 +23,8 @@ def path_of(device: str, folder: Path = FOLDER) -> Path:
 
 def dump(path: Path, machine: Mapping[str, Any], results: Iterable[Result]) -> None:
     """Writes results, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": dict(machine), "results": {r.key: asdict(r) for r in results}}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    found = {r.key: asdict(r) for r in results}
+    write_json(path, {"machine": dict(machine), "results": found})
 
 
 def accept(machine: Mapping[str, Any], results: Iterable[Result], folder: Path = FOLDER) -> Path:

@@ -4,12 +4,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks.bench_ema_update import encoder_shapes
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.optim import AdamWEMA
 from ijepa_kernels.optim._adam_step import SCALARS, launch_step
@@ -98,11 +97,7 @@ BENCH = Bench(
     ),
     compile=False,  # the reference is an optimiser
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_adamw_ema_(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_adamw_ema_ = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

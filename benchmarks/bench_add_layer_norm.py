@@ -2,17 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels._layer_norm import (
     add_layer_norm_bwd,
-    add_layer_norm_bwd_rows,
     add_layer_norm_fwd,
     add_layer_norm_fwd_float8,
 )
@@ -41,11 +38,7 @@ BENCH = Bench(
     bytes=_bytes,
     differentiate=(0, 1, 2, 3),
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_add_layer_norm(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_add_layer_norm = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:
@@ -64,10 +57,11 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
             add_layer_norm_fwd_float8, r, x, affine, affine, 1e-6
         )
         cases[f"bwd {name} residual"] = partial(
-            add_layer_norm_bwd, x, r, r, mean, mean, affine, BF16
+            add_layer_norm_bwd,
+            *(x, r, r, mean, mean, affine, affine, BF16, dtype != BF16, False, False),
         )
         cases[f"bwd of a block, {name} residual"] = partial(
-            add_layer_norm_bwd_rows,
+            add_layer_norm_bwd,
             *(x, r, r, mean, mean, affine, affine, BF16, True, True, True),
         )
     cases["fwd fp32, nothing added"] = partial(

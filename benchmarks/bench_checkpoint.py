@@ -1,14 +1,12 @@
 """How long a save holds up the step, and how long the write behind it takes.
 
-``python -m benchmarks.bench_checkpoint``: a state of about 2.5 GB; a training thread's products run
-while the checkpoint is written, to show what the write costs them.
+``python -m benchmarks.bench_checkpoint``: a state of about 2.5 GB.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,42 +27,23 @@ VIT_H_GB = 10.4
 
 
 def measure(folder: Path, model: dict[str, Any], repeats: int = 5) -> dict[str, float]:
-    """Seconds: to allocate, to copy (the stall), to write; and what a product takes meanwhile."""
+    """Seconds: to copy (the stall), and to write."""
     config = ModelConfig(name="vit_small", patch_size=16, **model)
     encoder, predictor = build_models(config, (224, 224), torch.Generator().manual_seed(0))
     training = FastStep(encoder, predictor, OptimConfig(precision="float32"), mean=MEAN, std=STD)
-    started = time.perf_counter()
     snapshot = checkpoint.Snapshot(training, keep=True)
-    found = {"gb": snapshot.nbytes / 1e9, "allocate_s": time.perf_counter() - started}
-    a = torch.randn(512, 512)
-
-    def product() -> float:
-        begin = time.perf_counter()
-        for _ in range(20):
-            a @ a
-        return time.perf_counter() - begin
-
-    copies, writes, alone, beside = [], [], [], []
+    copies, writes = [], []
     for step in range(1, repeats + 1):
-        alone += [product() for _ in range(5)]
         begin = time.perf_counter()
         state = snapshot.take(training, step=step, meta={})
         copies.append(time.perf_counter() - begin)
-        thread = threading.Thread(target=checkpoint.write, args=(folder, state))
         begin = time.perf_counter()
-        thread.start()
-        while thread.is_alive():
-            beside.append(product())
-        thread.join()
+        checkpoint.write(folder, state)
         writes.append(time.perf_counter() - begin)
         checkpoint.rotate(folder, newest=step, keep=1, keep_every_steps=None)
     assert checkpoint.read(checkpoint.checkpoint_folders(folder)[0]).step == repeats
-    found["stall_s"] = statistics.median(copies)
-    found["first_stall_s"] = copies[0]
-    found["write_s"] = statistics.median(writes)
-    found["slower_meanwhile"] = statistics.median(beside) / statistics.median(alone)
-    found["longest_meanwhile"] = max(beside) / statistics.median(alone)
-    return found
+    stall, write = statistics.median(copies), statistics.median(writes)
+    return {"gb": snapshot.nbytes / 1e9, "stall_s": stall, "write_s": write}
 
 
 def bench_checkpoint(tmp_path: Path) -> None:

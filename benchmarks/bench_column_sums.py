@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.column_sums import (
     _column_sums,
@@ -35,11 +33,7 @@ BENCH = Bench(
     providers={"reference": column_sums_ref, "ours": column_sums},
     bytes=_bytes,
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_column_sums(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_column_sums = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

@@ -1,14 +1,12 @@
 """The loader side by side with what people write themselves, on photographs of ImageNet's size.
 
-``python -m benchmarks.bench_data --out DIR``; ``--soak 600`` also watches memory for ten minutes.
-Every provider takes the same 500x375 JPEG files of about 110 kB to 224x224 random resized crops, in
-turns, in changing order; a turn begins when the first batch is there. The plain loader is torch's
-DataLoader with Pillow in as many worker processes as there are cores, once shipping uint8 and once
-normalised float32.
+``python -m benchmarks.bench_data --out DIR``. Every provider takes the same 500x375 JPEG files of
+about 110 kB to 224x224 random resized crops, in turns, in changing order; a turn begins when the
+first batch is there. The plain loader is torch's DataLoader with Pillow in as many worker processes
+as there are cores, once shipping uint8 and once normalised float32.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -26,6 +24,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.gpu_check.files import write_json
 from benchmarks.harness import machine
 from benchmarks.photographs import write_photographs
 from ijepa_fast.config import DataConfig
@@ -214,24 +213,6 @@ def measure(
     return rows
 
 
-def soak(index: Index, device: torch.device, *, cores: int, seconds: float) -> Row:
-    """Memory of the default provider over a long time."""
-    name = names(device)[0]
-    started, count = time.perf_counter(), 0
-    samples: list[float] = []
-    with batches(name, index, device, cores) as stream:
-        while (now := time.perf_counter() - started) < seconds:
-            next(stream)
-            count += BATCH
-            if now >= 10 * len(samples):
-                samples.append(round(_resident(), 1))
-    return {
-        "provider": f"{name}, {seconds:.0f} s",
-        "images": count,
-        "resident_mib_every_10_s": samples,
-    }
-
-
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
@@ -250,14 +231,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 @pytest.mark.filterwarnings("default")
-def bench_data(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def bench_data(tmp_path: Path) -> None:
     """Short turns: that everything runs and the pixels are right."""
     index = build_index(write_photographs(tmp_path, 64))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check(index, device)
-    if not request.config.getoption("benchmark_disable", default=False):
-        rows = measure(index, device, cores=os.cpu_count() or 1, seconds=1.0, repeats=1)
-        print("\n" + table(rows))
+    rows = measure(index, device, cores=os.cpu_count() or 1, seconds=1.0, repeats=1)
+    print("\n" + table(rows))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--soak", type=float, default=0.0, help="seconds to watch memory for")
     parser.add_argument("--device", type=torch.device)
     parser.add_argument("--out", type=Path, help="data.json and data.md")
     args = parser.parse_args(argv)
@@ -277,13 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(index, device)
         rows = measure(index, device, cores=args.cores, seconds=args.seconds, repeats=args.repeats)
         print(table(rows), flush=True)
-        long = soak(index, device, cores=args.cores, seconds=args.soak) if args.soak else None
-    if long:
-        print(json.dumps(long))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        found = {"machine": machine(), "rows": rows, "soak": long}
-        (args.out / "data.json").write_text(json.dumps(found, indent=1))
+        write_json(args.out / "data.json", {"machine": machine(), "rows": rows})
         (args.out / "data.md").write_text(table(rows) + "\n")
     best = rows[0]
     missed = [

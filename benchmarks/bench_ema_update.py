@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.optim import EMA
 from ijepa_kernels.optim._table import Table
@@ -77,11 +76,7 @@ BENCH = Bench(
     bytes=lambda model, _: ema_update_bytes(_elements(model), F32),
     compile=False,  # of in-place updates of 400 tensors: minutes, and slower than foreach
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_ema_update_(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_ema_update_ = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

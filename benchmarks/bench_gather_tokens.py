@@ -3,13 +3,11 @@
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.gather_tokens import (
     _gather_tokens_bwd,
@@ -27,7 +25,7 @@ except (ImportError, AttributeError):
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def _rows(model: Model, generator: torch.Generator, picked: int, blocks: int = 1) -> Tensor:
+def picked_rows(model: Model, generator: torch.Generator, picked: int, blocks: int = 1) -> Tensor:
     """`picked` patches of each image in raster order, drawn afresh for each block."""
     draws = torch.rand((blocks, model.batch, model.patches), generator=generator)
     patch = draws.argsort(2)[:, :, :picked].sort(2).values
@@ -40,7 +38,7 @@ def _inputs(
 ) -> tuple[Tensor, ...]:
     x = torch.randn((model.batch * model.patches, model.width), generator=generator).to(BF16)
     picked, blocks = (model.target, model.blocks) if repeated else (model.context, 1)
-    return x.to(device), _rows(model, generator, picked, blocks).to(device)
+    return x.to(device), picked_rows(model, generator, picked, blocks).to(device)
 
 
 def _bytes(model: Model, backward: bool, *, repeated: bool = False) -> int:
@@ -72,16 +70,8 @@ TARGETS = Bench(
     bytes=partial(_bytes, repeated=True),
     differentiate=(0,),
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), CONTEXT.cases())
-def bench_gather_tokens(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    CONTEXT.run(benchmark, provider, shape, direction)
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), TARGETS.cases())
-def bench_gather_tokens_repeated(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    TARGETS.run(benchmark, provider, shape, direction)
+bench_gather_tokens = measured(CONTEXT)
+bench_gather_tokens_repeated = measured(TARGETS)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

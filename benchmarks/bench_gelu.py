@@ -2,19 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.gelu import (
-    _gelu_bwd,
     _gelu_bwd_sums,
     _gelu_float8,
     _gelu_fwd,
+    _launch_bwd,
     gelu,
     gelu_bytes,
     gelu_ref,
@@ -39,11 +37,7 @@ BENCH = Bench(
     bytes=_bytes,
     differentiate=(0,),
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_gelu(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_gelu = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:
@@ -52,7 +46,7 @@ def static_cases(model: Model) -> dict[str, Callable[[], object]]:
     return {
         "fwd": partial(_gelu_fwd, h),
         "fwd, float8": partial(_gelu_float8, h),
-        "bwd": partial(_gelu_bwd, h, h),
+        "bwd": partial(_launch_bwd, h, h, False, False),
         "bwd, sums": partial(_gelu_bwd_sums, h, h, False),
         "bwd, sums, activation": partial(_gelu_bwd_sums, h, h, True),
     }

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.join_heads import _join_heads, join_heads, join_heads_bytes, join_heads_ref
 
@@ -33,11 +31,7 @@ BENCH = Bench(
     },
     bytes=_bytes,
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_join_heads(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_join_heads = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

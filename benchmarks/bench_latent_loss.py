@@ -7,13 +7,11 @@ step does. `latent_loss_scaled` has an upstream gradient other than 1, `latent_l
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.latent_loss import (
     _latent_loss_bwd,
@@ -87,21 +85,9 @@ ALONE = Bench(
     providers={"reference": latent_loss_ref, "ours": latent_loss},
     bytes=_bytes_alone,
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_latent_loss(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), SCALED.cases())
-def bench_latent_loss_scaled(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    SCALED.run(benchmark, provider, shape, direction)
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), ALONE.cases())
-def bench_latent_loss_alone(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    ALONE.run(benchmark, provider, shape, direction)
+bench_latent_loss = measured(BENCH)
+bench_latent_loss_scaled = measured(SCALED)
+bench_latent_loss_alone = measured(ALONE)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.patchify import _patchify_fwd, patchify, patchify_bytes, patchify_ref
 
@@ -71,16 +69,8 @@ ALL = Bench(
     providers={"reference": _reference, "ours": _ours},
     bytes=_all_bytes,
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), CONTEXT.cases())
-def bench_patchify(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    CONTEXT.run(benchmark, provider, shape, direction)
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), ALL.cases())
-def bench_patchify_all(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    ALL.run(benchmark, provider, shape, direction)
+bench_patchify = measured(CONTEXT)
+bench_patchify_all = measured(ALL)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.quantize_rows import (
     _quantize_rows,
@@ -35,11 +33,7 @@ BENCH = Bench(
     providers={"reference": quantize_rows_ref, "ours": quantize_rows},
     bytes=_bytes,
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), BENCH.cases())
-def bench_quantize_rows(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    BENCH.run(benchmark, provider, shape, direction)
+bench_quantize_rows = measured(BENCH)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

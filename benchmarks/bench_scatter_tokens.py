@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Bench
+from benchmarks.bench_gather_tokens import picked_rows
+from benchmarks.harness import Bench, measured
 from benchmarks.shapes import Model
 from ijepa_kernels.scatter_tokens import (
     _scatter_tokens_bwd,
@@ -29,17 +29,9 @@ except (ImportError, AttributeError):
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def _rows(model: Model, generator: torch.Generator, picked: int, blocks: int = 1) -> Tensor:
-    """`picked` patches of each image in raster order, drawn afresh for each block."""
-    draws = torch.rand((blocks, model.batch, model.patches), generator=generator)
-    patch = draws.argsort(2)[:, :, :picked].sort(2).values
-    image = torch.arange(model.batch)[:, None]
-    return (image * model.patches + patch).flatten().int()
-
-
 def _inputs(model: Model, device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
     """x, index, rows of the output, mask token, positions."""
-    index = _rows(model, generator, model.context)
+    index = picked_rows(model, generator, model.context)
     x = torch.randn((len(index), model.width), generator=generator).to(BF16)
     fill = torch.randn(model.width, generator=generator)
     table = torch.randn((model.patches, model.width), generator=generator)
@@ -50,7 +42,7 @@ def _inputs(model: Model, device: torch.device, generator: torch.Generator) -> t
 def _inputs_repeated(
     model: Model, device: torch.device, generator: torch.Generator
 ) -> tuple[Any, ...]:
-    index = _rows(model, generator, model.target, model.blocks)
+    index = picked_rows(model, generator, model.target, model.blocks)
     x = torch.randn((len(index), model.width), generator=generator).to(BF16)
     return x.to(device), index.to(device), model.batch * model.patches
 
@@ -101,18 +93,8 @@ TARGETS = Bench(
     bytes=_bytes_repeated,
     differentiate=(0,),
 )
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), CONTEXT.cases())
-def bench_scatter_tokens(benchmark: Any, provider: str, shape: str, direction: str) -> None:
-    CONTEXT.run(benchmark, provider, shape, direction)
-
-
-@pytest.mark.parametrize(("provider", "shape", "direction"), TARGETS.cases())
-def bench_scatter_tokens_repeated(
-    benchmark: Any, provider: str, shape: str, direction: str
-) -> None:
-    TARGETS.run(benchmark, provider, shape, direction)
+bench_scatter_tokens = measured(CONTEXT)
+bench_scatter_tokens_repeated = measured(TARGETS)
 
 
 def static_cases(model: Model) -> dict[str, Callable[[], object]]:

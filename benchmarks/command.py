@@ -1,38 +1,24 @@
 """What ``python -m benchmarks`` runs: the ops and the training step, verified, timed, and as
 tables and JSON.
 
-It calls what ``pytest benchmarks`` calls; only the choice of cases and the tables are its own.
+It calls what ``pytest benchmarks`` calls; only the choice of cases is its own.
 """
 
 import difflib
-import functools
 import gc
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from benchmarks import harness, step_report
+from benchmarks import baselines, harness, step_report
 from benchmarks.bench_step import GPU_MODELS
-from benchmarks.discover import benches
 from benchmarks.gpu_check.files import write_json
-from benchmarks.harness import Bench, Result
-from benchmarks.shapes import SMALL
+from benchmarks.harness import Bench, Result, benches
 from benchmarks.step_contest import measure, names_on
 from benchmarks.step_providers import MODES, Case, make_case
 
-__all__ = ["choose", "run", "table"]
+__all__ = ["choose", "run"]
 
-COLUMNS = (
-    *("op", "shape", "pass", "dtype", "ours ms", "eager ms", "compile ms", "eager/ours"),
-    *("GB/s", "% of copy"),
-)
 # seconds after which no further round of a small step is begun
 STEP_SECONDS = 20
 
@@ -54,51 +40,7 @@ def choose(names: Sequence[str] | None) -> list[Bench]:
     return [known[name] for name in dict.fromkeys(names)] if names else list(known.values())
 
 
-@dataclass(eq=False)
-class Stopwatch:
-    """As much of pytest-benchmark's fixture as `Bench.run` needs."""
-
-    disabled: bool = False
-    extra_info: dict[str, Any] = field(default_factory=dict)
-    stats: Any = field(default_factory=lambda: SimpleNamespace(stats=SimpleNamespace(data=[])))
-
-    def pedantic(
-        self, call: Callable[[], object], *, rounds: int = 1, warmup_rounds: int = 0
-    ) -> None:
-        """Times single calls, in seconds."""
-        for _ in range(warmup_rounds):
-            call()
-        times = []
-        for _ in range(rounds):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        self.stats.stats.data[:] = times
-
-
 # --- ops -----------------------------------------------------------------------------------------
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(list(vars(value).values()))
-
-
-@functools.cache
-def dtypes(bench: Bench) -> str:
-    """Of what an op reads, indices left out."""
-    inputs = bench.inputs(SMALL, torch.device("cpu"), torch.Generator().manual_seed(0))
-    found = dict.fromkeys(
-        str(t.dtype).removeprefix("torch.")
-        for t in _tensors(inputs)
-        if t.is_floating_point() or t.dtype == torch.uint8
-    )
-    return ", ".join(found)
 
 
 def _measured(bench: Bench, full: bool, failed: list[str]) -> list[Result]:
@@ -109,50 +51,15 @@ def _measured(bench: Bench, full: bool, failed: list[str]) -> list[Result]:
         cases = [case for case in cases if case[0] in ("reference", "ours")]
     elif not full:
         cases = [case for case in cases if case[1] == cases[0][1]]
-    before = len(harness.RESULTS)
+    results = []
     for provider, shape, direction in cases:
         try:
-            bench.run(Stopwatch(), provider, shape, direction)
+            results.append(bench.run(provider, shape, direction))
         except Exception as error:  # noqa: BLE001  # whatever it is, the others go on
             first = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             failed.append(f"{bench.name}, {shape}, {direction}, {provider}: {first}")
             gc.collect()
-    return harness.RESULTS[before:]
-
-
-def table(results: Iterable[Result], kinds: dict[str, str]) -> list[list[str]]:
-    """Rows under `COLUMNS`, one for each op, shape and pass.
-
-    Args:
-        results: measured cases.
-        kinds: dtypes of each op.
-    """
-    grouped: dict[tuple[str, str, str], dict[str, Result]] = {}
-    for r in results:
-        grouped.setdefault((r.op, r.shape, r.direction), {})[r.provider] = r
-    rows = []
-    for (op, shape, direction), found in grouped.items():
-        ours, eager = found.get("ours"), found.get("reference")
-        ratio = f"{eager.median_us / ours.median_us:.2f}" if ours and eager else "-"
-        times = [_ms(found.get(name)) for name in ("ours", "reference", "compile")]
-        speed = [_number(ours and ours.gb_per_s), _number(ours and ours.percent_of_copy)]
-        rows.append([op, shape, direction, kinds[op], *times, ratio, *speed])
-    return rows
-
-
-def _ms(result: Result | None) -> str:
-    return "-" if result is None else f"{result.median_us / 1e3:.4f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Markdown that can be read as it is."""
-    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    yield from (lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:])
+    return results
 
 
 # --- the step ------------------------------------------------------------------------------------
@@ -173,23 +80,14 @@ def _cases(full: bool) -> list[Case]:
 # --- all of it -----------------------------------------------------------------------------------
 
 
-def _heading(full: bool, chosen: Sequence[Bench], step: bool) -> str:
+def _heading(full: bool, chosen: Sequence[Bench]) -> str:
     lines = [", ".join(f"{key} {value}" for key, value in harness.machine().items() if value)]
-    if harness.device().type == "cuda":
-        if not full:
-            lines.append("Small: ops at B/16's shapes and the step of ViT-B/16 only; --full is all")
-        return "\n".join(lines)
-    if chosen:
-        lines.append(
-            f"No GPU: ops at a tiny shape ({SMALL.batch} images, {SMALL.patches} patches, "
-            f"{SMALL.width} wide), on their PyTorch implementations: no measurement of a kernel, "
-            "nothing compiled, no GB/s"
-        )
-    if step and not full:
-        lines.append(
-            "Small: a step of 2 images through 2 + 1 blocks of ViT-S/16; --full is 8 images and "
-            "the whole depth"
-        )
+    cuda = harness.device().type == "cuda"
+    if chosen and not cuda:
+        lines.append("No GPU: ops at a tiny shape, in plain PyTorch: no measurement of a kernel")
+    if not full:
+        ops, model = ("B/16's shapes", "ViT-B/16") if cuda else ("the tiny shape", "2 + 1 blocks")
+        lines.append(f"Small: ops at {ops}, the step of {model}; --full is all")
     return "\n".join(lines)
 
 
@@ -208,7 +106,7 @@ def run(
     Returns:
         The exit code: 1 if something is wrong or could not be measured.
     """
-    say(_heading(full, chosen, step))
+    say(_heading(full, chosen))
     failed: list[str] = []
     results: list[Result] = []
     rows: list[step_report.Row] = []
@@ -229,11 +127,8 @@ def run(
         results += _measured(bench, full, failed)
         keep()
     if results:
-        kinds = {bench.name: dtypes(bench) for bench in chosen}
-        calls = statistics.median_low(r.calls for r in results)
-        say("\n".join(["", *_aligned([COLUMNS, *table(results, kinds)])]))
-        bytes_ = "; GB/s of the fewest bytes that have to move"
-        say(f"\nmedian of {calls} calls{bytes_ if harness.device().type == 'cuda' else ''}")
+        say("\n" + baselines.table(results))
+        say(f"\nmedian of {results[0].calls} calls; GB/s of the fewest bytes that have to move")
     for case in _cases(full) if step else []:
         say(f"\ntraining step: {case}; every provider is verified, then they take turns")
         limit = float("inf") if full or harness.device().type == "cuda" else STEP_SECONDS

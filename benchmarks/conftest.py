@@ -11,9 +11,7 @@ from benchmarks.harness import MISSING, RESULTS, machine
 
 WITHOUT_GPU = (
     "No GPU: a tiny shape, on the ops' CPU implementations. These times show only that the "
-    "benchmarks run, and are no measurement of a kernel; `host us` is all that the host does for "
-    "CUDA tensors but the launch, plain torch operations included. Nothing is compared with "
-    "torch.compile."
+    "benchmarks run, and are no measurement of a kernel; nothing is compared with torch.compile."
 )
 
 

@@ -4,8 +4,7 @@ Every provider is verified against the reference before it is timed. On a GPU ti
 events around single calls, queued behind a sleeping kernel so that the host is never waited for,
 over sets of inputs and results that together exceed the L2 cache twice; the median is reported, in
 GB/s of the op's fewest bytes and in percent of the copy bandwidth measured in the same run. Without
-a GPU the shapes are small and the times only show that the benchmark works; the host's time per
-call is measured with the launch itself left out.
+a GPU the shapes are small and the times only show that the benchmark works.
 """
 
 import functools
@@ -14,20 +13,18 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from benchmarks.shapes import MODELS, SMALL, Model
-from ijepa_kernels._op import LAUNCHERS, ON_CPU
 from ijepa_kernels.testing import relative_error
 
 __all__ = [
@@ -35,14 +32,17 @@ __all__ = [
     "RESULTS",
     "Bench",
     "Result",
+    "benches",
     "copy_bandwidth",
     "device",
     "machine",
+    "measured",
     "time_on_gpu",
     "use",
 ]
 
 WARMUP, CALLS, HOST_CALLS, MAX_SETS = 5, 40, 30, 16
+CPU_CALLS = 30
 # of the verification, by the coarsest dtype among reference and provider
 TOLERANCE = {
     torch.float32: 1e-4,
@@ -65,7 +65,7 @@ class Result:
     median_us: float
     spread_us: float  # between the 20th and the 80th percentile
     calls: int
-    host_us: float | None = None  # until a call returns; without a GPU all but the launch
+    host_us: float | None = None  # until a call returns
     gb_per_s: float | None = None
     percent_of_copy: float | None = None
 
@@ -164,6 +164,17 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / statistics.median(times) / 1e3
 
 
+def time_on_cpu(call: Callable[[], object]) -> list[float]:
+    """Times of single calls in microseconds."""
+    times = []
+    for number in range(-3, CPU_CALLS):  # three to warm up
+        began = time.perf_counter()
+        call()
+        if number >= 0:
+            times.append((time.perf_counter() - began) * 1e6)
+    return times
+
+
 # --- one op --------------------------------------------------------------------------------------
 
 
@@ -206,37 +217,38 @@ class Bench:
         MISSING.update(f"{self.name}/{name} ({why})" for name, why in missing.items())
         return [(p, s, d) for s in shapes for d in directions for p in names]
 
-    def run(self, benchmark: Any, provider: str, shape: str, direction: str) -> None:
-        """Verifies, times, and records the result; `benchmark` is pytest-benchmark's fixture.
+    def run(self, provider: str, shape: str, direction: str) -> Result:
+        """Verifies, times, and records the result.
 
         Raises:
             AssertionError: the provider does not compute what the reference computes.
         """
         model = MODELS.get(shape, SMALL)
         self.verify(provider, shape)
-        if benchmark.disabled:
-            benchmark(lambda: None)
-            return
-        function = self.function(provider, shape)
-        calls = self._calls(function, model, direction)
+        calls = self._calls(self.function(provider, shape), model, direction)
+        host = speed = percent = None
         if device().type == "cuda":
-            fewest = self.bytes(model, direction == "backward")
-            times, host_us = time_on_gpu(calls)
-            _record(benchmark, times)
-            result = self._result(provider, shape, direction, times, host_us, fewest)
+            times, host = time_on_gpu(calls)
+            speed = self.bytes(model, direction == "backward") / statistics.median(times) / 1e3
+            percent = round(100 * speed / copy_bandwidth(), 1)
         else:
-            benchmark.pedantic(calls[0], rounds=30, warmup_rounds=3)
-            times = [1e6 * t for t in benchmark.stats.stats.data]
-            host_us = None
-            if provider == "ours":
-                with _stubbed_launches():
-                    (call,) = self._calls(function, model, direction)
-                    host_us = _host_us(call)
-            result = self._result(provider, shape, direction, times, host_us)
-        RESULTS.append(result)
-        benchmark.extra_info.update(
-            {k: v for k, v in vars(result).items() if isinstance(v, int | float)}
+            times = time_on_cpu(calls[0])
+        ordered = sorted(times)
+        spread = ordered[len(ordered) * 4 // 5 - 1] - ordered[len(ordered) // 5]
+        result = Result(
+            op=self.name,
+            shape=shape,
+            direction=direction,
+            provider=provider,
+            median_us=round(statistics.median(times), 2),
+            spread_us=round(spread, 2),
+            calls=len(times),
+            host_us=None if host is None else round(host, 1),
+            gb_per_s=None if speed is None else round(speed, 1),
+            percent_of_copy=percent,
         )
+        RESULTS.append(result)
+        return result
 
     def verify(self, provider: str, shape: str) -> None:
         """Holds a provider's outputs and gradients against the reference's, once."""
@@ -319,30 +331,23 @@ class Bench:
             return _kept(lambda: function(*arguments))
         return torch.no_grad()(_kept(lambda: function(*arguments)))
 
-    def _result(
-        self,
-        provider: str,
-        shape: str,
-        direction: str,
-        times: list[float],
-        host_us: float | None = None,
-        fewest: int | None = None,
-    ) -> Result:
-        ordered = sorted(times)
-        median = statistics.median(times)
-        speed = None if fewest is None else fewest / median / 1e3
-        return Result(
-            op=self.name,
-            shape=shape,
-            direction=direction,
-            provider=provider,
-            median_us=round(median, 2),
-            spread_us=round(ordered[len(ordered) * 4 // 5 - 1] - ordered[len(ordered) // 5], 2),
-            calls=len(times),
-            host_us=None if host_us is None else round(host_us, 1),
-            gb_per_s=None if speed is None else round(speed, 1),
-            percent_of_copy=None if speed is None else round(100 * speed / copy_bandwidth(), 1),
-        )
+
+@functools.cache
+def benches() -> tuple[Bench, ...]:
+    """Every `Bench` of the modules ``benchmarks/bench_*.py``."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
+    modules = [import_module(f"benchmarks.{name}") for name in names]
+    return tuple(b for module in modules for b in vars(module).values() if isinstance(b, Bench))
+
+
+def measured(bench: Bench) -> Callable[[str, str, str], None]:
+    """For pytest: a test of every case that this machine can measure."""
+
+    @pytest.mark.parametrize(("provider", "shape", "direction"), bench.cases())
+    def run(provider: str, shape: str, direction: str) -> None:
+        bench.run(provider, shape, direction)
+
+    return run
 
 
 @functools.lru_cache(maxsize=1)
@@ -381,32 +386,6 @@ def _worst_row(actual: Tensor, truth: Tensor) -> float:
     return float(difference.max() / size) if size > 0 else float(difference.max())
 
 
-@contextmanager
-def _stubbed_launches() -> Iterator[None]:
-    """Within it ops on CPU tensors do all that the host does for CUDA tensors, but the launch
-    itself.
-    """
-    run, before = JITFunction.run, dict(ON_CPU)
-    JITFunction.run = lambda *_, **__: None
-    ON_CPU.update(LAUNCHERS)
-    try:
-        yield
-    finally:
-        JITFunction.run = run
-        ON_CPU.update(before)
-
-
-def _host_us(call: Callable[[], object], calls: int = 200) -> float:
-    """Median of five times `calls` calls."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - began) / calls * 1e6)
-    return statistics.median(times)
-
-
 def _flat(result: Any) -> list[Tensor]:
     """Tensors of a result, in order."""
     if isinstance(result, Tensor):
@@ -423,9 +402,3 @@ def _weighted(results: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         for t in outputs
     ]
     return outputs, grads
-
-
-def _record(benchmark: Any, times: Sequence[float]) -> None:
-    """Gives pytest-benchmark, for its table and files, the device's times in microseconds."""
-    benchmark.pedantic(lambda: None, rounds=1)
-    benchmark.stats.stats.data[:] = [t / 1e6 for t in times]

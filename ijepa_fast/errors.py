@@ -8,6 +8,7 @@ __all__ = [
     "TooManyBadFiles",
     "UsageError",
     "exit_code",
+    "require",
 ]
 
 
@@ -57,6 +58,16 @@ class MainRankError(RuntimeError):
     """Rank 0 has failed and says why; the others only leave."""
 
     exit_code = 1
+
+
+def require(holds: bool, name: str, rule: str, value: object) -> None:
+    """Refuses wrong input in the words of all commands: what must be how, and what was given.
+
+    Raises:
+        UsageError: it does not hold.
+    """
+    if not holds:
+        raise UsageError(f"{name} must be {rule}, got {value!r}")
 
 
 def exit_code(error: Exception) -> int:

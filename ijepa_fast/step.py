@@ -17,6 +17,7 @@ from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import StepValues
+from ijepa_fast.state import HasState
 
 __all__ = ["TrainingStep", "graphs_would_pay", "make_step", "one_device"]
 
@@ -26,39 +27,17 @@ HOST = 0.035
 REACHED = 0.5
 
 
-class TrainingStep(Protocol):
+class TrainingStep(HasState, Protocol):
     """Networks, their optimiser, and one training step.
 
     Attributes:
-        encoder, predictor, target_encoder: the networks.
-        optimizer: of the first two.
         parameters: trained ones, in the optimiser's order.
-        skipped: int64 (4,), see `reference.count_skip`.
         mean, std: (3,) of the image channels, in 0-1 units.
-        device: where all of this is.
     """
 
     parameters: list[nn.Parameter]
-    skipped: Tensor
     mean: Tensor
     std: Tensor
-    device: torch.device
-
-    @property
-    def encoder(self) -> VisionTransformer:
-        """Context encoder."""
-
-    @property
-    def predictor(self) -> Predictor:
-        """Predictor."""
-
-    @property
-    def target_encoder(self) -> VisionTransformer:
-        """Target encoder."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Of the first two networks."""
 
     def prepare(self, masks: Masks) -> Any:
         """Masks as sampled, on the CPU, to what the other methods take; does not wait."""
@@ -80,12 +59,6 @@ class TrainingStep(Protocol):
 
     def update(self, values: StepValues) -> None:
         """Reduces gradients over ranks, updates weights and averages, or skips a bad step."""
-
-    def masters(self) -> dict[str, Tensor]:
-        """The float32 weights and tables of all three networks, by name."""
-
-    def round(self) -> None:
-        """Follows a change of the masters by something else than `update`."""
 
     def describe(self) -> str:
         """How the step runs, in one line."""

@@ -117,8 +117,8 @@ class _Beside:
 def train(run: Run, beside: _Beside, signals: Signals) -> int:
     """Trains to the end; returns the signal that ended it before, or 0.
 
-    Nothing in the loop waits for the device after the first step: numbers are read one log interval
-    late.
+    Nothing in the loop waits for the device after the first step: numbers are read once they are
+    there.
 
     Raises:
         NonFiniteError: three steps in a row were skipped.
@@ -153,9 +153,15 @@ def train(run: Run, beside: _Beside, signals: Signals) -> int:
             if run.step % config.log.interval == 0 or ends or broken:
                 distributed.all_reduce_sum_([numbers])
                 distributed.all_reduce_sum_([ids_hash])
-                row = {"step": run.step, "epoch": run.epoch, **asdict(values)}
-                timing = meter.read(run.step, loader.wait_seconds, run.end)
-                journal.queue(row, numbers, skipped=skipped, ids_hash=ids_hash, timing=timing)
+                row = {
+                    "step": run.step,
+                    "epoch": run.epoch,
+                    **asdict(values),
+                    "ids_hash": f"{int(ids_hash) & (2**64 - 1):016x}",
+                    "timing": meter.read(run.step, loader.wait_seconds, run.end),
+                }
+                journal.queue(row, numbers, skipped)
+            journal.poll(run.step)
             if broken:
                 journal.flush()
                 raise broken

@@ -48,10 +48,9 @@ def test_ops_are_verified_timed_and_written(tmp_path, monkeypatch, capsys):
     assert verified == [("latent_loss_alone", name, "small") for name in ("reference", "ours")]
     text = capsys.readouterr().out
     assert "no measurement of a kernel" in text
-    (row,) = [line for line in text.splitlines() if line.startswith("| latent_loss_alone ")]
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert float(cells[4]) == pytest.approx(times["ours"] / 1e3, abs=1e-4)
-    assert float(cells[7]) == pytest.approx(times["reference"] / times["ours"], abs=0.01)
+    ratio = times["reference"] / times["ours"]
+    assert f"| ours | {times['ours']:.1f} |" in text
+    assert f"| {ratio:.2f} |" in text
 
 
 def test_what_is_wrong_is_named_and_not_timed(tmp_path):

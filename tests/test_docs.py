@@ -362,33 +362,3 @@ def test_options_settings_and_presets_exist(path):
 @pytest.mark.parametrize("path", [*GUIDES, *DATED], ids=_ids([*GUIDES, *DATED]))
 def test_links_lead_somewhere(path):
     assert not dead_links(path)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "python -m ijepa_fast.train --data /images --optim.learning_rate 1",
-        "python -m ijepa_fast.train --preset vitx16 --data /images",
-        "python -m ijepa_fast.train --preset vits16",
-        "torchrun --nprocs-per-node 2 -m ijepa_fast.train --preset demo",
-        "torchrun -m ijepa_fast.trian --preset demo",
-        "python -m ijepa_fast.evaluate runs/mine --data DIR --neighbours 3",
-        "python -m ijepa_fast.evaluate nowhere --data DIR --methods knn",
-        "python -m ijepa_fast.doctor --jason",
-        "python -m benchmarks.bench_step --fool",
-        "python -m ijepa_fast.parity tests/golden/p9.safetensors",
-        "IJEPA_FAST_FAULT=1:2:tea make demo",
-        "make tea",
-        "make gpu-check PART=everything",
-        "pip install -e '.[everything]'",
-        "pytest tests/nothing",
-        "sbatch examples/nothing.sh",
-    ],
-)
-def test_a_wrong_command_a_wrong_name_and_a_dead_link_are_found(wrong, inside):
-    path = inside / "made_up.md"
-    path.write_text(f"# A\n[a](#a) [b](gone.md) [c](#b) `--epoch` `vits16`\n\n```\n{wrong}\n```\n")
-    (found,) = wrong_commands(path)
-    assert found.startswith(wrong)
-    assert dead_links(path) == ["gone.md", "#b"]
-    assert wrong_names(path) == ["--epoch"]

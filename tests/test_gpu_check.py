@@ -49,10 +49,10 @@ def test_first_ends_with_a_verdict(tmp_path, monkeypatch):
 
 
 def test_first_says_what_fails(tmp_path, monkeypatch):
-    def replay(*args, **kwargs):
+    def compare(*args, **kwargs):
         raise RuntimeError("no such kernel\nlong text")
 
-    monkeypatch.setattr(parity, "replay", replay)
+    monkeypatch.setattr(parity, "compare", compare)
     monkeypatch.setattr(first, "measure", lambda *args, **kwargs: time.sleep(60))
     monkeypatch.setattr(files, "GRACE", 0.5)
     green, lines = _first(tmp_path, monkeypatch, "--seconds", "1")
@@ -70,9 +70,7 @@ def test_step_times_one_preset(tmp_path):
     assert "| fast |" in (tmp_path / "step.md").read_text()
 
 
-def test_ops_leave_a_baselines_form(tmp_path, monkeypatch):
-    # a worker's child is no worker, which would not measure
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+def test_ops_leave_a_baselines_form(tmp_path):
     assert ops.main([*CPU, "--out", str(tmp_path), "--ops", "gelu"])
     found = json.loads((tmp_path / "ops_results.json").read_text())
     assert "gelu/small/forward/ours" in found["results"]

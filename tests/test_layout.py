@@ -179,96 +179,13 @@ def test_private_api_of_pytorch_stands_in_one_file(path):
     assert not [name for name in names if private.fullmatch(name)]
 
 
-BANNED_IMPORTS = {"torchvision", "apex", "pickle", "cPickle", "dill", "joblib", "shelve", "marshal"}
-BANNED_CALLS = {
-    "eval",
-    "exec",
-    "torch.load",
-    "torch.save",
-    "yaml.load",
-    "yaml.full_load",
-    "yaml.unsafe_load",
-    "os.system",
-    "os.popen",
-    "np.load",
-    "numpy.load",
-}
-BANNED_METHODS = {"extractall", "load_state_dict_from_url"}
-# the one place that reads PyTorch's files: tensors and plain values, and the name of an error
-READS_TORCH_FILES = "ijepa_fast.weights.read"
-
-
-def _harmless(node):
-    """`torch.load(..., weights_only=True)`."""
-    told = {keyword.arg: keyword.value for keyword in node.keywords}
-    safe = told.get("weights_only")
-    return (
-        ast.unparse(node.func) == "torch.load"
-        and isinstance(safe, ast.Constant)
-        and safe.value is True
-    )
-
-
-def _offences(tree, *, reads_torch_files=False):
-    if reads_torch_files:
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        pickles = {
-            ast.unparse(node)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"
-        }
-        assert pickles == {"pickle.UnpicklingError"}
-        allowed = {id(node) for node in calls if _harmless(node)}
-    for node in ast.walk(tree):
-        if reads_torch_files and id(node) in allowed:
-            continue
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names]
-            if reads_torch_files and names == ["pickle"]:
-                continue
-            yield from (n for n in names if n.partition(".")[0] in BANNED_IMPORTS)
-        if isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name in BANNED_CALLS or name.rpartition(".")[2] in BANNED_METHODS:
-                yield name
-            for keyword in node.keywords:
-                value = keyword.value
-                off = isinstance(value, ast.Constant) and value.value is False
-                if keyword.arg == "shell" and not off:
-                    yield "shell=True"
-
-
-@pytest.mark.parametrize("path", PACKAGES, ids=_ids(PACKAGES))
-def test_nothing_that_runs_what_it_reads(path):
-    reads = _module(path) == READS_TORCH_FILES
-    assert not list(_offences(_tree(path), reads_torch_files=reads))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "import pickle",
-        "from torchvision import transforms",
-        "x = torch.load(p, weights_only=True)",
-        "yaml.load(f, Loader=L)",
-        "subprocess.run(c, shell=True)",
-        "tarfile.open(p).extractall(q)",
-        "eval(s)",
-    ],
-)
-def test_the_check_above_finds_what_it_looks_for(text):
-    assert list(_offences(ast.parse(text)))
-
-
-@pytest.mark.parametrize(
-    "call", ["torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, weights_only=w)"]
-)
-def test_torch_files_are_read_as_plain_values_only(call):
-    text = "import pickle\nfailure = pickle.UnpicklingError\n"
-    assert list(_offences(ast.parse(text + call), reads_torch_files=True)) == ["torch.load"]
-    safe = text + "torch.load(p, weights_only=True)"
-    assert not list(_offences(ast.parse(safe), reads_torch_files=True))
+def test_files_of_pytorch_are_read_as_plain_values():
+    """The one place where ruff allows `torch.load`."""
+    nodes = ast.walk(_tree(MODULES["ijepa_fast.weights.read"]))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.load"]
+    assert calls
+    for call in calls:
+        assert "weights_only=True" in [ast.unparse(keyword) for keyword in call.keywords]
 
 
 # --- what importing does -------------------------------------------------------------------------
@@ -332,7 +249,7 @@ def test_the_environment_is_read_by_the_launcher_only():
     assert readers <= {
         "ijepa_fast.ranks.distributed",
         "ijepa_fast.train",
-        "ijepa_fast.data.sets.shapes",
+        "ijepa_fast.data.sets.idx",
     }
 
 
@@ -363,26 +280,11 @@ def test_no_file_without_a_subject():
 
 
 @pytest.mark.parametrize("path", PACKAGES, ids=_ids(PACKAGES))
-def test_what_a_module_offers_exists(path):
-    """`__all__` holds strings that the module defines or imports, sorted."""
-    tree = _tree(path)
-    offers, defined = None, set()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            defined |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = {t.id for t in targets if isinstance(t, ast.Name)}
-            defined |= names
-            if "__all__" in names:
-                assert node.value
-                offers = ast.literal_eval(node.value)
-    if _module(path) in ("ijepa_fast", "ijepa_kernels") and offers is None:
-        return
-    assert offers is not None, "no __all__"
-    assert set(offers) <= defined
+def test_a_module_says_what_it_offers(path):
+    """By `__all__`; ruff holds that the names exist (F822)."""
+    assigned = [node for node in _tree(path).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    offers = any(ast.unparse(node).startswith("__all__") for node in assigned)
+    assert offers or _module(path) in ("ijepa_fast", "ijepa_kernels")
 
 
 def test_setup_reads_the_version_from_the_package(monkeypatch):
@@ -411,10 +313,11 @@ def test_every_kernel_has_its_parts():
         if _last(_module(path)) not in GATHERERS and not path.stem.startswith("_")
     ]
     exports = "".join(path.read_text() for path in KERNELS if path.name == "__init__.py")
+    tested = "".join(path.read_text() for path in (ROOT / "tests" / "ops").glob("test_*.py"))
     catalogue = (ROOT / "kernels" / "README.md").read_text()
     for op in ops:
         assert f".{op} import" in exports, op
-        assert (ROOT / "tests" / "ops" / f"test_{op}.py").is_file(), op
+        assert f".{op} import" in tested, op
         assert (ROOT / "benchmarks" / f"bench_{op}.py").is_file(), op
         # ops in place end in an underscore
         assert f"`{op}`" in catalogue or f"`{op}_`" in catalogue, op

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> bool:
 
 
 def _op_tests(args: argparse.Namespace) -> dict[str, Any]:
-    # pytest-benchmark warns of parallel runs
+    # pytest-benchmark, where it is installed, warns of parallel runs
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "no:benchmark", "-n", str(args.workers), *shlex.split(args.tests)]
     return logged(command, args.out / "first_tests.txt", seconds=max(1, args.seconds - files.GRACE))
@@ -67,7 +67,7 @@ def _op_tests(args: argparse.Namespace) -> dict[str, Any]:
 def _check(args: argparse.Namespace, tests: Future[dict[str, Any]], result: dict[str, Any]) -> None:
     """Adds to the result what is known, as it comes."""
     for path, dtype in RUNS:
-        result["parity"].append(_replay(path, dtype, args.device))
+        result["parity"].append(_parity(path, dtype, args.device))
         write_json(args.out / "first.json", result)
     for case in _cases(args):
         result["steps"] += measure(case, [REFERENCE, FAST], device=args.device, repeats=0)
@@ -82,11 +82,11 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     return [make_case("demo", **tiny) for _ in args.presets]
 
 
-def _replay(path: Any, dtype: Any, device: torch.device) -> dict[str, Any]:
+def _parity(path: Any, dtype: Any, device: torch.device) -> dict[str, Any]:
     """Replays the recorded steps; what fails does not end the others."""
     result = {"path": path, "dtype": dtype, "ok": False}
     try:
-        report = parity.replay(GOLDEN, path=path, dtype=dtype, device=device)
+        report = parity.compare(GOLDEN, path=path, dtype=dtype, device=device)
     except Exception as error:  # noqa: BLE001  # the other path may hold
         return {**result, "said": f"{type(error).__name__}: {error}".splitlines()[0]}
     worst = max(report.rows, key=lambda row: row.error / row.limit)

@@ -5,6 +5,7 @@ which start with an underscore and a small letter. Leaves sanitize_exercise.txt 
 sanitize_<tool>.txt. On a CPU only the exercise runs.
 """
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -14,8 +15,10 @@ from pathlib import Path
 
 from benchmarks.gpu_check import files
 from benchmarks.gpu_check.files import left, logged
+from benchmarks.harness import benches, device
+from benchmarks.shapes import SMALL
 
-__all__ = ["find_sanitizer", "main"]
+__all__ = ["exercise", "find_sanitizer", "main"]
 
 SECONDS = 240
 TOOLS = {
@@ -41,15 +44,30 @@ def find_sanitizer() -> str | None:
     return None
 
 
+ODD = dataclasses.replace(
+    SMALL, name="odd", patch=7, grid=5, width=100, context=11, target=3, batch=3, predictor_width=36
+)
+
+
+def exercise() -> None:
+    """Runs every op once forward and backward at small and odd sizes: what the tool watches."""
+    count = 0
+    for bench in benches():
+        for model in (SMALL, ODD):
+            results = bench.outputs(bench.function("ours"), model)
+            count += sum(t.numel() for t in results)
+    print(f"exercised {len(benches())} benchmarks on {device()}, {count} elements")
+
+
 def main(argv: Sequence[str]) -> bool:
     """The whole part; True if the tool ran and found nothing."""
     parser = files.options("sanitize", __doc__.split("\n\n")[0], SECONDS)
     parser.add_argument("--tool", choices=list(TOOLS), default="memcheck")
     args = parser.parse_args(argv)
     files.start(args)
-    exercise = [sys.executable, "-m", "benchmarks.gpu_check.exercise"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check.sanitize"]
     # compile first: under the sanitizer nothing should wait for the compiler
-    result = logged(exercise, args.out / "sanitize_exercise.txt", seconds=args.seconds / 2)
+    result = logged(command, args.out / "sanitize_exercise.txt", seconds=args.seconds / 2)
     if result["exit_code"] or args.device.type == "cpu":
         return not result["exit_code"]
     sanitizer = find_sanitizer()
@@ -62,10 +80,14 @@ def main(argv: Sequence[str]) -> bool:
     result = logged(
         [
             *(sanitizer, "--tool", args.tool, "--error-exitcode", "9", *TOOLS[args.tool]),
-            *("--kernel-name", "regex=^_[a-z][a-z0-9_]*_kernel", *exercise),
+            *("--kernel-name", "regex=^_[a-z][a-z0-9_]*_kernel", *command),
         ],
         args.out / f"sanitize_{args.tool}.txt",
         seconds=left(args),
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     return bool(result["exit_code"] == 0 and not result["stopped"])
+
+
+if __name__ == "__main__":
+    exercise()

@@ -16,13 +16,12 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="OP", help="repeatable")
     parser.add_argument("--model", action="append", choices=list(MODELS), help="repeatable")
     parser.add_argument("--sm", action="append", type=int, choices=list(SMS), help="repeatable")
-    parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     options = parser.parse_args()
     try:
         report = check(options.only, options.model or list(MODELS), options.sm or list(SMS))
     except ValueError as error:
         parser.error(f"--{error}")
-    print(report.text(markdown=options.markdown))
+    print(report.text())
     if not options.accept:
         return int(bool(report.failures))
     if report.broken:

@@ -35,10 +35,10 @@ class Report:
         """Any of them turns the gate red."""
         return self.broken + self.worse
 
-    def text(self, *, markdown: bool = False) -> str:
+    def text(self) -> str:
         """The table, then what changed, then what is wrong."""
         heading = f"compiled code, triton {self.version}, {' / '.join(self.table)}"
-        parts = [heading, show(self.table, markdown=markdown)]
+        parts = [heading, show(self.table)]
         if self.notes:
             parts.append("\n".join(self.notes))
         if self.failures:

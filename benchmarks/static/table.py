@@ -123,7 +123,7 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:g}"
 
 
-def show(table: Rows, *, markdown: bool = False) -> str:
+def show(table: Rows) -> str:
     """One line a kernel and case: where architectures differ, "80 / 90 / 100" are side by side,
     and models with the same numbers share a line.
     """
@@ -139,7 +139,7 @@ def show(table: Rows, *, markdown: bool = False) -> str:
         (op, case, " ".join(names), kernel, *cells)
         for (op, case, kernel, *cells), names in models.items()
     ]
-    return _markdown(lines) if markdown else _aligned(lines)
+    return _aligned(lines)
 
 
 def _merged(values: Iterable[float | None]) -> str:
@@ -156,8 +156,3 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * 4 + ["---:"] * (len(lines[0]) - 4)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])

@@ -12,6 +12,7 @@ from ijepa_fast.config.cli import (
     load_yaml,
     parse,
 )
+from ijepa_fast.config.command import run_command
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.schema import (
     ARCHITECTURES,
@@ -51,4 +52,5 @@ __all__ = [
     "load_yaml",
     "parse",
     "preset",
+    "run_command",
 ]

@@ -1,10 +1,8 @@
 """Command line and YAML to `Config`: flags over YAML over preset, one parser for both."""
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import io
 import os
 import re
 import sys
@@ -13,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
 import yaml
 
 from ijepa_fast.config.choose import CHOSEN, EVALUATION, EXAMPLE, choose
+from ijepa_fast.config.command import parse_arguments
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
 from ijepa_fast.config.schema import Config, DataConfig
@@ -146,7 +144,7 @@ def read_yaml(path: Path, *, batch_given: bool = False) -> dict[str, Any] | Conv
         raise UsageError(f"--config must hold a mapping, got {type(tree).__name__} in {path}")
     if is_released(tree):
         try:
-            return convert(tree, known=_known(), batch_given=batch_given)
+            return convert(tree, batch_given=batch_given)
         except ValueError as error:
             raise UsageError(f"{path}: {error}") from None
     if not isinstance(tree.get("data", {}), dict):
@@ -248,9 +246,10 @@ def _open(
     """The settings that are chosen when the data are known."""
     if not named:
         return tuple(key for key in CHOSEN if key not in given)
+    others = given.get("data.root", start.data.sources) != start.data.sources
     # what a preset evaluates on belongs to its own images
-    others = start.eval.data and given.get("data.root", start.data.sources) != start.data.sources
-    return tuple(key for key in EVALUATION if others and key not in given)
+    alien = start.eval.data and others and "eval.data" not in given
+    return tuple(key for key in EVALUATION if alien and key not in given)
 
 
 def _own_folder(root: str) -> str:
@@ -342,32 +341,4 @@ def parse(
 
 
 def _parse_config(start: Config, arguments: list[str]) -> Config:
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                Config,
-                args=arguments,
-                default=start,
-                prog="python -m ijepa_fast.train",
-                description=DESCRIPTION,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        message = _first_paragraph(errors.getvalue())
-        raise UsageError(re.sub(r"^Error parsing [\w.]+: ", "", message)) from None
-
-
-def _first_paragraph(box: str) -> str:
-    """What is wrong, in one line: tyro prints a title, rules and paragraphs, in a box where the
-    output is UTF-8 and with dashes elsewhere.
-    """
-    words: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(" │")
-        if text.strip("─-╰╯"):
-            words += text.split()
-        elif words:
-            break
-    return " ".join(words)
+    return parse_arguments(Config, arguments, "train", default=start, description=DESCRIPTION)

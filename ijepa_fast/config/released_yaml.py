@@ -6,7 +6,7 @@ Its `data.batch_size` is that of one GPU, and the file does not say how many the
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,11 @@ OPTIONAL = {*ABSENT, *IGNORED, "data.image_folder", "data.root_path", "logging.f
 }
 
 
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     sections = sorted({key.partition(".")[0] for key in KNOWN})
@@ -159,24 +164,18 @@ def _flatten(tree: Mapping[Any, Any]) -> dict[str, Any]:
             )
         if not isinstance(content, Mapping):
             raise ValueError(f"{section} must hold a mapping, got {content!r}")
-        for key, value in content.items():
-            flat[f"{section}.{key}"] = value
+        flat |= {f"{section}.{key}": value for key, value in content.items()}
     for key in flat:
         if key not in KNOWN:
-            near = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown key {key}{hint}")
+            raise ValueError(f"unknown key {key}{_nearest(key, KNOWN)}")
     return flat
 
 
-def convert(
-    tree: Mapping[Any, Any], *, known: Collection[str], batch_given: bool = False
-) -> Conversion:
+def convert(tree: Mapping[Any, Any], *, batch_given: bool = False) -> Conversion:
     """A released file's content to our settings; what it lacks keeps the published value.
 
     Args:
         tree: the sections, as YAML gives them.
-        known: the settings that there are.
         batch_given: the global batch is given elsewhere, so that none is guessed.
 
     Raises:
@@ -201,22 +200,20 @@ def convert(
             notes.append(f"{key} false: off, as here")
         elif key in IGNORED:
             notes.append(f"ignored: {key} {_shown(value)} ({IGNORED[key]})")
+        elif key == "optimization.ema":
+            first, last = _pair(key, value)
+            settings |= {"optim.momentum": first, "optim.final_momentum": last}
+            becomes(key, f"optim.momentum {first}, optim.final_momentum {last}")
+        elif key == "meta.use_bfloat16":
+            settings["optim.precision"] = "bfloat16" if _flag(key, value) else "float32"
+            becomes(key, f"optim.precision {settings['optim.precision']}")
+        elif key == "meta.copy_data":
+            text = "images are read where they lie" if _flag(key, value) else "off, as here"
+            notes.append(f"{key} {_shown(value)}: {text}")
     _batch(flat, settings, notes, batch_given)
     _model(flat, settings, becomes)
     _root(flat, settings, notes)
-    _start(flat, settings, notes, known)
-    if "optimization.ema" in flat:
-        first, last = _pair("optimization.ema", flat["optimization.ema"])
-        settings |= {"optim.momentum": first, "optim.final_momentum": last}
-        becomes("optimization.ema", f"optim.momentum {first}, optim.final_momentum {last}")
-    if "meta.use_bfloat16" in flat:
-        half = _flag("meta.use_bfloat16", flat["meta.use_bfloat16"])
-        settings["optim.precision"] = "bfloat16" if half else "float32"
-        becomes("meta.use_bfloat16", f"optim.precision {settings['optim.precision']}")
-    if "meta.copy_data" in flat:
-        copied = _flag("meta.copy_data", flat["meta.copy_data"])
-        text = "images are read where they lie" if copied else "off, as here"
-        notes.append(f"meta.copy_data {_shown(copied)}: {text}")
+    _start(flat, settings, notes)
     notes += [
         f"not in the file: {key} (the published value is kept)"
         for key in KNOWN
@@ -262,11 +259,9 @@ def _model(
     if "meta.model_name" in flat:
         name = _text("meta.model_name", flat["meta.model_name"])  # type: ignore[assignment]
         if name not in ARCHITECTURES:
-            near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"meta.model_name must be one of {', '.join(ARCHITECTURES)}, got {name!r}{hint}"
-            )
+            rule = f"one of {', '.join(ARCHITECTURES)}"
+            wrong = _wrong("meta.model_name", rule, name)
+            raise ValueError(f"{wrong}{_nearest(name, ARCHITECTURES)}")
         settings["model.name"] = name
         becomes("meta.model_name", f"model.name {name}")
     if "meta.pred_depth" in flat:
@@ -295,21 +290,13 @@ def _root(flat: Mapping[str, Any], settings: dict[str, Any], notes: list[str]) -
     notes.append(f"{shown} -> data.root {_shown(str(folder))}{text}")
 
 
-def _start(
-    flat: Mapping[str, Any], settings: dict[str, Any], notes: list[str], known: Collection[str]
-) -> None:
+def _start(flat: Mapping[str, Any], settings: dict[str, Any], notes: list[str]) -> None:
     load, read = "meta.load_checkpoint", "meta.read_checkpoint"
-    wanted, file = flat.get(load), flat.get(read)
-    if load in flat:
-        wanted = _flag(load, wanted)
+    file = flat.get(read)
+    wanted = load in flat and _flag(load, flat[load])
     if file is not None:
         file = _text(read, file)
     if wanted and file:
-        if "init" not in known:
-            raise ValueError(
-                f"{load} must be false here, got true with {read} {file!r}: starting from another "
-                "run's weights is not supported"
-            )
         settings["init"] = file
         notes.append(f"{load} true, {read} {_shown(file)} -> init")
         return
@@ -317,5 +304,5 @@ def _start(
         text = "a run goes on from its own folder's checkpoints, always" if wanted else "off"
         notes.append(f"{load} {_shown(wanted)}: {text}")
     if read in flat:
-        unused = f"ignored: {read} {_shown(file)}"
-        notes.append(f"{unused} (meta.load_checkpoint is not true)" if file else unused)
+        unused = f" ({load} is not true)" if file else ""
+        notes.append(f"ignored: {read} {_shown(file)}{unused}")

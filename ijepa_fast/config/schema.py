@@ -6,10 +6,12 @@ fails at once.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+
+from ijepa_fast.errors import require
 
 __all__ = [
     "ARCHITECTURES",
@@ -26,9 +28,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Architecture:
-    """Dimensions of a ViT: width D, depth, heads H, MLP width F."""
+    """Dimensions of a ViT: width D, depth, heads H, MLP width F; and the predictor's depth."""
 
     width: int
     depth: int
@@ -38,32 +40,27 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    name: Architecture(
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_hidden=mlp_hidden,
-        predictor_depth=predictor_depth,
-    )
-    for name, width, depth, heads, mlp_hidden, predictor_depth in (
-        ("vit_tiny", 192, 12, 3, 768, 6),
-        ("vit_small", 384, 12, 6, 1536, 6),
-        ("vit_base", 768, 12, 12, 3072, 6),
-        ("vit_large", 1024, 24, 16, 4096, 12),
-        ("vit_huge", 1280, 32, 16, 5120, 12),
-        ("vit_giant", 1408, 40, 16, 6144, 16),
-    )
+    "vit_tiny": Architecture(192, 12, 3, 768, 6),
+    "vit_small": Architecture(384, 12, 6, 1536, 6),
+    "vit_base": Architecture(768, 12, 12, 3072, 6),
+    "vit_large": Architecture(1024, 24, 16, 4096, 12),
+    "vit_huge": Architecture(1280, 32, 16, 5120, 12),
+    "vit_giant": Architecture(1408, 40, 16, 6144, 16),
 }
 
 
-def _require(holds: bool, name: str, rule: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
+def _require_at_least(low: int, section: str, config: object, *names: str) -> None:
+    """Of numbers that may also be None, which is a default."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            value is None or value >= low, f"{section}{name.rstrip('_')}", f"at least {low}", value
+        )
 
 
 def _require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
     ordered = low < bounds[0] <= bounds[1] <= high
-    _require(ordered, name, f"two ascending numbers above {low:g} and at most {high:g}", bounds)
+    require(ordered, name, f"two ascending numbers above {low:g} and at most {high:g}", bounds)
 
 
 def _require_choices(section: str, config: object) -> None:
@@ -71,7 +68,7 @@ def _require_choices(section: str, config: object) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
-            _require(False, f"{section}{name}", f"one of {', '.join(get_args(hint))}", value)
+            require(False, f"{section}{name}", f"one of {', '.join(get_args(hint))}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,32 +96,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_choices("model.", self)
-        _require(self.patch_size >= 1, "model.patch_size", "at least 1", self.patch_size)
+        _require_at_least(1, "model.", self, "patch_size")
         a = self.architecture
-        for name, value in vars(a).items():
-            _require(value >= 1, f"model.{name}", "at least 1", value)
+        _require_at_least(1, "model.", a, *vars(a))
         for name, width in (("width", a.width), ("predictor_width", self.predictor_width)):
-            _require(
+            require(
                 width % 4 == 0 and width > 0, f"model.{name}", "a positive multiple of 4", width
             )
             rule = f"divisible by the number of heads ({a.heads})"
-            _require(width % a.heads == 0, f"model.{name}", rule, width)
+            require(width % a.heads == 0, f"model.{name}", rule, width)
 
     @property
     def architecture(self) -> Architecture:
         """The named size with the overrides applied."""
         base = ARCHITECTURES[self.name]
-        width = base.width if self.width is None else self.width
-        hidden = base.mlp_hidden if self.width is None else 4 * width
-        return Architecture(
-            width=width,
-            depth=base.depth if self.depth is None else self.depth,
-            heads=base.heads if self.heads is None else self.heads,
-            mlp_hidden=hidden if self.mlp_hidden is None else self.mlp_hidden,
-            predictor_depth=base.predictor_depth
-            if self.predictor_depth is None
-            else self.predictor_depth,
-        )
+        if self.width is not None:
+            base = replace(base, mlp_hidden=4 * self.width)
+        given = {name: getattr(self, name) for name in vars(base)}
+        return replace(base, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +143,8 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         _require_choices("masks.", self)
-        for name in ("num_targets", "num_contexts", "truncation_group"):
-            _require(getattr(self, name) >= 1, f"masks.{name}", "at least 1", getattr(self, name))
-        _require(self.min_keep >= 0, "masks.min_keep", "at least 0", self.min_keep)
+        _require_at_least(1, "masks.", self, "num_targets", "num_contexts", "truncation_group")
+        _require_at_least(0, "masks.", self, "min_keep")
         for name in ("target_scale", "context_scale"):
             _require_range(f"masks.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("target_aspect", "context_aspect"):
@@ -167,10 +155,10 @@ class MaskConfig:
 class DataConfig:
     """Images and their augmentation (paper, appendix A: random resized crops only)."""
 
-    root: str | tuple[str, ...] = "shapes"
+    root: str | tuple[str, ...] = ""
     """A folder of images (any nesting), a list file (.txt, .tsv), tar shards
-    (`train-{0000..0099}.tar`) or several of these; `shapes` is the embedded data set; `--data` is
-    short for it. Empty: must still be given."""
+    (`train-{0000..0099}.tar`) or several of these; or a name, `fashion_mnist_10k` (embedded) or
+    `fashion_mnist`. `--data` is short for it. Empty: must still be given."""
     crop: int | tuple[int, int] = 224
     """Side of the training crop in pixels, or its height and width."""
     scale: tuple[float, float] = (0.3, 1.0)
@@ -194,20 +182,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_choices("data.", self)
-        _require(min(self.crop_size) >= 1, "data.crop", "at least 1 pixel", self.crop)
+        require(min(self.crop_size) >= 1, "data.crop", "at least 1 pixel", self.crop)
         _require_range("data.scale", self.scale, 0.0, 1.0)
         _require_range("data.ratio", self.ratio, 0.0, 100.0)
         for value in self.mean:
-            _require(math.isfinite(value), "data.mean", "finite", self.mean)
+            require(math.isfinite(value), "data.mean", "finite", self.mean)
         for value in self.std:
-            _require(0 < value < math.inf, "data.std", "positive and finite", self.std)
-        _require(
-            self.threads is None or self.threads >= 1, "data.threads", "at least 1", self.threads
-        )
-        _require(self.prefetch >= 1, "data.prefetch", "at least 1", self.prefetch)
-        _require(self.timeout > 0, "data.timeout", "positive", self.timeout)
+            require(0 < value < math.inf, "data.std", "positive and finite", self.std)
+        _require_at_least(1, "data.", self, "threads", "prefetch")
+        require(self.timeout > 0, "data.timeout", "positive", self.timeout)
         share = self.max_bad_share
-        _require(0 <= share <= 1, "data.max_bad_share", "between 0 and 1", share)
+        require(0 <= share <= 1, "data.max_bad_share", "between 0 and 1", share)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -270,22 +255,20 @@ class OptimConfig:
         _require_choices("optim.", self)
         half = self.precision == "bfloat16" or self.residual == "float32"
         rule = "float32 where optim.precision is float32"
-        _require(half, "optim.residual", rule, self.residual)
-        _require(self.epochs >= 1, "optim.epochs", "at least 1", self.epochs)
+        require(half, "optim.residual", rule, self.residual)
+        _require_at_least(1, "optim.", self, "epochs", "lr_reference_batch")
         for name in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "warmup"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"optim.{name}", "at least 0", value)
+            require(math.isfinite(value) and value >= 0, f"optim.{name}", "at least 0", value)
         for name in ("momentum", "final_momentum", "beta1", "beta2"):
             value = getattr(self, name)
             high = 1.0 if "momentum" in name else math.nextafter(1.0, 0.0)
-            _require(0 <= value <= high, f"optim.{name}", "between 0 and 1", value)
+            require(0 <= value <= high, f"optim.{name}", "between 0 and 1", value)
         for name in ("eps", "ipe_scale"):
             value = getattr(self, name)
-            _require(0 < value < math.inf, f"optim.{name}", "positive and finite", value)
-        reference = self.lr_reference_batch
-        _require(reference >= 1, "optim.lr_reference_batch", "at least 1", reference)
+            require(0 < value < math.inf, f"optim.{name}", "positive and finite", value)
         rule = f"at most optim.epochs * optim.ipe_scale ({self.epochs * self.ipe_scale:g})"
-        _require(self.warmup <= self.epochs * self.ipe_scale, "optim.warmup", rule, self.warmup)
+        require(self.warmup <= self.epochs * self.ipe_scale, "optim.warmup", rule, self.warmup)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,11 +284,11 @@ class BatchConfig:
     the largest that the memory estimate allows."""
 
     def __post_init__(self) -> None:
-        _require(self.global_ >= 1, "batch.global", "at least 1", self.global_)
+        _require_at_least(1, "batch.", self, "global_")
         if self.device != "auto":
-            _require(self.device >= 1, "batch.device", "at least 1", self.device)
+            _require_at_least(1, "batch.", self, "device")
             rule = f"a divisor of batch.global ({self.global_})"
-            _require(self.global_ % self.device == 0, "batch.device", rule, self.device)
+            require(self.global_ % self.device == 0, "batch.device", rule, self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +303,7 @@ class LogConfig:
     """Also write which samples every step took, into OUT/samples-rank<r>.jsonl."""
 
     def __post_init__(self) -> None:
-        _require(self.interval >= 1, "log.interval", "at least 1", self.interval)
+        _require_at_least(1, "log.", self, "interval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,10 +318,8 @@ class CheckpointConfig:
     """Also write and keep one at every so many epochs, once the one before it is written."""
 
     def __post_init__(self) -> None:
-        _require(self.minutes > 0, "checkpoint.minutes", "positive", self.minutes)
-        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
-        every = self.keep_every
-        _require(every is None or every >= 1, "checkpoint.keep_every", "at least 1", every)
+        require(self.minutes > 0, "checkpoint.minutes", "positive", self.minutes)
+        _require_at_least(1, "checkpoint.", self, "keep", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,7 +329,7 @@ class EvalConfig:
     """
 
     data: str | None = None
-    """A folder with one sub-folder a class, `shapes` or `fashion_mnist`, for the kNN accuracy."""
+    """A folder with one sub-folder a class, or the name of a set, for the kNN accuracy."""
     every: int | None = None
     """Steps between two looks; by default as often as a small part of a percent of the run pays
     for.
@@ -359,7 +340,7 @@ class EvalConfig:
     """
 
     def __post_init__(self) -> None:
-        _require(self.every is None or self.every >= 1, "eval.every", "at least 1", self.every)
+        _require_at_least(1, "eval.", self, "every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,22 +403,20 @@ class Config:
 
     def __post_init__(self) -> None:
         _require_choices("", self)
-        _require(0 <= self.seed < 2**63, "seed", "in 0..2**63-1", self.seed)
-        _require(bool(self.out), "out", "a folder", self.out)
-        _require(
-            self.max_steps is None or self.max_steps >= 1, "max_steps", "at least 1", self.max_steps
-        )
-        _require(self.rank_timeout >= 1, "rank_timeout", "at least 1 second", self.rank_timeout)
+        require(0 <= self.seed < 2**63, "seed", "in 0..2**63-1", self.seed)
+        require(bool(self.out), "out", "a folder", self.out)
+        _require_at_least(1, "", self, "max_steps")
+        require(self.rank_timeout >= 1, "rank_timeout", "at least 1 second", self.rank_timeout)
         for side in self.data.crop_size:
             rule = f"a multiple of model.patch_size ({self.model.patch_size})"
-            _require(side % self.model.patch_size == 0, "data.crop", rule, side)
+            require(side % self.model.patch_size == 0, "data.crop", rule, side)
         if self.path == "reference":
             self._check_reference()
         if self.target_precision == "fp8":
             self._check_float8()
         group = self.masks.truncation_group
         rule = f"divisible by masks.truncation_group ({group}): change either, or give no group"
-        _require(self.batch.global_ % group == 0, "batch.global", rule, self.batch.global_)
+        require(self.batch.global_ % group == 0, "batch.global", rule, self.batch.global_)
 
     def _check_reference(self) -> None:
         """What is asked of the fast path alone must not be ignored in silence."""
@@ -449,18 +428,18 @@ class Config:
             ("shard", ("auto", "none")),
         ):
             value = getattr(self, name)
-            _require(value in plain, name, f"{' or '.join(plain)} with path reference", value)
+            require(value in plain, name, f"{' or '.join(plain)} with path reference", value)
         residual = self.optim.residual
-        _require(residual == "float32", "optim.residual", "float32 with path reference", residual)
+        require(residual == "float32", "optim.residual", "float32 with path reference", residual)
 
     def _check_float8(self) -> None:
         name = "target_precision"
         precision, shard, a = self.optim.precision, self.shard, self.model.architecture
-        _require(precision == "bfloat16", name, f"same where optim.precision is {precision}", "fp8")
-        _require(shard in ("auto", "none"), name, f"same where shard is {shard}", "fp8")
+        require(precision == "bfloat16", name, f"same where optim.precision is {precision}", "fp8")
+        require(shard in ("auto", "none"), name, f"same where shard is {shard}", "fp8")
         for width in (a.width, a.mlp_hidden):
             rule = "same where a width of the encoder is not a multiple of 16"
-            _require(width % 16 == 0, name, f"{rule} ({width})", "fp8")
+            require(width % 16 == 0, name, f"{rule} ({width})", "fp8")
 
     @property
     def grid(self) -> tuple[int, int]:

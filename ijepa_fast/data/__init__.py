@@ -3,28 +3,20 @@
 Pillow and DALI are imported where they are first used, never by importing this package.
 """
 
-from ijepa_fast.data.batch import Batch
 from ijepa_fast.data.build import build_index
 from ijepa_fast.data.cache import load_table, open_index, save_table
 from ijepa_fast.data.crops import crop_windows
-from ijepa_fast.data.decoders import (
-    DaliDecoder,
-    DecodeError,
-    ImageDecoder,
-    PillowDecoder,
-    default_threads,
-    make_decoder,
-)
+from ijepa_fast.data.dali_decoder import DaliDecoder
+from ijepa_fast.data.decoders import make_decoder
 from ijepa_fast.data.index import Index, index_from_arrays, index_to_arrays
-from ijepa_fast.data.loader import Loader, known_bad
+from ijepa_fast.data.loader import Batch, Loader, known_bad
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
+from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
 from ijepa_fast.data.quarantine import Quarantine
+from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.sets.named import NAMES, named_data
-from ijepa_fast.data.sets.scenes import CLASSES, Split, pose, silhouette
-from ijepa_fast.data.sets.shapes import cache_folder
 
 __all__ = [
-    "CLASSES",
     "NAMES",
     "Batch",
     "DaliDecoder",
@@ -34,7 +26,6 @@ __all__ = [
     "Loader",
     "PillowDecoder",
     "Quarantine",
-    "Split",
     "build_index",
     "cache_folder",
     "crop_windows",
@@ -47,10 +38,8 @@ __all__ = [
     "make_decoder",
     "named_data",
     "open_index",
-    "pose",
     "positions",
     "save_table",
-    "silhouette",
     "steps_per_epoch",
     "usable_ids",
 ]

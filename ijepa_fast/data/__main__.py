@@ -11,8 +11,10 @@ from typing import Annotated
 
 import tyro
 
+from ijepa_fast.config import run_command
 from ijepa_fast.data.cache import open_index
 from ijepa_fast.data.report import as_text, summary
+from ijepa_fast.errors import require
 
 __all__ = ["main"]
 
@@ -37,25 +39,18 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m ijepa_fast.data")
+    return run_command(Arguments, _check_data, argv, "data")
+
+
+def _check_data(arguments: Arguments) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        if not 0 <= arguments.max_bad_share <= 1:
-            share = arguments.max_bad_share
-            raise ValueError(f"--max-bad-share must be between 0 and 1, got {share}")
-        if arguments.threads is not None and arguments.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
-        index, path = open_index(
-            arguments.sources,
-            threads=arguments.threads,
-            verify=arguments.verify,
-            compare_all=True,
-        )
-        threads = arguments.threads or 8
-        found = summary(index, max_bad_share=arguments.max_bad_share, threads=threads)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    share, threads = arguments.max_bad_share, arguments.threads
+    require(0 <= share <= 1, "--max-bad-share", "between 0 and 1", share)
+    require(threads is None or threads >= 1, "--threads", "at least 1", threads)
+    index, path = open_index(
+        arguments.sources, threads=threads, verify=arguments.verify, compare_all=True
+    )
+    found = summary(index, max_bad_share=share, threads=threads or 8)
     found["table"] = str(path) if path else None
     if arguments.json:
         print(json.dumps(found, indent=1))

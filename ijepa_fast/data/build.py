@@ -20,15 +20,7 @@ from ijepa_fast.data.index import COLUMNS, Index, Texts, stamp
 from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.sources import SHARDS, Bad, Entry, Source, list_source
 
-__all__ = [
-    "NoImages",
-    "Sources",
-    "build_index",
-    "build_listed",
-    "list_sources",
-    "require_size",
-    "source_names",
-]
+__all__ = ["NoImages", "Sources", "build_index", "require_size", "source_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +42,6 @@ def build_index(
     sources: Sources,
     *,
     threads: int | None = None,
-    min_side: int = 1,
     verify: bool = False,
     older: Index | None = None,
 ) -> Index:
@@ -63,7 +54,6 @@ def build_index(
     Args:
         sources: a folder, list file, tar shard or range of shards, or several (see `sources`).
         threads: threads that read headers; by default twice the number of cores, at most 16.
-        min_side: smallest width and height of an image, pixels (the patch size).
         verify: decode every image wholly, which finds damage between header and end.
         older: a table of the same sources; what has not changed since is taken over.
 
@@ -71,24 +61,16 @@ def build_index(
         The table. Broken files are in its `bad`, with the reason.
 
     Raises:
-        ValueError: a source is missing, of no known kind, or they hold no usable image; an image is
-            smaller than `min_side`.
+        ValueError: a source is missing, given twice or of no known kind, or they hold no usable
+            image.
     """
-    given, listed = list_sources(sources)
-    index = build_listed(given, listed, threads=threads, verify=verify, older=older)
-    require_size(index, min_side)
-    return index
-
-
-def build_listed(
-    given: Sequence[str],
-    listed: Sequence[Source],
-    *,
-    threads: int | None = None,
-    verify: bool = False,
-    older: Index | None = None,
-) -> Index:
-    """As `build_index`, of sources that are listed already; images of any size."""
+    given = source_names(sources)
+    if not given:
+        raise ValueError("data.root must name at least one source, got none")
+    twice = next((name for name in given if given.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"data.root must name every source once, got {twice!r} twice")
+    listed = [list_source(source) for source in given]
     threads = threads or min(2 * (os.cpu_count() or 1), 16)
     parts = _Parts()
     total = sum(len(source.entries) for source in listed)
@@ -120,21 +102,6 @@ def source_names(sources: Sources) -> list[str]:
     if isinstance(sources, str | os.PathLike):
         return [os.fspath(sources)]
     return [os.fspath(source) for source in sources]
-
-
-def list_sources(sources: Sources) -> tuple[list[str], list[Source]]:
-    """The sources' names, and what they consist of.
-
-    Raises:
-        ValueError: a source is missing, given twice or of no known kind.
-    """
-    given = source_names(sources)
-    if not given:
-        raise ValueError("data.root must name at least one source, got none")
-    twice = next((name for name in given if given.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"data.root must name every source once, got {twice!r} twice")
-    return given, [list_source(source) for source in given]
 
 
 def _inspected(
@@ -249,6 +216,7 @@ class _Parts:
         self._ignored = 0
         self._ignored_in: list[tuple[int, int]] = []
         self._rows: list[tuple[int, Image]] = []
+        self._watched: list[tuple[str, int]] = []
 
     def begin(self, source: Source) -> None:
         """The files from here on belong to this source."""
@@ -256,6 +224,7 @@ class _Parts:
         self._root_start.append(len(self._paths))
         self._ignored += source.ignored
         self._bad += [(len(self._roots) - 1, bad.path, 0, bad) for bad in source.bad]
+        self._watched += source.watched
 
     def add(self, inspected: Inspected) -> None:
         """Takes over one file."""
@@ -276,10 +245,12 @@ class _Parts:
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
         images = [image for _, image in rows]
-        labels = [-1 if i.label is None else self._code(i.label) for i in images]
+        codes = self._labels
         values: dict[str, list[int]] = {
             "file": [file for file, _ in rows],
-            "label": labels,
+            "label": [
+                -1 if i.label is None else codes.setdefault(i.label, len(codes)) for i in images
+            ],
             **{name: [getattr(i, name) for i in images] for name in _OF_IMAGE},
         }
         for name, column in values.items():
@@ -287,9 +258,6 @@ class _Parts:
         members = [image.member for image in images]
         self._sharded = self._sharded or any(members)
         self._members += members
-
-    def _code(self, label: str) -> int:
-        return self._labels.setdefault(label, len(self._labels))
 
     def finish(self) -> Index:
         """The table of all files that were added; none may be added after it."""
@@ -325,6 +293,8 @@ class _Parts:
             bad_stamps=np.array([known for _, _, _, known in bad], dtype=np.uint64),
             ignored=self._ignored,
             ignored_in=np.array(self._ignored_in, dtype=np.int64).reshape(-1, 2),
+            watched=Texts.of(path for path, _ in self._watched),
+            watched_times=np.array([changed for _, changed in self._watched], dtype=np.int64),
         )
 
 

@@ -9,33 +9,23 @@ import hashlib
 import json
 import logging
 import os
-import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ijepa_fast.data.build import (
-    Sources,
-    build_listed,
-    list_sources,
-    require_size,
-    source_names,
-)
-from ijepa_fast.data.headers import YOUNG_NS
+from ijepa_fast.data.build import Sources, build_index, require_size, source_names
 from ijepa_fast.data.index import (
     Index,
-    Texts,
     index_from_arrays,
     index_to_arrays,
     open_regular,
     stamp,
 )
-from ijepa_fast.data.sets.shapes import cache_folder
+from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.table_file import TableError, read_table, write_table
 
 __all__ = ["load_table", "open_index", "save_table"]
@@ -79,55 +69,35 @@ def open_index(
     path = (cache or cache_folder()) / "ijepa-fast" / "tables" / f"{name}.safetensors"
     older: Index | None = None
     try:
-        older, times = _load(path)
-        if _up_to_date(older, times, compare_all) and (not verify or older.verified.all()):
-            require_size(older, min_side)
-            logger.debug("table of %d images from %s", len(older), path)
-            return older, path
+        older = load_table(path)
     except FileNotFoundError:
         pass
     except (TableError, OSError) as error:
         logger.warning("the table %s is made anew: %s", path, error)
-    given, listed = list_sources(given)
-    index = build_listed(given, listed, threads=threads, verify=verify, older=older)
-    # an image that was too young for its stamp to be trusted is looked into again next time
-    watched = [entry for source in listed for entry in source.watched]
-    try:
-        save_table(path, index, watched)
-        index = load_table(path)
-    except OSError as error:
-        logger.warning("the table of the data is not kept, the next start makes it anew: %s", error)
-        return _sized(index, min_side), None
-    return _sized(index, min_side), path
-
-
-def _sized(index: Index, min_side: int) -> Index:
+    if older and _up_to_date(older, compare_all) and (not verify or older.verified.all()):
+        index = older
+    else:
+        index = build_index(given, threads=threads, verify=verify, older=older)
+        try:
+            save_table(path, index)
+            index = load_table(path)
+        except OSError as error:
+            logger.warning(
+                "the table of the data is not kept, the next start makes it anew: %s", error
+            )
     require_size(index, min_side)
-    return index
+    # what was opened has a name
+    return index, path if index.table else None
 
 
-def save_table(
-    path: Path, index: Index, watched: Sequence[tuple[str, int]] = (), *, table: str = ""
-) -> None:
-    """Writes a table.
-
-    Args:
-        path: the file.
-        index: the table.
-        watched: (path, mtime in ns) of folders and list files that it depends on; 0 where that is
-            not known.
-        table: its name, a new one by default.
+def save_table(path: Path, index: Index) -> None:
+    """Writes a table, under a new name if it has none.
 
     Raises:
         OSError: it cannot be written.
     """
-    arrays = index_to_arrays(index)
-    names = Texts.of(name for name, _ in watched)
-    arrays["watched"], arrays["watched_start"] = names.blob, names.start
-    young = time.time_ns() - YOUNG_NS
-    times = [changed if changed < young else 0 for _, changed in watched]
-    arrays["watched_times"] = np.array(times, dtype=np.int64)
-    write_table(path, arrays, {"format": str(_FORMAT), "table": table or uuid.uuid4().hex})
+    meta = {"format": str(_FORMAT), "table": index.table or uuid.uuid4().hex}
+    write_table(path, index_to_arrays(index), meta)
 
 
 def load_table(path: Path) -> Index:
@@ -137,29 +107,21 @@ def load_table(path: Path) -> Index:
         TableError: the file is damaged or of another version.
         OSError: it cannot be opened.
     """
-    return _load(path)[0]
-
-
-def _load(path: Path) -> tuple[Index, dict[str, int]]:
-    """A table, and the times of what it depends on."""
     arrays, meta = read_table(path)
     if meta.get("format") != str(_FORMAT):
         raise TableError(f"{path} must have format {_FORMAT}, got {meta.get('format')!r}")
     try:
-        index = replace(index_from_arrays(arrays), table=meta.get("table", ""))
-        times = arrays["watched_times"].tolist()
-        names = Texts(arrays["watched"], arrays["watched_start"])  # type: ignore[arg-type]
-        watched = dict(zip(names, times, strict=True))
-    except (KeyError, ValueError) as error:
+        return replace(index_from_arrays(arrays), table=meta.get("table", ""))
+    except ValueError as error:
         raise TableError(f"{path} is damaged: {error}") from None
-    return index, watched
 
 
-def _up_to_date(index: Index, watched: Mapping[str, int], compare_all: bool) -> bool:
+def _up_to_date(index: Index, compare_all: bool) -> bool:
     """Whether folders, lists, shards and files are as they were when the table was made."""
     try:
         # 0: too young to be trusted
-        if any(os.stat(path).st_mtime_ns != changed for path, changed in watched.items()):
+        watched = zip(index.watched, index.watched_times.tolist(), strict=True)
+        if any(os.stat(path).st_mtime_ns != changed for path, changed in watched):
             return False
         compared = compare_all or len(index.paths) <= _COMPARED
         if not compared:
@@ -168,7 +130,7 @@ def _up_to_date(index: Index, watched: Mapping[str, int], compare_all: bool) -> 
                 "compares all",
                 len(index.paths),
             )
-        files = np.arange(len(index.paths)) if compared else _shard_files(index)
+        files = np.arange(len(index.paths)) if compared else index.shard_files
         parts = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
         # stat waits for a server, not for a core
         with ThreadPoolExecutor(_THREADS, "ijepa-compare") as pool:
@@ -180,13 +142,6 @@ def _up_to_date(index: Index, watched: Mapping[str, int], compare_all: bool) -> 
         return all(_still_bad(path, known) for path, known in pairs)
     except OSError:
         return False
-
-
-def _shard_files(index: Index) -> NDArray[np.int64]:
-    """Entries of `paths` that are tar shards."""
-    if index.members is None:
-        return np.zeros(0, dtype=np.int64)
-    return np.unique(index.file[np.diff(index.members.start) > 1]).astype(np.int64)
 
 
 def _same(index: Index, files: Sequence[int]) -> bool:

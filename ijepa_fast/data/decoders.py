@@ -12,16 +12,9 @@ import torch
 
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data.dali_decoder import DaliDecoder, last_line
-from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
+from ijepa_fast.data.pillow_decoder import ImageDecoder, PillowDecoder, default_threads
 
-__all__ = [
-    "DaliDecoder",
-    "DecodeError",
-    "ImageDecoder",
-    "PillowDecoder",
-    "default_threads",
-    "make_decoder",
-]
+__all__ = ["make_decoder"]
 
 
 def make_decoder(
@@ -43,30 +36,29 @@ def make_decoder(
     """
     device = torch.device(device)
     size, threads = config.crop_size, config.threads or default_threads()
-    where = f"{threads} threads, {'GPU' if device.type == 'cuda' else 'CPU'}"
+
+    def pillow(why: str) -> tuple[ImageDecoder, str]:
+        return PillowDecoder(size, threads, device), f"decoder: Pillow ({threads} threads), {why}"
+
     if config.decoder == "pillow":
-        return PillowDecoder(
-            size, threads, device
-        ), f"decoder: Pillow, as asked ({threads} threads)"
+        return pillow("as asked")
     try:
         version = importlib.import_module("nvidia.dali").__version__
+        decoder = DaliDecoder(size, threads, max_batch, device)
     except ImportError as error:
         if config.decoder == "dali":
             raise ImportError(
                 "data.decoder must be a decoder that is installed, got 'dali': "
                 f"pip install nvidia-dali-cuda130, or data.decoder=pillow ({error})"
             ) from error
-        reason = f"decoder: Pillow ({threads} threads), because DALI cannot be imported: {error}"
-        return PillowDecoder(size, threads, device), reason
-    try:
-        decoder = DaliDecoder(size, threads, max_batch, device)
+        return pillow(f"because DALI cannot be imported: {error}")
     except RuntimeError as error:
         if config.decoder == "dali":
             raise ValueError(
                 "data.decoder must be a decoder that works here, got 'dali' "
                 f"(data.decoder=pillow does without it): {last_line(error)}"
             ) from error
-        reason = f"decoder: Pillow ({threads} threads), because DALI fails: {last_line(error)}"
-        return PillowDecoder(size, threads, device), reason
+        return pillow(f"because DALI fails: {last_line(error)}")
+    where = f"{threads} threads, {'GPU' if device.type == 'cuda' else 'CPU'}"
     asked = "as asked" if config.decoder == "dali" else "the default where it is installed"
     return decoder, f"decoder: DALI {version}, {asked} ({where})"

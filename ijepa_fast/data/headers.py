@@ -3,14 +3,12 @@
 Nothing is extracted, unpickled or followed: a member is a byte range, whatever it is called.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
 import tarfile
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,9 +21,9 @@ from ijepa_fast.data.pixels import (
     is_plain,
     open_image,
 )
-from ijepa_fast.data.sources import Bad
+from ijepa_fast.data.sources import Bad, trusted_time
 
-__all__ = ["YOUNG_NS", "Image", "Inspected", "inspect_file", "inspect_shard"]
+__all__ = ["Image", "Inspected", "inspect_file", "inspect_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +31,13 @@ logger = logging.getLogger(__name__)
 _TAIL = 1024
 _END_MARKER = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _LONGEST = 2**32 - 1
-YOUNG_NS = 2_000_000_000
-"""Age of a file, in ns, from which its time of change tells it from a later version."""
 _LONGEST_LABEL = 1 << 20
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a link",
+    tarfile.DIRTYPE: "a folder",
+    **dict.fromkeys((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE), "a device or FIFO"),
+}
 _LABEL_KEYS = ("label", "cls", "class")
 
 
@@ -65,12 +67,12 @@ class Inspected(NamedTuple):
 
 
 class _Range(io.RawIOBase):
-    """A byte range of a descriptor as a file."""
+    """A byte range of a descriptor as a file; `read` allocates no more than there is."""
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
         super().__init__()
         self._descriptor, self._offset, self._at = descriptor, offset, 0
-        self.length = length
+        self._length = length
 
     def readable(self) -> bool:
         return True
@@ -79,30 +81,24 @@ class _Range(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.length}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
         if start + offset < 0:
             raise OSError("a position must be at least 0")
         self._at = start + offset
         return self._at
 
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), max(self.length - self._at, 0))
-        count = os.preadv(self._descriptor, [memoryview(buffer)[:size]], self._offset + self._at)
-        self._at += count
-        return count
-
-
-class _Cut:
-    """A file whose reads allocate no more than there is."""
-
-    def __init__(self, file: Any, length: int) -> None:
-        self._file, self._length = file, length
-        self.seek, self.tell = file.seek, file.tell
-
     def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._file.tell(), 0)
-        data: bytes = self._file.read(left if size < 0 else min(size, left))
+        left = max(self._length - self._at, 0)
+        data = os.pread(
+            self._descriptor, left if size < 0 else min(size, left), self._offset + self._at
+        )
+        self._at += len(data)
         return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def inspect_file(root: str, path: str, label: str | None, *, verify: bool) -> Inspected:
@@ -114,27 +110,48 @@ def inspect_file(root: str, path: str, label: str | None, *, verify: bool) -> In
         label: class of the image, if it has one.
         verify: decode the whole image.
     """
-    known = 0
+    opened = _open(root, path)
+    if isinstance(opened, Inspected):
+        return opened
+    descriptor, status = opened
+    known = _stamp(status)
     try:
-        descriptor, status = open_regular(os.path.join(root, path))
-        try:
-            known = _stamp(status)
-            image = _inspect(descriptor, 0, status.st_size, verify=verify)
-        finally:
-            os.close(descriptor)
+        found = _inspect(descriptor, 0, status.st_size, verify=verify)
+    finally:
+        os.close(descriptor)
+    if isinstance(found, str):
+        return Inspected(path, [], [Bad(path, found)], known)
+    return Inspected(path, [found._replace(label=label)], [], known)
+
+
+def _open(root: str, path: str) -> tuple[int, os.stat_result] | Inspected:
+    """A regular file, or what is wrong with it."""
+    where = os.path.join(root, path)
+    try:
+        return open_regular(where)
+    except OSError as error:
+        broken = isinstance(error, FileNotFoundError) and os.path.islink(where)
+        reason = "a broken symbolic link" if broken else describe(error)
+        return Inspected(path, [], [Bad(path, reason)], 0)
+
+
+def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Image | str:
+    """What is known of a usable image, or why it is not usable."""
+    try:
+        return _header(descriptor, offset, length, verify=verify)
     except MemoryError:
         raise
     # Pillow raises nearly anything on a hostile file; all of it means that the file is not usable.
     except Exception as error:  # noqa: BLE001
-        return Inspected(path, [], [Bad(path, _reason(root, path, error))], known)
-    return Inspected(path, [image._replace(label=label)], [], known)
+        return describe(error)
 
 
-def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
+def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
     if length == 0:
         raise ValueError("the file is empty")
     if length > _LONGEST:
         raise ValueError(f"an image must have at most {_LONGEST} bytes, got {length}")
+    # Pillow reads a header in small pieces
     file = io.BufferedReader(_Range(descriptor, offset, length))
     with open_image(file) as image:
         width, height = image.size
@@ -148,7 +165,7 @@ def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Imag
         if verified:
             image.load()
         name = "JPEG" if image.format == "MPO" else image.format
-        mark = hashlib.blake2b(tail + length.to_bytes(8, "little"), digest_size=8).digest()
+    mark = hashlib.blake2b(tail + length.to_bytes(8, "little"), digest_size=8).digest()
     return Image(
         member="",
         label=None,
@@ -164,18 +181,7 @@ def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Imag
 
 
 def _stamp(status: os.stat_result) -> int:
-    """The stamp, or 0 for what was changed so shortly before that the clock may not tell a change
-    to come from it.
-    """
-    return stamp(status) if status.st_mtime_ns < time.time_ns() - YOUNG_NS else 0
-
-
-def _reason(root: str, path: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError) and os.path.islink(os.path.join(root, path)):
-        return "a broken symbolic link"
-    if type(error) is ValueError and str(error) == "the file is empty":
-        return str(error)
-    return describe(error)
+    return stamp(status) if trusted_time(status) else 0
 
 
 def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> Inspected:
@@ -193,16 +199,16 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
     """
     images: list[Image] = []
     bad: list[Bad] = []
-    known = ignored = unread = 0
+    ignored = unread = 0
     labels: dict[str, str] = {}
     keys: list[str] = []
     seen: set[str] = set()
-    try:
-        descriptor, status = open_regular(os.path.join(root, path))
-    except OSError as error:
-        return Inspected(path, [], [Bad(path, _reason(root, path, error))], 0)
-    with contextlib.closing(io.FileIO(descriptor, "rb")):
-        known = _stamp(status)
+    opened = _open(root, path)
+    if isinstance(opened, Inspected):
+        return opened
+    descriptor, status = opened
+    known = _stamp(status)
+    with os.fdopen(descriptor, "rb"):
         members = _members(_Range(descriptor, 0, status.st_size))
         while True:
             try:
@@ -217,24 +223,20 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
             full = f"{path}/{member.name}"
             if extension in EXTENSIONS:
                 if not member.isreg() or member.issparse():
-                    bad.append(Bad(full, f"must be a plain member of the tar, got {_kind(member)}"))
+                    kind = _KINDS.get(member.type, "a sparse or unknown one")
+                    bad.append(Bad(full, f"must be a plain member of the tar, got {kind}"))
                     continue
                 if key in seen:
                     bad.append(Bad(full, f"the shard holds the key {key!r} twice"))
                     continue
                 seen.add(key)
-                try:
-                    if member.offset_data + member.size > status.st_size:
-                        raise ValueError("the shard ends before the file does")
-                    image = _inspect(descriptor, member.offset_data, member.size, verify=verify)
-                except MemoryError:
-                    raise
-                # As above.
-                except Exception as error:  # noqa: BLE001
-                    reason = str(error) if type(error) is ValueError else describe(error)
-                    bad.append(Bad(full, reason))
+                found: Image | str = "the shard ends before the file does"
+                if member.offset_data + member.size <= status.st_size:
+                    found = _inspect(descriptor, member.offset_data, member.size, verify=verify)
+                if isinstance(found, str):
+                    bad.append(Bad(full, found))
                     continue
-                images.append(image._replace(member=member.name))
+                images.append(found._replace(member=member.name))
                 keys.append(key)
             elif extension in (".cls", ".json") and member.isreg() and not member.issparse():
                 text = _label(descriptor, member, extension)
@@ -254,17 +256,14 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
     return Inspected(path, labelled, bad, known, ignored)
 
 
-def _members(file: "_Range") -> Iterator[tarfile.TarInfo]:
+def _members(file: Any) -> Iterator[tarfile.TarInfo]:
     """Members one after the other, none kept.
 
     Raises:
         Exception: whatever tarfile raises on a damaged archive.
     """
-    # reads are cut at the file's end: a header may claim any length
-    whole: Any = io.BufferedReader(file)
-    cut: Any = _Cut(whole, file.length)
     with tarfile.open(
-        fileobj=cut, mode="r:", encoding="utf-8", errors="surrogateescape"
+        fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
     ) as archive:
         before = -1
         while (member := archive.next()) is not None:
@@ -275,8 +274,8 @@ def _members(file: "_Range") -> Iterator[tarfile.TarInfo]:
             archive.members.clear()  # type: ignore[attr-defined]
             yield member
         # tarfile takes a damaged header for the end; the end is a block of zeros
-        whole.seek(archive.offset)
-        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no header and no end marker at byte {archive.offset}")
 
 
@@ -287,19 +286,6 @@ def _split(name: str) -> tuple[str, str]:
         return name, ""
     key = base.partition(".")[0]
     return f"{folder}{slash}{key}", os.path.splitext(base)[1].lower()
-
-
-def _kind(member: tarfile.TarInfo) -> str:
-    for name, is_kind in (
-        ("a symbolic link", member.issym()),
-        ("a link", member.islnk()),
-        ("a folder", member.isdir()),
-        ("a sparse file", member.issparse()),
-        ("a device or FIFO", member.isdev()),
-    ):
-        if is_kind:
-            return name
-    return f"type {member.type!r}"
 
 
 def _label(descriptor: int, member: tarfile.TarInfo, extension: str) -> str | None:

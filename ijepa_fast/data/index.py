@@ -47,7 +47,15 @@ COLUMNS: dict[str, type[np.generic]] = {
     "verified": np.bool_,
     "mark": np.uint64,
 }
-_TEXTS = ("paths", "members", "classes", "roots", "bad", "bad_paths")
+# columns that do not have a row for each image
+_OTHERS: dict[str, type[np.generic]] = {
+    "stamps": np.uint64,
+    "root_start": np.int32,
+    "bad_stamps": np.uint64,
+    "ignored_in": np.int64,
+    "watched_times": np.int64,
+}
+_TEXTS = ("paths", "members", "classes", "roots", "bad", "bad_paths", "watched")
 # Shards stay open while they are read; images that are files of their own do not.
 _OPEN_SHARDS = 256
 _MASK = (1 << 64) - 1
@@ -74,12 +82,6 @@ class Texts(Sequence[str]):
         np.cumsum(lengths, out=start[1:])
         joined = b"".join(text + b"\0" for text in encoded)
         return cls(np.frombuffer(joined, dtype=np.uint8), start)
-
-    @classmethod
-    def from_blob(cls, blob: NDArray[np.uint8]) -> "Texts":
-        """Finds the texts in a block."""
-        ends = np.flatnonzero(blob == 0) + 1
-        return cls(blob, np.concatenate([np.zeros(1, np.int64), ends.astype(np.int64)]))
 
     def raw(self, place: int) -> bytes:
         """The bytes of one text."""
@@ -158,6 +160,8 @@ class Index:
         table: name of the kept table that this was opened from; another one once it is renewed.
         ignored: number of files (and members of shards) that do not look like images.
         ignored_in: int64 (k, 2), entry of `paths` and number, for shards that hold such members.
+        watched: absolute folders and list files: as long as these stand, the listing does.
+        watched_times: int64 (len(watched),), their times of change in ns, 0 where not trusted.
     """
 
     file: NDArray[np.int32]
@@ -182,6 +186,8 @@ class Index:
     table: str = ""
     ignored: int = 0
     ignored_in: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    watched: Texts = field(default_factory=lambda: Texts.of(()))
+    watched_times: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     _shards: dict[int, int] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _changed: set[int] = field(default_factory=set, repr=False)
@@ -217,6 +223,13 @@ class Index:
     def root(self, row: int) -> str:
         """The folder of the row's source."""
         return self.roots[self._root(int(self.file[row]))]
+
+    @property
+    def shard_files(self) -> NDArray[np.int64]:
+        """Entries of `paths` that are tar shards."""
+        if self.members is None:
+            return np.zeros(0, dtype=np.int64)
+        return np.unique(self.file[np.diff(self.members.start) > 1]).astype(np.int64)
 
     def rows_named(self, name: str) -> NDArray[np.int64]:
         """Rows of this name; none where there is no such one. Searches bytes, not row by row."""
@@ -324,7 +337,8 @@ def index_to_arrays(index: Index) -> dict[str, NDArray[np.generic]]:
 
     What follows from the rest is left out: files and offsets where each image is a file of its own.
     """
-    arrays: dict[str, NDArray[np.generic]] = {name: getattr(index, name) for name in COLUMNS}
+    names = (*COLUMNS, *_OTHERS)
+    arrays: dict[str, NDArray[np.generic]] = {name: getattr(index, name) for name in names}
     own = index.members is None
     if own and np.array_equal(index.file, np.arange(len(index), dtype=np.int32)):
         del arrays["file"], arrays["offset"]
@@ -334,14 +348,13 @@ def index_to_arrays(index: Index) -> dict[str, NDArray[np.generic]]:
         "roots": Texts.of(index.roots),
         "bad": Texts.of(text for entry in index.bad for text in entry),
         "bad_paths": Texts.of(index.bad_paths),
+        "watched": index.watched,
     }
     if index.members is not None:
         texts["members"] = index.members
     for name, packed in texts.items():
         arrays[name] = packed.blob
         arrays[f"{name}_start"] = packed.start
-    arrays["stamps"], arrays["root_start"] = index.stamps, index.root_start
-    arrays["bad_stamps"], arrays["ignored_in"] = index.bad_stamps, index.ignored_in
     arrays["ignored"] = np.array([index.ignored], dtype=np.int64)
     arrays["digest"] = np.frombuffer(bytes.fromhex(index.digest()), dtype=np.uint8)
     return arrays
@@ -356,7 +369,7 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
     needed = [
         *(name for name in COLUMNS if name not in ("file", "offset")),
         *(f"{name}{end}" for name in _TEXTS if name != "members" for end in ("", "_start")),
-        *("stamps", "root_start", "bad_stamps", "ignored", "ignored_in", "digest"),
+        *(*_OTHERS, "ignored", "digest"),
     ]
     missing = [name for name in needed if name not in arrays]
     if missing:
@@ -365,60 +378,55 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
     columns = dict(arrays)
     columns.setdefault("file", np.arange(rows, dtype=np.int32))
     columns.setdefault("offset", np.broadcast_to(np.int64(0), (rows,)))
-    texts = {
-        name: Texts(arrays[name].astype(np.uint8, copy=False), _starts(arrays, name))
-        for name in _TEXTS
-        if name in arrays
-    }
+    texts = {name: _texts(arrays, name) for name in _TEXTS if name in arrays}
     members = texts.get("members")
     lengths = {name: len(columns[name]) for name in COLUMNS}
     lengths |= {"members": rows if members is None else len(members)}
     wrong = {name: length for name, length in lengths.items() if length != rows}
-    if wrong or len(arrays["stamps"]) != len(texts["paths"]):
+    if wrong:
         raise ValueError(f"columns of an index must be of one length ({rows}), got {wrong}")
-    _check_places(columns["file"], texts, arrays["root_start"])
     bad = tuple(texts["bad"])
-    if len(bad) != 2 * len(arrays["bad_stamps"]) or len(texts["bad_paths"]) * 2 != len(bad):
-        raise ValueError("bad, bad_paths and bad_stamps of an index must be of one length")
+    for name, count in (
+        ("stamps", len(texts["paths"])),
+        ("root_start", len(texts["roots"])),
+        ("bad_stamps", len(texts["bad_paths"])),
+        ("bad_stamps", len(bad) / 2),
+        ("watched_times", len(texts["watched"])),
+    ):
+        if len(columns[name]) != count:
+            raise ValueError(f"{name} of an index must have {count} entries")
+    _check_places(columns["file"], columns["root_start"], len(texts["paths"]))
+    columns["ignored_in"] = columns["ignored_in"].reshape(-1, 2)
+    types = (COLUMNS | _OTHERS).items()
     index = Index(
-        **{name: columns[name].astype(dtype, copy=False) for name, dtype in COLUMNS.items()},  # type: ignore[arg-type]
+        **{name: columns[name].astype(dtype, copy=False) for name, dtype in types},  # type: ignore[arg-type]
         paths=texts["paths"],
         members=members,
-        stamps=arrays["stamps"].astype(np.uint64, copy=False),
         roots=tuple(texts["roots"]),
-        root_start=arrays["root_start"].astype(np.int32, copy=False),
         classes=tuple(texts["classes"]),
         bad=tuple(zip(bad[::2], bad[1::2], strict=True)),
         bad_paths=tuple(texts["bad_paths"]),
-        bad_stamps=arrays["bad_stamps"].astype(np.uint64, copy=False),
         ignored=int(arrays["ignored"].reshape(-1)[0].item()),
-        ignored_in=arrays["ignored_in"].astype(np.int64, copy=False).reshape(-1, 2),
+        watched=texts["watched"],
     )
     # known already: computing it again would read the whole table
     index.__dict__["_digest"] = arrays["digest"].tobytes().hex()
     return index
 
 
-def _check_places(
-    file: NDArray[np.generic], texts: dict[str, Texts], root_start: NDArray[np.generic]
-) -> None:
+def _check_places(file: NDArray[np.generic], root_start: NDArray[np.generic], count: int) -> None:
     """Raises ValueError where a number leads out of the table."""
-    count = len(texts["paths"])
     for name, places in (("file", file), ("root_start", root_start)):
         if len(places) and not 0 <= int(places.min()) <= int(places.max()) < max(count, 1):
             raise ValueError(f"{name} of an index must name one of {count} paths")
-    for name, packed in texts.items():
-        if len(packed) and int(np.diff(packed.start).min()) < 1:
-            raise ValueError(f"{name}_start of an index must ascend")
     starts = root_start.tolist()
     if not starts or starts[0] != 0 or starts != sorted(starts):
         raise ValueError(f"root_start of an index must ascend from 0, got {starts[:5]}")
-    if len(starts) != len(texts["roots"]):
-        raise ValueError("an index must have one root_start a root")
 
 
-def _starts(arrays: dict[str, NDArray[np.generic]], name: str) -> NDArray[np.int64]:
+def _texts(arrays: dict[str, NDArray[np.generic]], name: str) -> Texts:
     start = arrays[f"{name}_start"].astype(np.int64, copy=False)
-    if len(start) == 0 or start[0] != 0 or start[-1] != len(arrays[name]):
-        raise ValueError(f"{name}_start must begin at 0 and end at the end of {name}")
-    return start
+    ends = len(start) and start[0] == 0 and start[-1] == len(arrays[name])
+    if not ends or (np.diff(start) < 1).any():
+        raise ValueError(f"{name}_start must ascend from 0 to the end of {name}")
+    return Texts(arrays[name].astype(np.uint8, copy=False), start)

@@ -11,8 +11,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -20,16 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from ijepa_fast.config import DataConfig
-from ijepa_fast.data.batch import Batch
 from ijepa_fast.data.crops import crop_windows
-from ijepa_fast.data.decoders import DecodeError, ImageDecoder, make_decoder
+from ijepa_fast.data.decoders import make_decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
+from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder
 from ijepa_fast.data.quarantine import Quarantine
 from ijepa_fast.data.reading import Parts, Reader
 from ijepa_fast.errors import TooManyBadFiles
 
-__all__ = ["DataStalled", "Loader", "known_bad"]
+__all__ = ["Batch", "DataStalled", "Loader", "known_bad"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,19 @@ _POLL = 0.1
 _SAID_EVERY = 10.0
 # Decoding may take so many times as long as `data.timeout` before it counts as stuck.
 _PATIENCE = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        images: uint8 (B, H, W, C) on the training device; 0-255, not normalised.
+        ids: int64 (B,) sample ids (rows of the index), on the CPU.
+    """
+
+    images: torch.Tensor
+    ids: torch.Tensor
 
 
 class DataStalled(OSError):
@@ -56,13 +69,6 @@ class _Plan(NamedTuple):
     places: NDArray[np.int64]
     drawn: NDArray[np.int64]
     ids: NDArray[np.int64]
-
-
-class _Reading(NamedTuple):
-    """A batch whose files are being read."""
-
-    plan: _Plan
-    parts: Parts
 
 
 class _Ready(NamedTuple):
@@ -166,10 +172,6 @@ class Loader(Iterator[Batch]):
         self._thread = threading.Thread(target=self._produce, name="ijepa-loader")
         self._thread.start()
 
-    def __iter__(self) -> "Loader":
-        """The loader itself."""
-        return self
-
     def __next__(self) -> Batch:
         """The next micro-batch; an error of the thread is raised here, with its traceback."""
         if self._end is None:
@@ -215,12 +217,7 @@ class Loader(Iterator[Batch]):
         """The loader itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stops the background thread and drops what it has read ahead."""
         self.close()
 
@@ -257,7 +254,7 @@ class Loader(Iterator[Batch]):
                 while ahead is not None:
                     current, following = ahead, next(tasks, None)
                     ahead = self._read(*following) if following else None
-                    batch = self._load(current)
+                    batch = self._load(*current)
                     event = stream.record_event() if stream else None
                     if not self._put(_Ready(batch, event)):
                         return
@@ -284,46 +281,41 @@ class Loader(Iterator[Batch]):
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self._index), seed=self._seed, epoch=epoch))
         drawn = self._order[1][places]
-        return _Plan(epoch, places, drawn, self._replace_bad(drawn, epoch, places))
+        return self._without_bad(_Plan(epoch, places, drawn, drawn))
 
-    def _replace_bad(
-        self, drawn: NDArray[np.int64], epoch: int, places: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Sample ids with every known bad one replaced, as a function of its position."""
-        ids = usable_ids(drawn, self._bad, seed=self._seed, epoch=epoch, places=places)
-        for row in np.flatnonzero(ids != drawn).tolist():
-            logger.debug(
-                "epoch %d, position %d: sample %d stands in for %d",
-                *(epoch, places[row], ids[row], drawn[row]),
-            )
-        return ids
+    def _without_bad(self, plan: _Plan) -> _Plan:
+        """Every sample that is known to be bad replaced, as a function of its position."""
+        epoch, places = plan.epoch, plan.places
+        ids = usable_ids(plan.drawn, self._bad, seed=self._seed, epoch=epoch, places=places)
+        return plan._replace(ids=ids)
 
-    def _read(self, step: int, micro_step: int) -> _Reading:
+    def _read(self, step: int, micro_step: int) -> tuple[_Plan, Parts]:
         """Begins to read a batch's files."""
         plan = self._plan(step, micro_step)
-        return _Reading(plan, self._reader.begin(plan.ids.tolist()))
+        return plan, self._reader.begin(plan.ids.tolist())
 
-    def _load(self, reading: _Reading) -> Batch:
+    def _load(self, plan: _Plan, parts: Parts) -> Batch:
         """Waits for the files and decodes them."""
-        plan, parts = reading
         while True:
             if self._bad[plan.ids].any():
                 # The batch before has found out. Once more from the start: the pixels are then
                 # those of a run that knew before.
-                plan = plan._replace(ids=self._replace_bad(plan.drawn, plan.epoch, plan.places))
+                plan = self._without_bad(plan)
                 parts = self._reader.begin(plan.ids.tolist())
             try:
                 return Batch(images=self._decode(plan, parts), ids=torch.from_numpy(plan.ids))
             except DecodeError as error:
                 for row, reason in error.failures.items():
-                    place = int(plan.places[row])
-                    self._condemn(int(plan.ids[row]), reason, plan.epoch, place)
-
-    def _condemn(self, row: int, reason: str, epoch: int, position: int) -> None:
-        self._bad[row] = True
-        name = self._index.name(row)
-        self._quarantine.add(name, reason, sample_id=row, epoch=epoch, position=position)
-        self._require_good()
+                    sample = int(plan.ids[row])
+                    self._bad[sample] = True
+                    self._quarantine.add(
+                        self._index.name(sample),
+                        reason,
+                        sample_id=sample,
+                        epoch=plan.epoch,
+                        position=int(plan.places[row]),
+                    )
+                    self._require_good()
 
     def _require_good(self) -> None:
         """Without a single good file the search for a replacement would not end."""

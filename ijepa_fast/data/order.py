@@ -91,14 +91,7 @@ def replacement_id(num_images: int, *, seed: int, epoch: int, position: int, att
 
     Returns:
         A sample id in 0..N-1.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    if attempt < 0:
-        raise ValueError(f"attempt must be at least 0, got {attempt}")
     words = integers(seed, Stream.REPLACEMENT, epoch, np.array([position]), attempt + 1)
     # The bias of a remainder of 64 bits is below 2**-32 for any N that the index can hold.
     return int(words[0, attempt] % np.uint64(num_images))

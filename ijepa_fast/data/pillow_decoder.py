@@ -149,12 +149,7 @@ class PillowDecoder:
         self.crop_size = crop_size
         self.device = torch.device(device)
         self.threads = threads or default_threads()
-        self._pool = ThreadPoolExecutor(self.threads, "ijepa-pillow")
-
-    @property
-    def pool(self) -> ThreadPoolExecutor:
-        """The threads that decode, one image each at a time."""
-        return self._pool
+        self.pool = ThreadPoolExecutor(self.threads, "ijepa-pillow")
 
     def decode(
         self,
@@ -180,7 +175,7 @@ class PillowDecoder:
             return torch.from_numpy(np.array(decode_window(encoded[row], windows[row])))
 
         images = empty_batch(len(rows), self.crop_size, self.device)
-        reasons = resize_all(self._pool, self.threads, decode_one, images)
+        reasons = resize_all(self.pool, self.threads, decode_one, images)
         failures = {rows[place]: reason for place, reason in reasons.items()}
         if failures:
             raise DecodeError(failures)
@@ -188,4 +183,4 @@ class PillowDecoder:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=True, cancel_futures=True)

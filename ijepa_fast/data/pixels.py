@@ -10,7 +10,7 @@
 """
 
 import io
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,8 @@ _PNG_DEPTH_AT = 24
 _RGB_COMPONENTS = (ord("R"), ord("G"), ord("B"))
 
 
-def open_image(file: BinaryIO | bytes) -> "Image.Image":
-    """Opens an image lazily: only its header is read.
+def open_image(file: Any) -> "Image.Image":
+    """Opens an image lazily, bytes or a file: only its header is read.
 
     Raises:
         Exception: anything that Pillow raises on a file that it cannot read.
@@ -150,4 +150,6 @@ def describe(error: BaseException) -> str:
         return f"cannot be read: {error.strerror}"
     # Control characters and lone surrogates from a hostile header do not reach a log.
     text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    # most plain ones are ours, and say it all
+    kind = "" if text and type(error) is ValueError else type(error).__name__
+    return ": ".join(filter(None, (kind, text)))

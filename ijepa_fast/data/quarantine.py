@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from ijepa_fast.errors import TooManyBadFiles
 
@@ -23,6 +22,10 @@ class Quarantine:
     training). Several ranks may share the file: each line is one appending write, and the others'
     lines are read before one is added. Undecodable bytes in names are kept as JSON escapes of lone
     surrogates.
+
+    Attributes:
+        files: file -> reason, in the order in which they became known.
+        ids: file -> row of the index that it was met in; files that the index left out have none.
     """
 
     def __init__(
@@ -36,36 +39,21 @@ class Quarantine:
             num_images: files of the data set, good and bad.
 
         Raises:
-            ValueError: an argument is out of range.
             TooManyBadFiles: the file already holds more than the limit.
         """
-        if not 0 <= limit_share <= 1:
-            raise ValueError(f"limit_share must be between 0 and 1, got {limit_share}")
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
         self.path = None if path is None else Path(path)
         # 0.29 * 100 is a hair below 29.
         self.limit = max(1, math.floor(limit_share * num_images + 1e-9))
         self.num_images = num_images
-        self._reasons: dict[str, str] = {}
-        self._ids: dict[str, int] = {}
+        self.files: dict[str, str] = {}
+        self.ids: dict[str, int] = {}
         self._read_to = 0
         self._read()
         self._check()
 
-    @property
-    def files(self) -> Mapping[str, str]:
-        """File -> reason, in the order in which they became known."""
-        return MappingProxyType(self._reasons)
-
-    @property
-    def ids(self) -> Mapping[str, int]:
-        """File -> row of the index that it was met in; files that the index left out have none."""
-        return MappingProxyType(self._ids)
-
     def __contains__(self, file: str) -> bool:
         """Whether a file is known to be bad."""
-        return file in self._reasons
+        return file in self.files
 
     def add(
         self,
@@ -89,10 +77,10 @@ class Quarantine:
             TooManyBadFiles: the limit is passed (the file is recorded all the same).
         """
         self._read()
-        if file not in self._reasons:
-            self._reasons[file] = reason
+        if file not in self.files:
+            self.files[file] = reason
             if sample_id is not None:
-                self._ids[file] = sample_id
+                self.ids[file] = sample_id
             place = {"id": sample_id, "epoch": epoch, "position": position}
             self._keep([{"file": file, "reason": reason, **place}])
             logger.warning("unusable file %r: %s", file, reason)
@@ -108,8 +96,8 @@ class Quarantine:
         Raises:
             TooManyBadFiles: the limit is passed.
         """
-        new = {file: reason for file, reason in bad if file not in self._reasons}
-        self._reasons.update(new)
+        new = {file: reason for file, reason in bad if file not in self.files}
+        self.files.update(new)
         if new and write:
             empty = {"id": None, "epoch": None, "position": None}
             self._keep([{"file": file, "reason": why, **empty} for file, why in new.items()])
@@ -119,39 +107,32 @@ class Quarantine:
         self._check()
 
     def _check(self) -> None:
-        if len(self._reasons) > self.limit:
-            file, reason = next(reversed(self._reasons.items()))
+        if len(self.files) > self.limit:
+            file, reason = next(reversed(self.files.items()))
             where = f"; all are listed in {self.path}" if self.path else ""
             raise TooManyBadFiles(
                 f"unusable files must be at most {self.limit} of {self.num_images} "
-                f"(data.max_bad_share), got {len(self._reasons)}; "
+                f"(data.max_bad_share), got {len(self.files)}; "
                 f"the last: {file!r}: {reason}{where}"
             )
 
     def _keep(self, entries: Sequence[Mapping[str, object]]) -> None:
         """Records that the disk refuses are known in this process alone: the file is met again."""
-        try:
-            self._append(entries)
-        except OSError as error:
-            logger.warning("%s cannot be written: %s", self.path, error)
-
-    def _append(self, entries: Sequence[Mapping[str, object]]) -> None:
         if self.path is None:
             return
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        data = "".join(json.dumps(entry) + "\n" for entry in entries).encode("ascii")
         try:
-            # After a kill the last line may be torn: it must not swallow this one.
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                text = "\n" + text
-            # One write, so that lines of several ranks do not mix.
-            data = text.encode("ascii")
-            if os.write(descriptor, data) != len(data):
-                raise OSError(f"{self.path}: a record was not written whole")
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with self.path.open("a+b", buffering=0) as file:
+                size = file.seek(0, os.SEEK_END)
+                # After a kill the last line may be torn: it must not swallow this one.
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    data = b"\n" + data
+                # One write, so that lines of several ranks do not mix.
+                if file.write(data) != len(data):
+                    raise OSError("a record was not written whole")
+                os.fsync(file.fileno())
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error)
 
     def _read(self) -> None:
         """Takes over what was appended since the last call, by this process or another."""
@@ -167,9 +148,9 @@ class Quarantine:
             entry = _parse(line)
             if entry is not None:
                 name, reason, sample_id = entry
-                self._reasons.setdefault(name, reason)
+                self.files.setdefault(name, reason)
                 if sample_id is not None:
-                    self._ids.setdefault(name, sample_id)
+                    self.ids.setdefault(name, sample_id)
             elif line.strip():
                 logger.warning("%s: a torn line is skipped", self.path)
 

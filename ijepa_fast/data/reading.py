@@ -17,18 +17,16 @@ Parts = list[Future[list[bytes | str]]]
 # Threads that read: they wait for a disk or a network, not for a core.
 _READERS = 16
 # Errors that are a file's own; others (an I/O error, a lost server) may pass.
-_OF_THE_FILE = frozenset(
-    (
-        errno.ENOENT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ELOOP,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ENXIO,
-        errno.ENAMETOOLONG,
-    )
-)
+_OF_THE_FILE = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENXIO,
+    errno.ENAMETOOLONG,
+}
 # Waits between tries to read, seconds.
 _BACKOFF = (0.5, 1.0, 2.0, 4.0)
 

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,7 +77,7 @@ def summary(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str
         "sources": list(index.roots),
         "images": rows,
         "files": len(index.paths),
-        "shards": _shards(index),
+        "shards": len(index.shard_files),
         "bytes": int(index.length.sum(dtype=np.int64)),
         "mean_bytes": round(float(index.length.mean(dtype=np.float64)), 1),
         "classes": len(index.classes),
@@ -106,13 +105,6 @@ def summary(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str
     }
 
 
-def _shards(index: Index) -> int:
-    if index.members is None:
-        return 0
-    named = np.diff(index.members.start) > 1
-    return len(np.unique(index.file[named]))
-
-
 def _histogram(values: NDArray[Any], ends: tuple[int, ...]) -> dict[str, int]:
     """Counts below each end, and above the last."""
     places = np.searchsorted(np.array(ends), values, side="right")
@@ -122,11 +114,8 @@ def _histogram(values: NDArray[Any], ends: tuple[int, ...]) -> dict[str, int]:
 
 
 def _size(index: Index, row: int) -> dict[str, Any]:
-    return {
-        "file": index.name(row),
-        "width": int(index.width[row]),
-        "height": int(index.height[row]),
-    }
+    width, height = int(index.width[row]), int(index.height[row])
+    return {"file": index.name(row), "width": width, "height": height}
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -151,7 +140,9 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append(f"other files {found['other_files']:,}")
     for title, key in (("kilobytes", "kilobytes"), ("shorter side, pixels", "shorter_side")):
         lines.append(f"{title}:")
-        lines += _bars(found[key].items(), found["images"])
+        for name, count in found[key].items():
+            bar = "#" * round(40 * count / found["images"])
+            lines.append(f"  {name:>14} {count:>12,} {bar}")
     for name in ("smallest", "largest"):
         size = found[name]
         lines.append(f"{name:<11} {size['width']}x{size['height']} {size['file']!r}")
@@ -168,11 +159,3 @@ def as_text(found: dict[str, Any]) -> str:
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN:,} more (--json lists all)")
     return "\n".join(lines)
-
-
-def _bars(counts: Iterable[tuple[str, int]], total: int) -> list[str]:
-    width = 40
-    return [
-        f"  {name:>14} {count:>12,} {'#' * round(width * count / max(total, 1))}"
-        for name, count in counts
-    ]

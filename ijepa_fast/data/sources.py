@@ -9,19 +9,20 @@
 
 import os
 import re
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from ijepa_fast.data.pixels import EXTENSIONS, describe
 
-__all__ = ["LIST_FILES", "SHARDS", "Bad", "Entry", "Source", "list_source"]
+__all__ = ["LIST_FILES", "SHARDS", "Bad", "Entry", "Source", "list_source", "trusted_time"]
 
 SHARDS = (".tar",)
 LIST_FILES = (".txt", ".tsv")
 _RANGE = re.compile(r"^(.*)\{(\d+)\.\.(\d+)\}(.*)$")
 _MOST_SHARDS = 1_000_000
+_YOUNG_NS = 2_000_000_000
 
 
 class Entry(NamedTuple):
@@ -47,8 +48,8 @@ class Source:
         entries: images and shards, sorted by the bytes of their paths; a list file keeps its order.
         bad: folders that cannot be listed.
         ignored: number of files that do not look like images.
-        watched: (absolute path, mtime in ns) of folders and list files: as long as these stand,
-            the listing does.
+        watched: (absolute path, mtime in ns, see `trusted_time`) of folders and list files: as long
+            as these stand, the listing does.
         listed: whether a list file names the entries.
     """
 
@@ -99,9 +100,17 @@ def _shard_range(text: str, match: re.Match[str]) -> Source:
     return Source(root, [Entry(os.path.relpath(path, root), None) for path in paths])
 
 
+def trusted_time(status: os.stat_result) -> int:
+    """The time of change in ns, or 0 for what was changed so shortly before that the clock may not
+    tell a later change from it.
+    """
+    changed = status.st_mtime_ns
+    return changed if changed < time.time_ns() - _YOUNG_NS else 0
+
+
 def _list_file(path: str) -> Source:
     root = os.path.dirname(path)
-    source = Source(root, watched=[(path, os.stat(path).st_mtime_ns)], listed=True)
+    source = Source(root, watched=[(path, trusted_time(os.stat(path)))], listed=True)
     with open(path, encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             text = line.rstrip("\r\n")
@@ -121,13 +130,14 @@ def _folder(root: str) -> Source:
     source = Source(root)
     status = os.stat(root)
     pending = [("", frozenset({(status.st_dev, status.st_ino)}))]
-    found: list[str] = []
     while pending:
         relative, ancestors = pending.pop()
         folder = os.path.join(root, relative)
+        # images directly in the root have no class
+        label = os.path.basename(relative) or None
         try:
             # before it is listed: what is added meanwhile makes the time a later one
-            source.watched.append((folder, os.stat(folder).st_mtime_ns))
+            source.watched.append((folder, trusted_time(os.stat(folder))))
             with os.scandir(folder) as entries:
                 listed = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
@@ -142,24 +152,11 @@ def _folder(root: str) -> Source:
                 if identity not in ancestors:
                     pending.append((path, ancestors | {identity}))
             elif entry.name.lower().endswith((*EXTENSIONS, *SHARDS)):
-                found.append(path)
+                source.entries.append(Entry(path, label))
             else:
                 source.ignored += 1
-    found.sort(key=os.fsencode)
-    source.entries = _labelled(found)
+    source.entries.sort(key=lambda entry: os.fsencode(entry.path))
     return source
-
-
-def _labelled(paths: Sequence[str]) -> list[Entry]:
-    """The class of an image is the name of its folder; a shard says its own."""
-    names: dict[str, str | None] = {}
-    entries = []
-    for path in paths:
-        parent = os.path.dirname(path)
-        if parent not in names:
-            names[parent] = os.path.basename(parent) or None
-        entries.append(Entry(path, names[parent]))
-    return entries
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -94,11 +94,9 @@ def _array(block: mmap.mmap, start: int, entry: Any) -> NDArray[np.generic]:
     begin, end = (int(place) for place in entry["data_offsets"])
     if min(shape, default=0) < 0 or not 0 <= begin <= end <= len(block) - start:
         raise ValueError(f"an array must lie in the file, got {entry}")
-    if prod(shape) * dtype.itemsize != end - begin:
-        raise ValueError(f"an array must be as long as its shape says, got {entry}")
     count = prod(shape)
-    return (
-        np.frombuffer(block, dtype, count, start + begin).reshape(shape)
-        if count
-        else (np.empty(shape, dtype))
-    )
+    if count * dtype.itemsize != end - begin:
+        raise ValueError(f"an array must be as long as its shape says, got {entry}")
+    if not count:
+        return np.empty(shape, dtype)
+    return np.frombuffer(block, dtype, count, start + begin).reshape(shape)

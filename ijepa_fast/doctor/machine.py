@@ -20,7 +20,7 @@ __all__ = ["gpus", "limits", "processor", "room"]
 GIB = 2**30
 SHARED = Path("/dev", "shm")
 # bytes free below which something is said, and below which a run will fail: tables and the set
-# `shapes` in the cache; checkpoints in a run's folder
+# named sets in the cache; checkpoints in a run's folder
 CACHE_ROOM = GIB, 100 * 2**20
 RUN_ROOM = 50 * GIB, GIB
 # of one rank, besides its images: sockets, libraries, tar shards are opened for each read

@@ -7,7 +7,6 @@ section 4), averaged over patches; images are cropped centrally.
 """
 
 from ijepa_fast.evaluate.command import main, untrained
-from ijepa_fast.evaluate.features import encoder_features, pixels
 from ijepa_fast.evaluate.labelled import (
     BATCH,
     Images,
@@ -25,12 +24,10 @@ __all__ = [
     "ScheduledEvaluation",
     "Split",
     "central_windows",
-    "encoder_features",
     "knn_scores",
     "knn_table",
     "labelled_data",
     "main",
     "parts_of",
-    "pixels",
     "untrained",
 ]

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,12 +12,12 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.config import Config, DataConfig
-from ijepa_fast.errors import CheckpointError, UsageError, exit_code
-from ijepa_fast.evaluate.features import Features, extract
+from ijepa_fast.config import Config, DataConfig, run_command
+from ijepa_fast.errors import UsageError, require
+from ijepa_fast.evaluate.features import extract
+from ijepa_fast.evaluate.finetune import FinetuneSettings
 from ijepa_fast.evaluate.labelled import Split, labelled_data
 from ijepa_fast.evaluate.scores import (
-    FinetuneSettings,
     Scores,
     finetune_scores,
     linear_scores,
@@ -27,29 +26,18 @@ from ijepa_fast.evaluate.scores import (
 )
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, build_models, initialise
-from ijepa_fast.weights import Encoder, Pretrained, Which, load_encoder, network_of, read_weights
+from ijepa_fast.weights import (
+    Encoder,
+    EncoderKind,
+    Pretrained,
+    load_encoder,
+    network_of,
+    read_weights,
+)
 
 __all__ = ["EvaluateArgs", "main", "untrained"]
 
 Method = Literal["knn", "ridge", "linear", "finetune"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneArgs:
-    """Fine-tuning: layer decay 0.75, label smoothing 0.1, AdamW."""
-
-    share: float = 0.01
-    """Share of the labelled training images, the same ones always; 1 is full fine-tuning."""
-    per_class: int | None = None
-    """Instead of a share: so many images of each class."""
-    epochs: int = 50
-    """Passes over them."""
-    batch: int = 64
-    """Images of one step."""
-    lr: float = 1e-3
-    """Learning rate of the last layer."""
-    layer_decay: float = 0.75
-    """Factor of the learning rate from each layer to the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +47,18 @@ class EvaluateArgs:
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
     """A run's folder, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
-    """Folder with one sub-folder a class, `shapes` or `fashion_mnist`; by default the run's own
+    """Folder with one sub-folder a class, or the name of a set; by default the run's own
     eval.data."""
     methods: tuple[Method, ...] = ("knn",)
     """Any of knn, ridge (closed form), linear (SGD: last layer and last four, with and without
     BatchNorm, sweep of learning rates) and finetune."""
-    encoder: Which = "target"
+    encoder: EncoderKind = "target"
     """Which of the two encoders."""
     k: int = 20
     """Nearest training images that vote on an image's class."""
     linear_epochs: int | None = None
     """Passes of the linear probe; by default as many as its size asks for."""
-    finetune: FinetuneArgs = field(default_factory=FinetuneArgs)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     seed: int = 0
     """Of held-out rows, orders, crops and heads."""
     decoder: Literal["auto", "dali", "pillow"] = "auto"
@@ -109,45 +97,30 @@ def _untrained(weights: Pretrained, seed: int) -> Encoder:
 
 
 def _check(args: EvaluateArgs) -> None:
-    if not 0 <= args.seed < 2**64:
-        raise UsageError(f"seed must be in 0..2**64-1, got {args.seed}")
-    if args.k < 1:
-        raise UsageError(f"k must be at least 1, got {args.k}")
+    require(0 <= args.seed < 2**64, "seed", "in 0..2**64-1", args.seed)
     if not args.methods:
         raise UsageError("methods must name at least one of knn, ridge, linear, finetune, got none")
     if args.out is not None and args.out.exists():
         raise UsageError(f"out must be a new file, got {args.out}, which is there")
     if args.out is not None and not args.out.parent.is_dir():
         raise UsageError(f"out must lie in a folder that exists, got {args.out}")
-    tune = args.finetune
-    for name, value, low in (("epochs", tune.epochs, 1), ("batch", tune.batch, 1)):
-        if value < low:
-            raise UsageError(f"finetune.{name} must be at least {low}, got {value}")
-    if args.linear_epochs is not None and args.linear_epochs < 1:
-        raise UsageError(f"linear-epochs must be at least 1, got {args.linear_epochs}")
-    if not 0 <= tune.lr < math.inf:
-        raise UsageError(f"finetune.lr must be at least 0 and finite, got {tune.lr}")
-    if not 0 <= tune.layer_decay <= 1:
-        raise UsageError(f"finetune.layer-decay must be between 0 and 1, got {tune.layer_decay}")
-    if not 0 < tune.share <= 1:
-        raise UsageError(f"finetune.share must be above 0 and at most 1, got {tune.share}")
-    if tune.per_class is not None and tune.per_class < 1:
-        raise UsageError(f"finetune.per_class must be at least 1, got {tune.per_class}")
+    for name, value in (("k", args.k), ("linear-epochs", args.linear_epochs)):
+        require(value is None or value >= 1, name, "at least 1", value)
+    args.finetune.check()
 
 
 def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
     _check(args)
     weights = read_weights(args.weights, image_size=args.image_size, heads=args.heads)
     weights = weights.with_normalisation(args.mean, args.std)
-    doubt = weights.doubt()
-    if doubt:
+    if doubt := weights.doubt():
         _say(doubt)
     config = weights.config
     root = args.data or (config.eval.data if config else None)
     if root is None:
         raise UsageError("data must be given (--data DIR): the run has no eval.data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = config.data if config else DataConfig(mean=_three(weights.mean), std=_three(weights.std))
+    data = config.data if config else DataConfig(mean=weights.mean, std=weights.std)
     data = replace(data, crop=weights.shape.image_size, decoder=args.decoder)
     splits = labelled_data(root, data, device)
     if "knn" in args.methods and args.k > len(splits[0].rows):
@@ -180,12 +153,6 @@ def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
     }
 
 
-def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
-    if len(values) != 3:
-        raise UsageError(f"weights must be for images of 3 channels, got {len(values)}")
-    return values[0], values[1], values[2]
-
-
 def _scores(
     args: EvaluateArgs,
     encoders: Mapping[str, Encoder],
@@ -207,48 +174,26 @@ def _scores(
             )
             for split in splits
         )
-        parts += _frozen(args, train, test, device, details)
+        if "knn" in args.methods:
+            parts.append(score_knn(train, test, k=args.k))
+        if "ridge" in args.methods:
+            parts.append(score_ridge(train, test, seed=args.seed))
+        if "linear" in args.methods:
+            _say("linear probes")
+            scores, details["linear"] = linear_scores(
+                train, test, seed=args.seed, device=device, epochs=args.linear_epochs
+            )
+            parts.append(scores)
     if "finetune" in args.methods:
-        tune = args.finetune
-        settings = FinetuneSettings(
-            share=None if tune.per_class else tune.share,
-            per_class=tune.per_class,
-            epochs=tune.epochs,
-            batch=tune.batch,
-            lr=tune.lr,
-            layer_decay=tune.layer_decay,
-            seed=args.seed,
-        )
-        tuned, details["finetune"] = finetune_scores(
-            encoders, splits, settings, precision=precision, say=_say
-        )
-        parts.append(tuned)
-    merged: Scores = {}
-    for part in parts:
-        for subject, scores in part.items():
-            merged.setdefault(subject, {}).update(scores)
-    return merged, details
-
-
-def _frozen(
-    args: EvaluateArgs,
-    train: Features,
-    test: Features,
-    device: torch.device,
-    details: dict[str, Any],
-) -> list[Scores]:
-    parts = []
-    if "knn" in args.methods:
-        parts.append(score_knn(train, test, k=args.k))
-    if "ridge" in args.methods:
-        parts.append(score_ridge(train, test, seed=args.seed))
-    if "linear" in args.methods:
-        _say("linear probes")
-        scores, details["linear"] = linear_scores(
-            train, test, seed=args.seed, device=device, epochs=args.linear_epochs
+        scores, details["finetune"] = finetune_scores(
+            encoders, splits, args.finetune, seed=args.seed, precision=precision, say=_say
         )
         parts.append(scores)
-    return parts
+    merged: Scores = {}
+    for part in parts:
+        for subject, accuracies in part.items():
+            merged.setdefault(subject, {}).update(accuracies)
+    return merged, details
 
 
 def _say(line: str) -> None:
@@ -285,18 +230,16 @@ def _table(result: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def _report(args: EvaluateArgs) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    result = _evaluate(args)
+    text = json.dumps(result, indent=1)
+    if args.out is not None:
+        with args.out.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+    print(text if args.json else _table(result))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = tyro.cli(EvaluateArgs, args=argv, prog="python -m ijepa_fast.evaluate")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        result = _evaluate(args)
-        text = json.dumps(result, indent=1)
-        if args.out is not None:
-            with args.out.open("x", encoding="utf-8") as file:
-                file.write(text + "\n")
-    except (CheckpointError, ValueError, FloatingPointError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
-    print(text if args.json else _table(result))
-    return 0
+    return run_command(EvaluateArgs, _report, argv, "evaluate")

@@ -7,22 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.config import DataConfig
 from ijepa_fast.evaluate.labelled import Split
-from ijepa_fast.model import VisionTransformer
-from ijepa_fast.reference import normalise
 from ijepa_fast.weights import Encoder
 
-__all__ = [
-    "LAST",
-    "LAST_FOUR",
-    "PIXELS",
-    "SMALL",
-    "Features",
-    "encoder_features",
-    "extract",
-    "pixels",
-]
+__all__ = ["LAST", "LAST_FOUR", "PIXELS", "SMALL", "Features", "extract", "pixels"]
 
 PIXELS = "raw pixels"
 LAST = "last"
@@ -46,31 +34,6 @@ def pixels(images: Tensor, side: int = _PIXEL_SIDE) -> Tensor:
 def _pixel_side(images: int) -> int:
     """64, or less where so many images would take more than 4 GiB."""
     return min(_PIXEL_SIDE, max(8, int((_MOST_BYTES / (12 * images)) ** 0.5)))
-
-
-@torch.no_grad()
-def encoder_features(
-    encoder: VisionTransformer, images: Tensor, data: DataConfig, *, precision: str
-) -> Tensor:
-    """Average-pooled features of the last layer.
-
-    Args:
-        encoder: on the device to compute on.
-        images: uint8 (n, height, width, 3).
-        data: mean and std.
-        precision: `bfloat16` autocasts matrix products.
-
-    Returns:
-        float32 (n, D) on the CPU.
-    """
-    device = next(encoder.parameters()).device
-    mean, std = torch.tensor(data.mean, device=device), torch.tensor(data.std, device=device)
-    pooled = []
-    for part in images.split(128):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-            features = encoder(normalise(part.to(device), mean, std))
-        pooled.append(features.float().mean(dim=1).cpu())
-    return torch.cat(pooled)
 
 
 @torch.no_grad()

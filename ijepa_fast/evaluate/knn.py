@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_features", "class_index", "knn_accuracy"]
+__all__ = ["check_finite", "class_index", "knn_accuracy"]
 
 # Similarities held at once: 2**24 float32 are 64 MiB.
 _CHUNK_ELEMENTS = 2**24
@@ -39,9 +39,9 @@ def knn_accuracy(
         Accuracy in 0..1.
 
     Raises:
-        ValueError: wrong shapes or dtypes, no rows, k out of range, or a value that is not finite.
+        ValueError: k is out of range, or a value is not finite.
     """
-    check_features(train_features, train_labels, test_features, test_labels)
+    check_finite(train_features, test_features)
     if not 1 <= k <= len(train_features):
         raise ValueError(f"k must be in 1..{len(train_features)} (training rows), got {k}")
 
@@ -66,28 +66,14 @@ def knn_accuracy(
     return correct / len(test_features)
 
 
-def check_features(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
-) -> None:
-    """Features and labels of a training and a test part fit together.
-
-    Args:
-        train_features, test_features: (n, d) and (m, d), any float dtype.
-        train_labels, test_labels: (n,) and (m,) integers.
-
-    Raises:
-        ValueError: wrong shapes or dtypes, no rows, or a value that is not finite.
-    """
-    for part, rows, labels in (
-        ("train", train_features, train_labels),
-        ("test", test_features, test_labels),
-    ):
-        _check(part, rows, labels)
-    if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            "train_features and test_features must have the same width, got "
-            f"{train_features.shape[1]} and {test_features.shape[1]}"
-        )
+def check_finite(train_features: Tensor, test_features: Tensor) -> None:
+    """Raises ValueError where a row of features is not finite."""
+    for part, features in (("train", train_features), ("test", test_features)):
+        bad = int((~features.isfinite().all(dim=1)).sum())
+        if bad:
+            raise ValueError(
+                f"{part}_features must be finite, got {bad} of {len(features)} rows that are not"
+            )
 
 
 def class_index(classes: Tensor, labels: Tensor) -> Tensor:
@@ -103,21 +89,3 @@ def class_index(classes: Tensor, labels: Tensor) -> Tensor:
     labels = labels.cpu().to(classes.dtype)
     index = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
     return torch.where(classes[index] == labels, index, -1)
-
-
-def _check(part: str, features: Tensor, labels: Tensor) -> None:
-    if features.ndim != 2 or 0 in features.shape or not features.is_floating_point():
-        raise ValueError(
-            f"{part}_features must be a float (rows, width) tensor with neither of them 0, "
-            f"got {features.dtype} {tuple(features.shape)}"
-        )
-    if labels.shape != features.shape[:1] or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
-            f"{part}_labels must be an integer tensor of shape ({len(features)},), "
-            f"got {labels.dtype} {tuple(labels.shape)}"
-        )
-    bad = int((~features.isfinite().all(dim=1)).sum())
-    if bad:
-        raise ValueError(
-            f"{part}_features must be finite, got {bad} of {len(features)} rows that are not"
-        )

@@ -13,7 +13,7 @@ Shape letters: b rows of a minibatch, D feature width, H heads on the same input
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,15 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ijepa_fast.data import epoch_order
-from ijepa_fast.evaluate.knn import check_features, class_index
+from ijepa_fast.evaluate.knn import check_finite, class_index
 from ijepa_fast.evaluate.subsets import held_out_folds, selection_text
 
-__all__ = [
-    "LEARNING_RATES",
-    "LinearHead",
-    "LinearResult",
-    "linear_probe",
-]
+__all__ = ["LEARNING_RATES", "LinearHead", "LinearResult", "linear_probe"]
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Half a decade apart. Averaged features of an encoder have far less than unit variance, so that
@@ -51,19 +46,16 @@ class LinearHead:
         features: name of the feature set.
         batchnorm: whether a BatchNorm stands in front.
         lr: learning rate at the start.
-        weight_decay: of the weights, not the bias.
         accuracy: share of the test rows, trained on all training rows.
         validation: share of the held-out training rows, trained on the others; None where nothing
             could be held out.
-        loss: cross-entropy over the training rows at the end, without weight decay; None where
-            diverged.
+        loss: cross-entropy over the training rows at the end, None where diverged.
         diverged: its numbers overflowed; its accuracies count as 0.
     """
 
     features: str
     batchnorm: bool
     lr: float
-    weight_decay: float
     accuracy: float
     validation: float | None
     loss: float | None
@@ -75,7 +67,7 @@ class LinearResult:
     """All heads, and the one to report.
 
     Attributes:
-        heads: in the order of features, batchnorm, weight decay, learning rate.
+        heads: in the order of features, batchnorm, learning rate.
         best: highest validation accuracy (of equals, the first); `best.accuracy` is the result.
         selection: how it was chosen, in words.
     """
@@ -84,44 +76,27 @@ class LinearResult:
     best: LinearHead
     selection: str
 
-    def best_of(self, features: str, batchnorm: bool | None = None) -> LinearHead:
-        """The head to report for one feature set, and, if given, one choice of BatchNorm.
-
-        Raises:
-            ValueError: there is no such head.
-        """
-        heads = [
-            head
-            for head in self.heads
-            if head.features == features and batchnorm in (None, head.batchnorm)
-        ]
-        if not heads:
-            raise ValueError(f"features must be a probed set, got {features!r}, {batchnorm}")
-        return _best(heads)
+    def best_of(self, features: str, batchnorm: bool) -> LinearHead:
+        """The head to report for one feature set, with or without BatchNorm."""
+        return _best([h for h in self.heads if (h.features, h.batchnorm) == (features, batchnorm)])
 
 
-@dataclass(kw_only=True)
 class _Heads:
-    """H heads on the same input: weight (D, H, C), bias (H, C), one learning rate each."""
+    """Linear classifiers on the same input, one for each learning rate: weight (D, H, C), bias
+    (H, C).
+    """
 
-    features: str
-    norm: nn.BatchNorm1d | None
-    settings: list[tuple[float, float]]
-    weight: Tensor
-    bias: Tensor
-    weight_step: Tensor = field(init=False)
-    bias_step: Tensor = field(init=False)
-    lr: Tensor = field(init=False)
-    decay: Tensor = field(init=False)
-    decays: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.weight_step = torch.zeros_like(self.weight)
-        self.bias_step = torch.zeros_like(self.bias)
-        device = self.weight.device
-        self.lr = torch.tensor([lr for lr, _ in self.settings], device=device)[:, None]
-        self.decays = any(decay for _, decay in self.settings)
-        self.decay = torch.tensor([decay for _, decay in self.settings], device=device)[:, None]
+    def __init__(
+        self, features: str, norm: nn.BatchNorm1d | None, lr: Tensor, width: int, classes: int
+    ) -> None:
+        self.features, self.norm, self.lr = features, norm, lr[:, None]
+        # convex: no need to break a symmetry
+        self.weight = torch.zeros(width, len(lr), classes, device=lr.device)
+        self.bias = torch.zeros(len(lr), classes, device=lr.device)
+        self.weight_step, self.bias_step = (
+            torch.zeros_like(self.weight),
+            torch.zeros_like(self.bias),
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """(b, D) to (b, H, C)."""
@@ -137,10 +112,7 @@ class _Heads:
         error = self.logits(x).softmax(dim=-1)
         error[torch.arange(len(x), device=x.device), :, labels] -= 1
         error /= len(x)
-        gradient = (x.T @ error.flatten(1)).view_as(self.weight)
-        if self.decays:
-            gradient += self.decay * self.weight
-        self.weight_step.mul_(MOMENTUM).add_(gradient)
+        self.weight_step.mul_(MOMENTUM).add_((x.T @ error.flatten(1)).view_as(self.weight))
         self.bias_step.mul_(MOMENTUM).add_(error.sum(dim=0))
         self.weight -= share * self.lr * self.weight_step
         self.bias -= share * self.lr * self.bias_step
@@ -180,7 +152,6 @@ def linear_probe(
     epochs: int | None = None,
     batch_size: int = 256,
     learning_rates: Sequence[float] = LEARNING_RATES,
-    weight_decays: Sequence[float] = (0.0,),
     batchnorm: Sequence[bool] = (False, True),
     device: torch.device | str = "cpu",
 ) -> LinearResult:
@@ -205,45 +176,37 @@ def linear_probe(
         epochs: passes over the training rows; None is 50, or as many as make 1,000 minibatches.
         batch_size: rows of a minibatch; all rows where there are fewer.
         learning_rates: each is a head; not scaled to the batch size.
-        weight_decays: each, with each learning rate, is a head.
         batchnorm: with, without, or both.
         device: where to compute; minibatches are moved there.
 
     Raises:
-        ValueError: features and labels do not fit (see `knn.check_features`), or a setting is out
-            of range.
+        ValueError: features are not finite, or there are fewer than 3 training rows.
     """
-    _check_sets(train, train_labels, test, test_labels)
-    _check_settings(epochs, batch_size, learning_rates, weight_decays, batchnorm)
+    if len(train_labels) < 3:
+        raise ValueError(f"train must hold at least 3 rows, got {len(train_labels)}")
+    for name in train:
+        check_finite(train[name], test[name])
     if epochs is None:
         steps = max(1, len(train_labels) // batch_size)
         epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps))
     classes, labels = torch.unique(train_labels.cpu(), return_inverse=True)
     expected = class_index(classes, test_labels)
-    settings = [(lr, decay) for decay in weight_decays for lr in learning_rates]
+    lr = torch.tensor(learning_rates, device=device)
 
     def trained(rows: NDArray[np.int64]) -> list[_Heads]:
-        groups = [
-            _Heads(
-                features=name,
+        groups = []
+        for name, x in train.items():
+            width = x.shape[1]
+            for norm in batchnorm:
                 # affine-free, so that it has no parameters of its own
-                norm=nn.BatchNorm1d(x.shape[1], eps=BATCHNORM_EPS, affine=False, device=device)
-                if norm
-                else None,
-                settings=settings,
-                # convex: no need to break a symmetry
-                weight=torch.zeros(x.shape[1], len(settings), len(classes), device=device),
-                bias=torch.zeros(len(settings), len(classes), device=device),
-            )
-            for name, x in train.items()
-            for norm in batchnorm
-        ]
+                before = nn.BatchNorm1d(width, eps=BATCHNORM_EPS, affine=False, device=device)
+                groups.append(_Heads(name, before if norm else None, lr, width, len(classes)))
         _train(groups, train, labels, rows, seed=seed, epochs=epochs, batch_size=batch_size)
         return groups
 
     with torch.no_grad():
         folds = held_out_folds(labels.numpy(), seed=seed)
-        correct = np.zeros((len(train) * len(batchnorm), len(settings)))
+        correct = np.zeros((len(train) * len(batchnorm), len(learning_rates)))
         for mask in folds:
             held = torch.from_numpy(np.flatnonzero(mask))
             for group, heads in enumerate(trained(np.flatnonzero(~mask))):
@@ -253,15 +216,14 @@ def linear_probe(
         for group, heads in enumerate(trained(np.arange(len(labels)))):
             _, losses = heads.score(train[heads.features], labels)
             accuracies, _ = heads.score(test[heads.features], expected)
-            for head, (lr, decay) in enumerate(settings):
+            for head, rate in enumerate(learning_rates):
                 fine = heads.finite()[head] and math.isfinite(losses[head])
                 held_out = sum(int(mask.sum()) for mask in folds)
                 found.append(
                     LinearHead(
                         features=heads.features,
                         batchnorm=heads.norm is not None,
-                        lr=lr,
-                        weight_decay=decay,
+                        lr=rate,
                         accuracy=accuracies[head] if fine else 0.0,
                         validation=float(correct[group, head]) / held_out if folds else None,
                         loss=losses[head] if fine else None,
@@ -276,13 +238,10 @@ def _best(heads: Sequence[LinearHead]) -> LinearHead:
     input's heads.
     """
     if heads[0].validation is None:
-        first = [h for h in heads if (h.features, h.batchnorm) == _input(heads[0])]
+        one = heads[0].features, heads[0].batchnorm
+        first = [h for h in heads if (h.features, h.batchnorm) == one]
         return first[(len(first) - 1) // 2]
     return max(heads, key=lambda h: (not h.diverged, h.validation))
-
-
-def _input(head: LinearHead) -> tuple[str, bool]:
-    return head.features, head.batchnorm
 
 
 def _train(
@@ -311,42 +270,3 @@ def _train(
 
 def _take(features: Tensor, rows: Tensor) -> Tensor:
     return features[rows.to(features.device)]
-
-
-def _check_sets(
-    train: Mapping[str, Tensor],
-    train_labels: Tensor,
-    test: Mapping[str, Tensor],
-    test_labels: Tensor,
-) -> None:
-    if not train or train.keys() != test.keys():
-        raise ValueError(
-            "train and test must hold features of the same names, "
-            f"got {sorted(train)} and {sorted(test)}"
-        )
-    for name in train:
-        try:
-            check_features(train[name], train_labels, test[name], test_labels)
-        except ValueError as error:
-            raise ValueError(f"features {name!r}: {error}") from error
-    if len(train_labels) < 3:
-        raise ValueError(f"train must hold at least 3 rows, got {len(train_labels)}")
-
-
-def _check_settings(
-    epochs: int | None,
-    batch_size: int,
-    learning_rates: Sequence[float],
-    weight_decays: Sequence[float],
-    batchnorm: Sequence[bool],
-) -> None:
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if batch_size < 2:
-        raise ValueError(f"batch_size must be at least 2 (BatchNorm), got {batch_size}")
-    if not learning_rates or not all(0 < lr < math.inf for lr in learning_rates):
-        raise ValueError(f"learning_rates must be positive and finite, got {list(learning_rates)}")
-    if not weight_decays or not all(0 <= d < math.inf for d in weight_decays):
-        raise ValueError(f"weight_decays must be at least 0 and finite, got {list(weight_decays)}")
-    if not batchnorm or len(set(batchnorm)) != len(batchnorm):
-        raise ValueError(f"batchnorm must be False, True or both, got {list(batchnorm)}")

@@ -5,12 +5,13 @@ of the target encoder's patch features, LiDAR over random crops, and the cosine 
 and target. A collapse is said in words.
 """
 
-import logging
+import copy
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +31,7 @@ from ijepa_fast.reference import latent_targets, normalise, predict
 
 __all__ = ["UNTRAINED", "OnlineEvaluation", "look_interval"]
 
-_logger = logging.getLogger(__name__)
-
+_Network = TypeVar("_Network", VisionTransformer, Predictor)
 UNTRAINED = "untrained network"
 IMAGES = 64
 VIEWS = 4
@@ -80,31 +80,28 @@ class OnlineEvaluation:
 
     def __init__(self, config: Config, index: Index, device: torch.device) -> None:
         self.config, self.index, self.device = config, index, device
-        self._images: Tensor | None = None
-        self._views: list[Tensor] = []
-        self._splits: tuple[Split, Split] | None = None
-        self._untrained: dict[str, float] | None = None
 
     def networks(
         self, weights: Mapping[str, Tensor]
     ) -> tuple[VisionTransformer, VisionTransformer, Predictor]:
         """Context encoder, target encoder and predictor of a run's whole weights, on the device."""
-        built = []
-        for name in ("encoder", "target_encoder", "predictor"):
-            # without memory and without drawing weights that are replaced
-            with torch.device("meta"):
-                pair = build_models(self.config.model, self.config.data.crop_size)
-            network = pair[1] if name == "predictor" else pair[0]
+
+        def filled(name: str, network: _Network) -> _Network:
             prefix = f"{name}."
             network.to_empty(device=self.device).load_state_dict(
                 {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
             )
-            built.append(network.eval().requires_grad_(False))
-        context, target, predictor = built
-        assert isinstance(context, VisionTransformer)
-        assert isinstance(target, VisionTransformer)
-        assert isinstance(predictor, Predictor)
-        return context, target, predictor
+            return network.eval().requires_grad_(False)
+
+        # without memory and without drawing weights that are replaced
+        with torch.device("meta"):
+            context, predictor = build_models(self.config.model, self.config.data.crop_size)
+            target = copy.deepcopy(context)
+        return (
+            filled("encoder", context),
+            filled("target_encoder", target),
+            filled("predictor", predictor),
+        )
 
     def look(
         self, weights: Mapping[str, Tensor], name: str, *, whole: bool, baselines: bool
@@ -125,7 +122,7 @@ class OnlineEvaluation:
         row: dict[str, Any] = {"monitors": self.monitors(context, target, predictor)}
         root = self.config.eval.data
         if root:
-            splits = self._labelled(root)
+            splits = self._labelled
             if not whole:
                 every = [len(split.rows) for split in splits]
                 splits = (_part(splits[0], TRAIN_ROWS), _part(splits[1], TEST_ROWS))
@@ -140,40 +137,34 @@ class OnlineEvaluation:
         seconds = time.perf_counter() - started
         return {**row, "timing": {"look_seconds": round(seconds, 3)}}
 
-    def _labelled(self, root: str) -> tuple[Split, Split]:
-        if self._splits is None:
-            self._splits = labelled_data(root, self.config.data, self.device)
-        return self._splits
+    @cached_property
+    def _labelled(self) -> tuple[Split, Split]:
+        return labelled_data(str(self.config.eval.data), self.config.data, self.device)
 
-    def _load(self) -> tuple[Tensor, list[Tensor]]:
+    @cached_property
+    def _images(self) -> tuple[Tensor, list[Tensor]]:
         """The images that every look sees: whole, and a few random crops of each."""
-        if self._images is None:
-            rows = np.unique(np.linspace(0, len(self.index) - 1, IMAGES).astype(np.int64))
-            # a reader of its own, so that nothing is quarantined on behalf of the run
-            split = Split(
-                index=self.index,
-                rows=rows,
-                data=replace(self.config.data, threads=1),
-                device=self.device,
-            )
-            self._images = split.load().images
-            crops = replace(split, data=replace(split.data, scale=VIEW_SCALE, ratio=VIEW_RATIO))
-            self._views = [
-                torch.cat([part.images.cpu() for part in crops.crops(self.config.seed, view)])
-                for view in range(VIEWS)
-            ]
-        return self._images, self._views
+        # a reader of its own, so that nothing is quarantined on behalf of the run
+        split = Split(
+            index=self.index,
+            rows=_spread(len(self.index), IMAGES),
+            data=replace(self.config.data, threads=1),
+            device=self.device,
+        )
+        crops = replace(split, data=replace(split.data, scale=VIEW_SCALE, ratio=VIEW_RATIO))
+        views = [
+            torch.cat([part.images.cpu() for part in crops.crops(self.config.seed, view)])
+            for view in range(VIEWS)
+        ]
+        return split.load().images, views
 
+    @cached_property
     def untrained(self) -> dict[str, float]:
         """The monitors of the network that a run without `init` starts from."""
-        if self._untrained is None:
-            generator = torch_generator(self.config.seed, Stream.INIT)
-            pair = build_models(self.config.model, self.config.data.crop_size, generator)
-            encoder, predictor = (network.to(self.device).eval() for network in pair)
-            assert isinstance(encoder, VisionTransformer)
-            assert isinstance(predictor, Predictor)
-            self._untrained = self.monitors(encoder, encoder, predictor)
-        return self._untrained
+        generator = torch_generator(self.config.seed, Stream.INIT)
+        encoder, predictor = build_models(self.config.model, self.config.data.crop_size, generator)
+        encoder, predictor = encoder.to(self.device).eval(), predictor.to(self.device).eval()
+        return self.monitors(encoder, encoder, predictor)
 
     @torch.no_grad()
     def monitors(
@@ -181,7 +172,7 @@ class OnlineEvaluation:
     ) -> dict[str, float]:
         """Numbers about the features of the run's own images; see `monitors`."""
         config = self.config
-        images, views = self._load()
+        images, views = self._images
         mean, std = (
             torch.tensor(values, device=self.device)
             for values in (config.data.mean, config.data.std)
@@ -199,17 +190,14 @@ class OnlineEvaluation:
         goal = latent_targets(features, masks)[:, None].expand(prediction.shape)
         # of image after image, so that `shuffled` pairs different images
         by_image = (2, 0, 1, 3, 4)
-        cosine = monitors.prediction_cosine(
-            prediction.permute(by_image).flatten(0, 3), goal.permute(by_image).flatten(0, 3)
-        )
         patch_rows = _spread(features.shape[1], PATCHES)
         rows = features[:, torch.from_numpy(patch_rows).to(self.device)].flatten(0, 1)
         numbers = {
             "feature_std": monitors.feature_std(rows),
             "rankme": monitors.rankme(rows),
-            "prediction_cosine": cosine.cosine,
-            "mean_target_cosine": cosine.mean_target,
-            "shuffled_cosine": cosine.shuffled,
+            **monitors.prediction_cosine(
+                prediction.permute(by_image).flatten(0, 3), goal.permute(by_image).flatten(0, 3)
+            ),
         }
         if len(images) > 1:
             numbers["lidar"] = monitors.lidar(torch.stack(pooled, dim=1))

@@ -1,6 +1,5 @@
 """Ridge regression as a linear probe: closed form, no schedule, no learning rate."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.evaluate.knn import check_features, class_index
-from ijepa_fast.evaluate.subsets import held_out_folds, selection_text
+from ijepa_fast.evaluate.knn import check_finite, class_index
+from ijepa_fast.evaluate.subsets import held_out_folds
 
 __all__ = ["PENALTIES", "RidgeResult", "ridge_accuracy"]
 
@@ -29,13 +28,11 @@ class RidgeResult:
         accuracy: share of the test rows, trained on all training rows.
         validation: share of the held-out training rows; None where nothing could be held out.
         penalty: the chosen one.
-        selection: how it was chosen, in words.
     """
 
     accuracy: float
     validation: float | None
     penalty: float
-    selection: str
 
 
 def ridge_accuracy(
@@ -59,34 +56,33 @@ def ridge_accuracy(
         test_features: (m, d), finite.
         test_labels: (m,) integers; a class that no training row has counts as wrong.
         seed: of the held-out rows.
-        penalties: to choose from, each above 0.
+        penalties: to choose from, each above 0, ascending.
 
     Raises:
-        ValueError: features and labels do not fit, or a penalty is out of range.
+        ValueError: a value is not finite.
     """
-    check_features(train_features, train_labels, test_features, test_labels)
-    if not penalties or not all(0 < p < math.inf for p in penalties):
-        raise ValueError(f"penalties must be positive and finite, got {list(penalties)}")
-    grid = sorted(penalties)
+    check_finite(train_features, test_features)
     classes, labels = torch.unique(train_labels.cpu(), return_inverse=True)
     folds = held_out_folds(labels.numpy(), seed=seed)
-    correct = np.zeros(len(grid))
+    correct = np.zeros(len(penalties))
     for mask in folds:
         keep, held = (torch.from_numpy(np.flatnonzero(m)) for m in (~mask, mask))
         solution = _Ridge(
             train_features[keep.to(train_features.device)], labels[keep], len(classes)
         )
         rows = train_features[held.to(train_features.device)]
-        correct += [len(held) * solution.accuracy(rows, labels[held], p) for p in grid]
+        correct += [len(held) * solution.accuracy(rows, labels[held], p) for p in penalties]
     # of equals the last
-    best = len(grid) - 1 - int(correct[::-1].argmax()) if folds else (len(grid) - 1) // 2
+    last = len(penalties) - 1
+    best = last - int(correct[::-1].argmax()) if folds else last // 2
     solution = _Ridge(train_features, labels, len(classes))
     held_out = sum(int(mask.sum()) for mask in folds)
     return RidgeResult(
-        accuracy=solution.accuracy(test_features, class_index(classes, test_labels), grid[best]),
+        accuracy=solution.accuracy(
+            test_features, class_index(classes, test_labels), penalties[best]
+        ),
         validation=float(correct[best]) / held_out if folds else None,
-        penalty=grid[best],
-        selection=selection_text(folds),
+        penalty=penalties[best],
     )
 
 

@@ -118,7 +118,7 @@ class ScheduledEvaluation:
         the untrained one.
         """
         first = next((row["monitors"] for row in looks if row["step"] == 0), None)
-        return first or self._looks.untrained()
+        return first or self._looks.untrained
 
     def summary(self, step: int) -> None:
         """Prints all kNN scores of the run.

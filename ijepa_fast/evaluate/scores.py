@@ -1,8 +1,7 @@
 """What frozen features are worth, beside raw pixels and the untrained network."""
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,25 +9,18 @@ import torch
 from torch import Tensor
 
 from ijepa_fast.config import Config
-from ijepa_fast.evaluate.features import (
-    LAST,
-    LAST_FOUR,
-    PIXELS,
-    SMALL,
-    Features,
-    extract,
-)
-from ijepa_fast.evaluate.finetune import finetune
+from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, SMALL, Features, extract
+from ijepa_fast.evaluate.finetune import FinetuneSettings, finetune
 from ijepa_fast.evaluate.knn import knn_accuracy
 from ijepa_fast.evaluate.labelled import Images, Split
-from ijepa_fast.evaluate.linear import LinearHead, linear_probe
+from ijepa_fast.evaluate.linear import linear_probe
 from ijepa_fast.evaluate.ridge import ridge_accuracy
 from ijepa_fast.evaluate.subsets import low_shot_rows
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.weights import Encoder
 
 __all__ = [
-    "FinetuneSettings",
+    "Scores",
     "finetune_scores",
     "knn_scores",
     "knn_table",
@@ -37,7 +29,6 @@ __all__ = [
     "score_ridge",
 ]
 
-_logger = logging.getLogger(__name__)
 Scores = dict[str, dict[str, float]]
 
 
@@ -57,7 +48,7 @@ def _probed(sets: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {LAST: sets[SMALL]} if SMALL in sets else sets
 
 
-def score_ridge(train: Features, test: Features, *, seed: int) -> Scores:
+def score_ridge(train: Features, test: Features, *, seed: int = 0) -> Scores:
     """Subject -> `ridge` (and `ridge, last 4`) -> accuracy in 0..1."""
     return {
         name: {
@@ -98,45 +89,10 @@ def linear_scores(
                 scores[name][title] = result.best_of(key, norm).accuracy
         details[name] = {
             "chosen": result.selection,
-            "best": _plain(result.best),
-            "heads": [_plain(head) for head in result.heads],
+            "best": vars(result.best),
+            "heads": [vars(head) for head in result.heads],
         }
     return scores, details
-
-
-def _plain(head: LinearHead) -> dict[str, Any]:
-    return dict(vars(head))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneSettings:
-    """How to fine-tune.
-
-    Attributes:
-        share: of the labelled training images, 0 < share <= 1; or
-        per_class: images of each class.
-        epochs: passes over them.
-        batch: images of one step.
-        lr: of the head and the last layer.
-        layer_decay: factor from each layer to the one before.
-        seed: of subset, order, crops and head.
-    """
-
-    share: float | None
-    per_class: int | None
-    epochs: int
-    batch: int
-    lr: float
-    layer_decay: float
-    seed: int
-
-    @property
-    def title(self) -> str:
-        """Of a table's column."""
-        if self.per_class is not None:
-            return f"fine-tuned, {self.per_class} a class"
-        assert self.share is not None
-        return f"fine-tuned, {100 * self.share:g} %"
 
 
 def finetune_scores(
@@ -144,18 +100,27 @@ def finetune_scores(
     splits: tuple[Split, Split],
     settings: FinetuneSettings,
     *,
+    seed: int,
     precision: str,
     say: Callable[[str], None],
 ) -> tuple[Scores, dict[str, Any]]:
     """Fine-tunes each encoder on the same labelled images; raw pixels get a ridge regression on
     them.
 
+    Args:
+        encoders: name -> encoder.
+        splits: training and test images.
+        settings: see `finetune`.
+        seed: of subset, order, crops and head.
+        precision: `bfloat16` autocasts matrix products.
+        say: gets a line after each epoch.
+
     Returns:
         Subject -> the settings' title -> accuracy; and what was trained.
     """
     train, test = splits
     rows = low_shot_rows(
-        train.labels, share=settings.share, per_class=settings.per_class, seed=settings.seed
+        train.labels, share=settings.share, per_class=settings.per_class, seed=seed
     )
     subset = replace(train, rows=train.rows[rows])
     known = np.unique(subset.labels)
@@ -169,36 +134,30 @@ def finetune_scores(
         places = [number.get(int(label), len(known)) for label in images.labels]
         return Images(images.images, torch.tensor(places))
 
-    def batches(epoch: int) -> Any:
-        return map(renumbered, subset.random_batches(epoch, batch=batch, seed=settings.seed))
+    def batches(epoch: int) -> Iterator[Images]:
+        return map(renumbered, subset.random_batches(epoch, batch=batch, seed=seed))
 
-    raw = [
+    train_pixels, test_pixels = (
         extract({}, part, training_images=len(rows), precision=precision, four=True)
         for part in (subset, test)
-    ]
-    scores = {
-        PIXELS: {
-            title: ridge_accuracy(
-                raw[0].sets[PIXELS][SMALL], raw[0].labels, raw[1].sets[PIXELS][SMALL], raw[1].labels
-            ).accuracy
-        }
+    )
+    scores = {PIXELS: {title: score_ridge(train_pixels, test_pixels)[PIXELS]["ridge"]}}
+    details: dict[str, Any] = {
+        "images": len(rows),
+        **vars(settings),
+        "share": None if settings.per_class else settings.share,
+        "seed": seed,
     }
-    details: dict[str, Any] = {"images": len(rows), **vars(settings)}
     for name, encoder in encoders.items():
         result = finetune(
-            encoder.network,
+            encoder,
             len(known),
             batches,
-            lambda _: map(renumbered, test.batches()),
-            epochs=settings.epochs,
+            map(renumbered, test.batches()),
+            settings,
             steps_per_epoch=steps,
-            mean=encoder.mean.tolist(),
-            std=encoder.std.tolist(),
-            lr=settings.lr,
-            layer_decay=settings.layer_decay,
-            warmup_epochs=min(5.0, settings.epochs / 10),
-            seed=settings.seed,
-            precision="bfloat16" if precision == "bfloat16" else "float32",
+            seed=seed,
+            half=precision == "bfloat16",
             progress=lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
         )
         scores[name] = {title: result.accuracy}

@@ -8,7 +8,7 @@ and the smaller of two low-shot sets of one seed lies inside the larger.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ijepa_fast.keyed_random import Stream, integers
 
@@ -18,40 +18,27 @@ __all__ = ["class_ranks", "held_out_folds", "low_shot_rows", "selection_text"]
 _FOLDS, _LOW_SHOT = 1, 2
 
 
-def _labels(labels: ArrayLike) -> NDArray[np.int64]:
-    array = np.asarray(labels)
-    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels must be integers of shape (n,), n at least 1, got {array.dtype} {array.shape}"
-        )
-    return array.astype(np.int64)
-
-
-def class_ranks(labels: ArrayLike, *, seed: int, step: int) -> NDArray[np.int64]:
+def class_ranks(labels: NDArray[np.int64], *, seed: int, step: int) -> NDArray[np.int64]:
     """The keyed rank of each row among those of its class, from 0.
 
     Args:
-        labels: (n,) integers.
+        labels: int64 (n,).
         seed: 0 <= seed < 2**64.
         step: tells apart rankings for different purposes.
 
     Returns:
         int64 (n,).
-
-    Raises:
-        ValueError: labels are not a row of integers, or an argument is out of range.
     """
-    array = _labels(labels)
-    words = integers(seed, Stream.SPLIT, step, np.arange(len(array)), 1)[:, 0]
-    order = np.lexsort((words, array))
-    _, start, count = np.unique(array[order], return_index=True, return_counts=True)
-    ranks = np.empty(len(array), np.int64)
-    ranks[order] = np.arange(len(array)) - np.repeat(start, count)
+    words = integers(seed, Stream.SPLIT, step, np.arange(len(labels)), 1)[:, 0]
+    order = np.lexsort((words, labels))
+    _, start, count = np.unique(labels[order], return_index=True, return_counts=True)
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.repeat(start, count)
     return ranks
 
 
 def low_shot_rows(
-    labels: ArrayLike, *, share: float | None = None, per_class: int | None = None, seed: int = 0
+    labels: NDArray[np.int64], *, share: float = 1.0, per_class: int | None = None, seed: int = 0
 ) -> NDArray[np.int64]:
     """The training rows of a low-shot evaluation (paper, section 5: 1 % of ImageNet).
 
@@ -60,37 +47,22 @@ def low_shot_rows(
     The rows depend on the labels of the table and their order, so on the data set alone.
 
     Args:
-        labels: (n,) integers, of all training rows.
-        share: 0 < share <= 1; or
-        per_class: rows of each class, at least 1.
+        labels: int64 (n,), of all training rows.
+        share: 0 < share <= 1.
+        per_class: instead of a share: rows of each class, at least 1.
         seed: another seed, another subset.
 
     Returns:
         int64 (m,), ascending.
-
-    Raises:
-        ValueError: not exactly one of share and per_class, one out of range, or labels are not a
-            row of integers.
     """
-    if (share is None) == (per_class is None):
-        raise ValueError(
-            f"exactly one of share and per_class must be given, got {share} and {per_class}"
-        )
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
-    if per_class is not None and per_class < 1:
-        raise ValueError(f"per_class must be at least 1, got {per_class}")
-    array = _labels(labels)
-    _, index, count = np.unique(array, return_inverse=True, return_counts=True)
-    wanted = (
-        np.full(len(count), per_class)
-        if share is None
-        else np.maximum(1, np.rint(share * count)).astype(np.int64)
-    )
-    return np.flatnonzero(class_ranks(array, seed=seed, step=_LOW_SHOT) < wanted[index])
+    _, index, count = np.unique(labels, return_inverse=True, return_counts=True)
+    wanted = np.maximum(1, np.rint(share * count))
+    if per_class is not None:
+        wanted = np.full_like(wanted, per_class)
+    return np.flatnonzero(class_ranks(labels, seed=seed, step=_LOW_SHOT) < wanted[index])
 
 
-def held_out_folds(labels: ArrayLike, *, seed: int = 0) -> list[NDArray[np.bool_]]:
+def held_out_folds(labels: NDArray[np.int64], *, seed: int = 0) -> list[NDArray[np.bool_]]:
     """Which training rows to hold out for choosing a hyper-parameter.
 
     With at least 10 rows a class on average: one fold, a tenth of each class. With fewer: five
@@ -98,20 +70,16 @@ def held_out_folds(labels: ArrayLike, *, seed: int = 0) -> list[NDArray[np.bool_
     out. Where nothing can be held out (one row in every class) there is no fold.
 
     Args:
-        labels: (n,) integers.
+        labels: int64 (n,).
         seed: 0 <= seed < 2**64.
 
     Returns:
         bool (n,) each, True on rows held out; none is all True or all False.
-
-    Raises:
-        ValueError: labels are not a row of integers.
     """
-    array = _labels(labels)
-    _, index, count = np.unique(array, return_inverse=True, return_counts=True)
-    folds, used = (10, 1) if len(array) >= 10 * len(count) else (5, 5)
+    _, index, count = np.unique(labels, return_inverse=True, return_counts=True)
+    folds, used = (10, 1) if len(labels) >= 10 * len(count) else (5, 5)
     # shifted from class to class, so that folds are equally large where classes are small
-    fold = (class_ranks(array, seed=seed, step=_FOLDS) + index) % folds
+    fold = (class_ranks(labels, seed=seed, step=_FOLDS) + index) % folds
     alone = count[index] == 1
     masks = [(fold == number) & ~alone for number in range(used)]
     return [mask for mask in masks if mask.any()]

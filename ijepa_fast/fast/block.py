@@ -412,9 +412,18 @@ _block: Callable[..., tuple[Tensor, Tensor]] = _Block.apply
 
 
 class PackedBlock(Block):
-    """`Block` over packed rows; same parameters and names. Not to be run under autocast."""
+    """`Block` over packed rows; same parameters and names. Not to be run under autocast.
 
-    settings: Settings
+    Args:
+        plain: the block whose layers these are: the same objects.
+        settings: how they compute.
+    """
+
+    def __init__(self, plain: Any, settings: Settings) -> None:
+        nn.Module.__init__(self)
+        self.norm1, self.attn = plain.norm1, plain.attn
+        self.norm2, self.mlp = plain.norm2, plain.mlp
+        self.settings = settings
 
     def forward(  # type: ignore[override]
         self,

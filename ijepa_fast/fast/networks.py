@@ -15,8 +15,7 @@ Shape letters: R packed rows, D encoder width, B images, N grid patches, U rows 
 needs, and C, M, T as in `layout.py`.
 """
 
-import copy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +23,31 @@ from torch import Tensor, nn
 from ijepa_fast.fast.attention import Pair
 from ijepa_fast.fast.block import Branch, PackedBlock, Settings, add_norm, close, linear
 from ijepa_fast.fast.layout import Layout
-from ijepa_fast.model import Block, Predictor, VisionTransformer
+from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_kernels import patchify
 from ijepa_kernels.gather_tokens import Gather, gather_rows
 
-__all__ = ["ContextEncoder", "PackedPredictor", "TargetEncoder", "repack"]
+__all__ = ["ContextEncoder", "PackedPredictor", "TargetEncoder"]
 
 
 class _PackedEncoder(VisionTransformer):
-    settings: Settings
+    """An encoder over packed rows.
+
+    Args:
+        plain: whose layers these are: the same objects.
+        settings: how they compute.
+        block: the class of the blocks.
+    """
+
+    def __init__(
+        self, plain: VisionTransformer, settings: Settings, block: type[PackedBlock] = PackedBlock
+    ) -> None:
+        nn.Module.__init__(self)
+        self.grid, self.width, self.settings = plain.grid, plain.width, settings
+        self.patch_embed = plain.patch_embed
+        self.register_buffer("pos_embed", plain.pos_embed)
+        self.blocks = nn.ModuleList(block(each, settings) for each in plain.blocks)
+        self.norm = plain.norm
 
     def rows(self, images: Tensor, mean: Tensor, std: Tensor, index: Tensor | None) -> Branch:
         """Pixels to the embedding's rows, in the dtype of products: (B, height, width, C) uint8 to
@@ -122,9 +137,17 @@ class TargetEncoder(_PackedEncoder):
 
 
 class PackedPredictor(Predictor):
-    """The predictor over packed sequences."""
+    """The predictor over packed sequences; arguments as of the encoders."""
 
-    settings: Settings
+    def __init__(self, plain: Predictor, settings: Settings) -> None:
+        nn.Module.__init__(self)
+        self.settings = settings
+        self.predictor_embed, self.mask_token = plain.predictor_embed, plain.mask_token
+        self.register_buffer("predictor_pos_embed", plain.predictor_pos_embed)
+        self.predictor_blocks = nn.ModuleList(
+            PackedBlock(each, settings) for each in plain.predictor_blocks
+        )
+        self.predictor_norm, self.predictor_proj = plain.predictor_norm, plain.predictor_proj
 
     def forward(self, context_z: Tensor, layout: Layout) -> Tensor:  # type: ignore[override]
         """Predicted features.
@@ -152,35 +175,3 @@ class PackedPredictor(Predictor):
                 layout.source if number == 0 else None,
             )
         return linear(self.predictor_proj, close(self.predictor_norm, x, f, settings.dtype))
-
-
-# --- from plain networks -------------------------------------------------------------------------
-
-Network = TypeVar("Network", ContextEncoder, TargetEncoder, PackedPredictor)
-
-
-def repack(
-    plain: nn.Module,
-    kind: type[Network],
-    settings: Settings,
-    block: type[PackedBlock] = PackedBlock,
-) -> Network:
-    """One of the above with the parameters and buffers of a plain network: the same objects.
-
-    Args:
-        plain: a `VisionTransformer` or a `Predictor`, as `kind` is one.
-        kind: the class wanted.
-        settings: how it computes.
-        block: the class of its blocks.
-    """
-    shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
-    network = copy.deepcopy(plain, shared)
-    for module in network.modules():
-        if isinstance(module, Block):
-            module.__class__ = block
-            module.__dict__["settings"] = settings
-    assert issubclass(kind, type(plain))
-    network.__class__ = kind
-    assert isinstance(network, kind)
-    network.settings = settings
-    return network

@@ -26,7 +26,7 @@ from ijepa_fast.fast.attention import Pair, choose_attention
 from ijepa_fast.fast.block import Memory, PackedBlock, Settings, attach_copies
 from ijepa_fast.fast.float8 import Float8Block, check_device, round_weights
 from ijepa_fast.fast.layout import Layout, grid_sequences, pack, views
-from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor, TargetEncoder, repack
+from ijepa_fast.fast.networks import ContextEncoder, PackedPredictor, TargetEncoder
 from ijepa_fast.fast.sharding import shard
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Predictor, VisionTransformer, matrix_layers
@@ -122,10 +122,10 @@ class FastStep:
             for plain, block in zip(encoder.blocks, plain_target.blocks, strict=True):
                 for mine, layer in zip(matrix_layers(plain), matrix_layers(block), strict=True):
                     layer.weight.data = mine.weight.detach().clone()
-        self.encoder = repack(encoder, ContextEncoder, self.settings)
-        self.predictor = repack(predictor, PackedPredictor, self.settings)
+        self.encoder = ContextEncoder(encoder, self.settings)
+        self.predictor = PackedPredictor(predictor, self.settings)
         block_kind = Float8Block if self.float8 else PackedBlock
-        self.target_encoder = repack(plain_target, TargetEncoder, self.settings, block_kind)
+        self.target_encoder = TargetEncoder(plain_target, self.settings, block_kind)
         if self.float8:
             round_weights(self.target_encoder)
         if mesh is not None:

@@ -60,12 +60,17 @@ def _shared_index(index: Index | None, path: Path | None, ranks: distributed.Ran
     arrays = distributed.broadcast_arrays(index_to_arrays(index) if index is not None else None)
     received = index if index is not None else index_from_arrays(arrays)
     if index is None:
-        # copies of the files elsewhere have times of their own
-        received = replace(received, stamps=np.zeros_like(received.stamps))
+        # copies of the files elsewhere have times of their own: the table is never taken for up to
+        # date by a start on this machine alone
+        received = replace(
+            received,
+            stamps=np.zeros_like(received.stamps),
+            watched_times=np.zeros_like(received.watched_times),
+            table=table,
+        )
     if opened is None and ranks.local_rank == 0 and told["path"].size:
         try:
-            # never taken for up to date by a start on this machine alone
-            save_table(where, received, [(root, 0) for root in received.roots], table=table)
+            save_table(where, received)
         except OSError as error:
             _logger.warning("the table of the data is kept in memory: %s", error)
     distributed.barrier()

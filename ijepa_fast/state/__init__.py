@@ -1,7 +1,7 @@
 """What a run leaves on disk and goes on from (checkpoints, metrics, its folder), and its time."""
 
 from ijepa_fast.state.allowance import Allowance
-from ijepa_fast.state.checkpoint import checkpoint_folders, load_latest
+from ijepa_fast.state.checkpoint import HasState, checkpoint_folders, load_latest, misfit
 from ijepa_fast.state.durable import fsync, require_room, safetensors_pieces, sha256_of, write_file
 from ijepa_fast.state.metrics import (
     Journal,
@@ -20,6 +20,7 @@ from ijepa_fast.state.saves import Saves
 
 __all__ = [
     "Allowance",
+    "HasState",
     "Journal",
     "Meter",
     "MetricsFile",
@@ -33,6 +34,7 @@ __all__ = [
     "fsync",
     "id_hash",
     "load_latest",
+    "misfit",
     "peak_flops",
     "read_rows",
     "require_room",

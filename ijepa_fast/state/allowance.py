@@ -5,16 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SHARE", "Allowance"]
-
-SHARE = 0.01
+__all__ = ["Allowance"]
 
 
 class Allowance:
-    """Counts what saves, pictures and looks at features take, and says what more fits in.
+    """Counts what saves, pictures and evaluations take, and says what more fits in.
 
-    Saves keep to `checkpoint.minutes`, so pictures and looks get what saves leave. Any thread may
-    spend.
+    Saves keep to `checkpoint.minutes`; the others get what saves leave. Any thread may spend.
 
     Attributes:
         spent: seconds so far.
@@ -24,7 +21,7 @@ class Allowance:
         share: of the time since now.
     """
 
-    def __init__(self, share: float = SHARE) -> None:
+    def __init__(self, share: float = 0.01) -> None:
         self.share, self.spent = share, 0.0
         self.last: dict[str, float] = {}
         self._started = time.monotonic()

@@ -23,20 +23,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ijepa_fast.errors import CheckpointError, NonFiniteState
+from ijepa_fast.errors import CheckpointError
+from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_fast.state.durable import fsync, safetensors_pieces, sha256_of, write_file
 
 __all__ = [
     "FORMAT_VERSION",
-    "NonFiniteState",
+    "HasState",
     "Snapshot",
     "State",
-    "Training",
-    "capture",
     "checkpoint_folders",
     "gather",
     "load_latest",
     "load_weights",
+    "misfit",
     "not_finite",
     "read",
     "restore",
@@ -69,29 +69,34 @@ class State:
     meta: Mapping[str, Any]
 
 
-class Training(Protocol):
-    """What a checkpoint is taken of: `ReferenceStep` or `FastStep`."""
+class HasState(Protocol):
+    """The part of `step.TrainingStep` that a checkpoint is taken of.
+
+    Attributes:
+        device: where all of this is.
+        skipped: int64 (4,), see `reference.count_skip`.
+    """
 
     device: torch.device
     skipped: Tensor
 
     @property
-    def encoder(self) -> nn.Module:
-        """The context encoder."""
+    def encoder(self) -> VisionTransformer:
+        """Context encoder."""
 
     @property
-    def predictor(self) -> nn.Module:
-        """The predictor."""
+    def predictor(self) -> Predictor:
+        """Predictor."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """With the moments of both."""
+        """Of the first two networks, with their moments."""
 
     def masters(self) -> dict[str, Tensor]:
-        """Float32 weights and tables of all networks; DTensors where sharded."""
+        """The float32 weights and tables of all three networks, by name; DTensors where sharded."""
 
     def round(self) -> None:
-        """Follows a change of the masters."""
+        """Follows a change of the masters by something else than `update`."""
 
 
 class Snapshot:
@@ -103,7 +108,7 @@ class Snapshot:
         keep: whether this rank keeps the copy; the others only take part.
     """
 
-    def __init__(self, training: Training, *, keep: bool) -> None:
+    def __init__(self, training: HasState, *, keep: bool) -> None:
         self._keep = keep
         self._copies: dict[str, Tensor] = {}
         if not keep:
@@ -124,7 +129,7 @@ class Snapshot:
         """Size of the copy; 0 on the ranks that keep none."""
         return sum(copy.nbytes for copy in self._copies.values())
 
-    def take(self, training: Training, *, step: int, meta: Mapping[str, Any]) -> State:
+    def take(self, training: HasState, *, step: int, meta: Mapping[str, Any]) -> State:
         """Copies the state, over the last copy. Where weights are sharded, all ranks must call it.
 
         Args:
@@ -148,19 +153,12 @@ class Snapshot:
                 zeros = torch.zeros_like(parameter)
                 tensors[f"exp_avg.{key}"] = tensors[f"exp_avg_sq.{key}"] = zeros
         for key, tensor in tensors.items():
-            whole = tensor.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
+            whole = _whole(tensor)
             if self._keep:
                 self._copies[key].copy_(whole, non_blocking=True)
         if training.device.type == "cuda":
             torch.cuda.current_stream(training.device).synchronize()
         return State(tensors=self._copies, step=step, adam_step=adam_step, meta=meta)
-
-
-def capture(training: Training, *, step: int, meta: Mapping[str, Any], keep: bool = True) -> State:
-    """A `Snapshot` taken once."""
-    return Snapshot(training, keep=keep).take(training, step=step, meta=meta)
 
 
 def not_finite(state: State) -> str | None:
@@ -172,6 +170,11 @@ def not_finite(state: State) -> str | None:
     return None
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole copies on the CPU. Where tensors are sharded, all ranks must call it.
 
@@ -181,16 +184,14 @@ def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """
     copies = {}
     for key, tensor in tensors.items():
-        whole = tensor.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
+        whole = _whole(tensor)
         if keep:
             copies[key] = whole.to("cpu", copy=True).contiguous()
     return copies
 
 
 @torch.no_grad()
-def restore(training: Training, state: State) -> None:
+def restore(training: HasState, state: State) -> None:
     """Puts a captured state back, each rank its part.
 
     Raises:
@@ -198,17 +199,11 @@ def restore(training: Training, state: State) -> None:
     """
     masters = training.masters()
     trained = _trained(training)
-    wanted = {key: tuple(tensor.shape) for key, tensor in masters.items()}
+    wanted: dict[str, Tensor] = {**masters}
     for key, parameter in trained.items():
-        wanted |= {f"{moment}.{key}": tuple(parameter.shape) for moment in MOMENTS}
-    given = {key: tuple(tensor.shape) for key, tensor in state.tensors.items()}
-    for key in sorted(wanted.keys() | given.keys()):
-        if wanted.get(key) != given.get(key):
-            name, _, rest = key.partition(".")
-            raise CheckpointError(
-                f"{name} does not fit the configuration: {rest} must be "
-                f"{wanted.get(key, 'absent')}, got {given.get(key, 'none')}"
-            )
+        wanted |= {f"{moment}.{key}": parameter for moment in MOMENTS}
+    if wrong := misfit(wanted, state.tensors):
+        raise CheckpointError(f"the checkpoint does not fit the configuration: {wrong}")
     for key, tensor in masters.items():
         tensor.copy_(_part(state.tensors[key], tensor))
     for key, parameter in trained.items():
@@ -221,8 +216,22 @@ def restore(training: Training, state: State) -> None:
     training.round()
 
 
+def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """The first name whose tensor is missing, not wanted or of another shape or dtype, what it must
+    be and what it is; None where all fit.
+    """
+    must, got = (
+        {key: f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for key, t in tree.items()}
+        for tree in (wanted, given)
+    )
+    for key in sorted(must.keys() | got.keys()):
+        if must.get(key) != got.get(key):
+            return f"{key} must be {must.get(key, 'absent')}, got {got.get(key, 'none')}"
+    return None
+
+
 @torch.no_grad()
-def load_weights(training: Training, tensors: Mapping[str, Tensor]) -> None:
+def load_weights(training: HasState, tensors: Mapping[str, Tensor]) -> None:
     """Sets some of the weights, each rank its part.
 
     Args:
@@ -244,7 +253,7 @@ def _part(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _trained(training: Training) -> dict[str, nn.Parameter]:
+def _trained(training: HasState) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}": parameter
         for name, network in (("encoder", training.encoder), ("predictor", training.predictor))

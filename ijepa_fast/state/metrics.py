@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,36 +164,33 @@ class Meter:
     def __init__(
         self, *, images: int, world: int, flops: float, peak: float | None, device: torch.device
     ) -> None:
-        self.images, self.world, self.flops, self.peak, self.device = (
-            images,
-            world,
-            flops,
-            peak,
-            device,
-        )
-        self.start, self.step, self.waited = time.perf_counter(), 0, 0.0
+        self._images, self._world, self._device = images, world, device
+        self._flops, self._peak = flops, peak
+        self.restart(0, 0.0)
 
     def restart(self, step: int, waited: float) -> None:
         """Starts a new interval at `step`, with `waited` seconds of data wait so far."""
-        self.start, self.step, self.waited = time.perf_counter(), step, waited
+        self._start, self._step, self._waited = time.perf_counter(), step, waited
 
     def read(self, step: int, waited: float, last_step: int) -> dict[str, Any]:
         """Rates since the last call, and starts the next interval."""
         now = time.perf_counter()
-        steps = max(1, step - self.step)
-        seconds = (now - self.start) / steps
-        rate = self.images / seconds
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
+        steps = max(1, step - self._step)
+        seconds = (now - self._start) / steps
+        rate = self._images / seconds
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result = {
             "images_per_second": round(rate, 2),
-            "images_per_second_per_device": round(rate / self.world, 2),
+            "images_per_second_per_device": round(rate / self._world, 2),
             "step_ms": round(1e3 * seconds, 2),
-            "data_wait_ms": round(1e3 * (waited - self.waited) / steps, 2),
+            "data_wait_ms": round(1e3 * (waited - self._waited) / steps, 2),
             "memory_gib": round(memory / 2**30, 3),
-            "mfu": round(rate * self.flops / (self.peak * self.world), 4) if self.peak else None,
+            "mfu": round(rate * self._flops / (self._peak * self._world), 4)
+            if self._peak
+            else None,
             "eta_seconds": round(seconds * (last_step - step)),
         }
         self.restart(step, waited)
@@ -283,12 +279,17 @@ class Reporter:
 
             self.writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
+    def advance(self, step: int) -> None:
+        """So many steps are done."""
+        if self.progress:
+            self.progress.update(self.task, completed=step)
+
     def show(self, row: Mapping[str, Any]) -> None:
         """One row of training metrics."""
         _logger.info("%s", line(row, self.last_step))
         if self.progress:
             status = f"loss {row['loss']:.4f}  {row['timing']['images_per_second']:.0f} img/s"
-            self.progress.update(self.task, completed=row["step"], status=status)
+            self.progress.update(self.task, status=status)
         if self.writer:
             flat = {**row, **row["timing"]}
             for key, value in flat.items():
@@ -312,21 +313,32 @@ class Reporter:
             self.writer.close()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pending:
-    """A row whose numbers are still on their way from the device."""
+class _Arrival:
+    """Small tensors on their way to the host; nothing waits for the device before `wait`."""
 
-    row: dict[str, Any]
-    numbers: Tensor
-    skipped: Tensor
-    ids_hash: Tensor
-    timing: dict[str, Any]
-    ready: torch.cuda.Event | None
+    def __init__(self, *tensors: Tensor) -> None:
+        self._ready: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        self._tensors = tensors
+
+    @property
+    def here(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return self._ready is None or self._ready.query()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The tensors, on the CPU."""
+        if self._ready:
+            self._ready.synchronize()
+        return self._tensors
 
 
 class Journal:
-    """Writes each row one interval late, when its numbers have arrived, so that no step waits
-    for them.
+    """Writes each row as soon as its numbers have arrived, so that no step waits for them: on a CPU
+    at once.
 
     Args:
         file: where rows go, None on the ranks that write nothing.
@@ -335,55 +347,36 @@ class Journal:
 
     def __init__(self, file: MetricsFile | None, reporter: Reporter | None) -> None:
         self.file, self.reporter = file, reporter
-        self._pending: _Pending | None = None
+        self._pending: tuple[dict[str, Any], _Arrival] | None = None
 
-    def queue(
-        self,
-        row: dict[str, Any],
-        numbers: Tensor,
-        *,
-        skipped: Tensor,
-        ids_hash: Tensor,
-        timing: dict[str, Any],
-    ) -> None:
+    def queue(self, row: dict[str, Any], numbers: Tensor, skipped: Tensor) -> None:
         """Takes a row over and writes the one before.
 
         Args:
-            row: step, epoch, lr, weight_decay and momentum.
+            row: all but what follows.
             numbers: (2,) loss and feature std, on the device.
-            skipped: (4,) current, longest and total steps skipped, and steps since the longest run
-                of them ended, on the device.
-            ids_hash: scalar on the CPU.
-            timing: rates since the row before.
+            skipped: int64 (4,), see `reference.count_skip`, on the device.
         """
         self.flush()
-        ready = None
-        if numbers.is_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)
-            skipped = skipped.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._pending = _Pending(
-            row=row, numbers=numbers, skipped=skipped, ids_hash=ids_hash, timing=timing, ready=ready
-        )
+        self._pending = row, _Arrival(numbers, skipped)
+
+    def poll(self, step: int) -> None:
+        """After every step: moves the progress bar, and writes the queued row if its numbers are
+        here; does not wait.
+        """
+        if self.reporter:
+            self.reporter.advance(step)
+        if self._pending and self._pending[1].here:
+            self.flush()
 
     def flush(self) -> None:
-        """Writes the queued row, if there is one."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        """Writes the queued row, if there is one, when its numbers are here."""
+        if self._pending is None:
             return
-        if pending.ready:
-            pending.ready.synchronize()
-        loss, feature_std = (float(v) for v in pending.numbers)
-        total = int(pending.skipped[2])
-        row = {
-            **pending.row,
-            "loss": loss,
-            "feature_std": feature_std,
-            "skipped": total,
-            "ids_hash": f"{int(pending.ids_hash) & (2**64 - 1):016x}",
-            "timing": pending.timing,
-        }
+        (row, arrival), self._pending = self._pending, None
+        numbers, skipped = arrival.wait()
+        loss, feature_std = numbers.tolist()
+        row = {**row, "loss": loss, "feature_std": feature_std, "skipped": int(skipped[2])}
         if self.file and self.reporter:
             self.file.append(row)
             self.reporter.show(row)
@@ -399,27 +392,21 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self._late = 2 if device.type == "cuda" else 0
-        self._queue: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._queue: deque[tuple[int, _Arrival]] = deque()
 
     def check(self, step: int, skipped: Tensor, *, last: bool = False) -> NonFiniteError | None:
         """The error that ends the run, once three steps in a row were skipped.
 
         Args:
             step: optimiser steps done.
-            skipped: (4,), see `Journal.queue`, on the device.
+            skipped: int64 (4,), see `reference.count_skip`, on the device.
             last: whether the run ends here; then it waits for the device.
         """
-        ready = None
-        if skipped.is_cuda:
-            skipped = skipped.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        self._queue.append((step, skipped, ready))
+        self._queue.append((step, _Arrival(skipped)))
         if len(self._queue) <= self._late and not last:
             return None
-        step, skipped, ready = self._queue.pop() if last else self._queue.popleft()
-        if ready:
-            ready.synchronize()
+        step, arrival = self._queue.pop() if last else self._queue.popleft()
+        (skipped,) = arrival.wait()
         _, longest, _, since = skipped.tolist()
         if longest < LONGEST_SKIP:
             return None

@@ -3,8 +3,6 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
 
 __all__ = ["Preparation"]
 
@@ -24,7 +22,6 @@ class Preparation:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._part, self._since = "", time.monotonic()
-        self._progress: Callable[[], str] = str
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._tell, name="ijepa-start", daemon=True)
 
@@ -33,12 +30,7 @@ class Preparation:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Says nothing more."""
         self._done.set()
         self._thread.join()
@@ -48,36 +40,26 @@ class Preparation:
         """Whether the first step is done."""
         return self._done.is_set()
 
-    def begin(self, part: str, progress: Callable[[], str] = str) -> None:
-        """Ends the part before and begins another; does nothing in the middle of the same one, or
-        once all is done.
-
-        Args:
-            part: what is done, as a noun.
-            progress: more to say while it lasts; called by another thread.
+    def begin(self, part: str) -> None:
+        """Ends the part before and begins another, named by a noun; does nothing in the middle of
+        the same one, or once all is done.
         """
         if self.done or part == self._part:
             return
         now = time.monotonic()
         if self._part:
             self.seconds[self._part] = now - self._since
-        self._part, self._since, self._progress = part, now, progress
+        self._part, self._since = part, now
 
-    def finish(self, note: str = "") -> None:
-        """The first step is done: says what took how long.
-
-        Args:
-            note: more to say.
-        """
+    def finish(self) -> None:
+        """The first step is done: says what took how long."""
         self.begin("")
         self._done.set()
         parts = ", ".join(f"{part} {taken:.1f} s" for part, taken in self.seconds.items())
-        _logger.info(
-            "the first step is done after %.1f s: %s%s", sum(self.seconds.values()), parts, note
-        )
+        _logger.info("the first step is done after %.1f s: %s", sum(self.seconds.values()), parts)
 
     def _tell(self) -> None:
         while not self._done.wait(_SAID_EVERY):
             taken = time.monotonic() - self._since
             if self._part and taken >= _SAID_EVERY:
-                _logger.info("%s: %.0f s so far%s", self._part, taken, self._progress())
+                _logger.info("%s: %.0f s so far", self._part, taken)

@@ -13,9 +13,7 @@ from ijepa_fast.schedules import StepValues
 __all__ = [
     "FAST_LIMITS",
     "LIMITS",
-    "RATIOS",
     "Limits",
-    "Ratios",
     "Report",
     "Row",
     "key_bias_bounds",
@@ -83,21 +81,10 @@ FAST_LIMITS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ratios:
-    """Largest errors of the fast path in bfloat16, as multiples of the reference path's.
-
-    Attributes:
-        rms: over all losses, all gradients, all final weights.
-        tensor: of one gradient or final weight. Single losses are not held: each is one number,
-            whose error may be next to nothing by chance.
-    """
-
-    rms: float
-    tensor: float
-
-
-RATIOS = Ratios(rms=1.5, tensor=3.0)
+# largest errors of the fast path in bfloat16, as multiples of the reference path's: RMS over all
+# losses, all gradients, all final weights; and of one gradient or final weight. Single losses are
+# not held: each is one number, whose error may be next to nothing by chance.
+RMS_RATIO, EACH_RATIO = 1.5, 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +103,14 @@ class Row:
 
     def line(self) -> str:
         """One line of the table."""
-        ratio = self.kind in (RATIO, TENSOR_RATIO)
-        numbers = (
-            f"{self.error:10.2f} {self.limit:9.1f}"
-            if ratio
-            else f"{self.error:10.2e} {self.limit:9.1e}"
-        )
+        kind = "f" if self.kind in (RATIO, TENSOR_RATIO) else "e"
+        numbers = f"{self.error:10.2{kind}} {self.limit:9.1{kind}}"
         return f"{self.name:<58} {numbers}  {'ok' if self.ok else 'FAIL'}"
 
 
 @dataclass(kw_only=True)
 class Report:
-    """All comparisons of one replay."""
+    """All comparisons with one recording."""
 
     path: str
     dtype: str
@@ -175,7 +158,7 @@ class Report:
         self.add("target movement", f"{name} (of its movement)", error, limits.target_movement)
 
     def add_ratios(self, reference: "Report") -> None:
-        """Appends this replay's errors as multiples of another's, of the same recording.
+        """Appends these errors as multiples of another report's, of the same recording.
 
         A reference error below the reference path's limit in float32 counts as that limit: it says
         nothing about bfloat16 then (it is float32's rounding, or 0 where a loss or a tensor came
@@ -194,10 +177,10 @@ class Report:
             )
             assert mine.keys() == theirs.keys()
             ratio = _ratio(_rms(mine), _rms(theirs), floor)
-            self.add(RATIO, f"{name} (RMS of {len(mine)})", ratio, RATIOS.rms)
+            self.add(RATIO, f"{name} (RMS of {len(mine)})", ratio, RMS_RATIO)
             for each in mine if kind != "loss" else ():
                 ratio = _ratio(mine[each], theirs[each], floor)
-                self.add(TENSOR_RATIO, f"{each} (of reference)", ratio, RATIOS.tensor)
+                self.add(TENSOR_RATIO, f"{each} (of reference)", ratio, EACH_RATIO)
 
     def table(self) -> str:
         """Each step's values and the ratios of RMS line by line, the worst tensor of every other

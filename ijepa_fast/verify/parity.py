@@ -1,4 +1,4 @@
-"""Replays recorded steps of the published trainer and holds a path against them.
+"""Computes recorded steps of the published trainer again and holds a path against them.
 
 ``python -m ijepa_fast.parity FILE`` loads initial weights, images and masks from a safetensors
 file, trains the recorded number of steps and compares losses, schedules, the first step's
@@ -10,7 +10,6 @@ holds and every tensor of the file was used.
 import contextlib
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from ijepa_fast.config import OptimConfig
+from ijepa_fast.config import OptimConfig, run_command
+from ijepa_fast.errors import UsageError
 from ijepa_fast.fast import FastStep, Memory
 from ijepa_fast.model import Predictor, VisionTransformer
 from ijepa_fast.reference import ReferenceStep
@@ -29,15 +29,14 @@ from ijepa_fast.verify.comparison import (
     LIMITS,
     Limits,
     Report,
-    Row,
     key_bias_bounds,
     relative,
 )
 from ijepa_fast.verify.recording import IMAGENET_MEAN, IMAGENET_STD, Recording
 
-__all__ = ["LIMITS", "Limits", "Report", "Row", "main", "replay"]
+__all__ = ["compare", "main"]
 
-Which = Literal["reference", "fast"]
+PathName = Literal["reference", "fast"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -52,12 +51,12 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = saved
 
 
-def replay(
+def compare(
     file: Path,
     *,
     dtype: Precision = "float32",
     device: torch.device | None = None,
-    path: Which = "reference",
+    path: PathName = "reference",
     attention: str = "auto",
     memory: Memory = "none",
 ) -> Report:
@@ -87,27 +86,26 @@ def replay(
                 )
     recording = Recording(file)
     config = OptimConfig(loss=recording.case["loss"], precision=dtype)
-    report = Report(path=path, dtype=dtype)
+    channels: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+    def reference() -> Report:
+        step = ReferenceStep(*_networks(recording, device), config, **channels)
+        return _train(recording, Report(path="reference", dtype=dtype), LIMITS[dtype], step)
+
     with exact_float32():
         if path == "reference":
-            _replay(recording, report, LIMITS[dtype], _reference(recording, config, device))
+            report = reference()
         else:
-            encoder, predictor = _networks(recording, device)
             step = FastStep(
-                encoder,
-                predictor,
+                *_networks(recording, device),
                 config,
-                mean=IMAGENET_MEAN,
-                std=IMAGENET_STD,
                 attention=attention,
                 memory=memory,
+                **channels,
             )
-            _replay(recording, report, FAST_LIMITS[dtype], step)
+            report = _train(recording, Report(path=path, dtype=dtype), FAST_LIMITS[dtype], step)
             if dtype == "bfloat16":
-                reference = Report(path="reference", dtype=dtype)
-                step_ = _reference(recording, config, device)
-                _replay(recording, reference, LIMITS[dtype], step_)
-                report.add_ratios(reference)
+                report.add_ratios(reference())
     report.unused = sorted(recording.unused)
     return report
 
@@ -118,11 +116,6 @@ def _networks(recording: Recording, device: torch.device) -> tuple[VisionTransfo
     recording.load(encoder, "init.encoder.")
     recording.load(predictor, "init.predictor.")
     return encoder.to(device), predictor.to(device)
-
-
-def _reference(recording: Recording, config: OptimConfig, device: torch.device) -> ReferenceStep:
-    networks = _networks(recording, device)
-    return ReferenceStep(*networks, config, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def _tables(recording: Recording, report: Report) -> None:
@@ -137,9 +130,9 @@ def _tables(recording: Recording, report: Report) -> None:
         report.add("forward", label, error, LIMITS["float32"].forward)
 
 
-def _replay(
+def _train(
     recording: Recording, report: Report, limits: Limits, step: ReferenceStep | FastStep
-) -> None:
+) -> Report:
     case = recording.case
     _tables(recording, report)
     trained = {"encoder": step.encoder, "predictor": step.predictor}
@@ -161,17 +154,10 @@ def _replay(
         if index == 0:
             for name, network in trained.items():
                 for key, parameter in network.named_parameters():
-                    label = f"step0.grad.{name}.{key}"
-                    expected = recording.take(label)
-                    assert parameter.grad is not None
-                    report.add_weights(
-                        "gradient",
-                        label,
-                        parameter.grad,
-                        expected,
-                        limits.gradient,
-                        limits.key_gradient,
-                    )
+                    label, grad = f"step0.grad.{name}.{key}", parameter.grad
+                    assert grad is not None
+                    held = limits.gradient, limits.key_gradient
+                    report.add_weights("gradient", label, grad, recording.take(label), *held)
         step.update(values)
         steps.append(values)
         expected_loss = float(recording.take("loss")[index])
@@ -200,6 +186,7 @@ def _replay(
         if averaged:
             initial = recording.take(f"init.{name.removeprefix('target_')}")
             report.add_movement(limits, label, actual, expected, initial)
+    return report
 
 
 def _forward_rows(
@@ -215,11 +202,11 @@ def _forward_rows(
 
 @dataclass(frozen=True, kw_only=True)
 class ParityArgs:
-    """Replay a recording of the published trainer and compare step for step."""
+    """Computes a recording of the published trainer again and compares step for step."""
 
     file: Annotated[Path, tyro.conf.Positional]
     """Recording (safetensors)."""
-    path: Which = "reference"
+    path: PathName = "reference"
     """Which implementation of the step to hold against it."""
     dtype: Precision = "float32"
     """bfloat16 runs matrix products in it."""
@@ -237,22 +224,20 @@ class ParityArgs:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0 all held, 1 something did not, 2 unusable input."""
-    args = tyro.cli(ParityArgs, args=argv, prog="python -m ijepa_fast.parity")
+    return run_command(ParityArgs, _compare, argv, "parity")
+
+
+def _compare(args: ParityArgs) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: device must be auto or cpu here, got cuda: no CUDA device", file=sys.stderr)
-        return 2
-    try:
-        report = replay(
-            args.file,
-            dtype=args.dtype,
-            device=None if args.device == "auto" else torch.device(args.device),
-            path=args.path,
-            attention=args.attention,
-            memory=args.memory,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise UsageError("device must be auto or cpu here, got cuda: no CUDA device")
+    report = compare(
+        args.file,
+        dtype=args.dtype,
+        device=None if args.device == "auto" else torch.device(args.device),
+        path=args.path,
+        attention=args.attention,
+        memory=args.memory,
+    )
     if args.json:
         rows = [{**dataclasses.asdict(row), "ok": row.ok} for row in report.rows]
         result = {"ok": report.ok, "path": report.path, "dtype": report.dtype, "rows": rows}
@@ -260,7 +245,3 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print(report.table())
     return 0 if report.ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

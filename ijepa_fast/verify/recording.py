@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import NORM_EPS, Predictor, VisionTransformer
 from ijepa_fast.schedules import Schedules
+from ijepa_fast.state import misfit
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Recording"]
 
@@ -70,11 +71,6 @@ class Recording:
         self.unused.discard(name)
         return self.tensors[name]
 
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        """All tensors whose names begin so, under the rest of their names."""
-        names = [name for name in self.tensors if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self.take(name) for name in names}
-
     def networks(self) -> tuple[VisionTransformer, Predictor]:
         """Context encoder and predictor of the case, not yet with its weights."""
         case = self.case
@@ -103,16 +99,10 @@ class Recording:
 
     def load(self, network: nn.Module, prefix: str) -> None:
         """Loads the initial weights under a prefix; names and shapes must match exactly."""
-        weights = self.state(prefix)
-        wanted = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-        given = {name: tuple(t.shape) for name, t in weights.items()}
-        differing = [n for n in wanted | given if wanted.get(n) != given.get(n)]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"FILE must hold {prefix}{name} as its case says "
-                f"({wanted.get(name, 'not at all')}), got {given.get(name, 'none')}"
-            )
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        weights = {name.removeprefix(prefix): self.take(name) for name in names}
+        if wrong := misfit(network.state_dict(), weights):
+            raise ValueError(f"FILE must hold {prefix}* as its case says: {prefix}{wrong}")
         network.load_state_dict(weights)
 
     def schedules(self) -> Schedules:

@@ -8,7 +8,6 @@ Exit codes: 0 every number is finite here, 1 some are not, 2 wrong input.
 """
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,11 +18,12 @@ import tyro
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ijepa_fast.config import Config, from_tree
+from ijepa_fast.config import Config, from_tree, run_command
 from ijepa_fast.errors import UsageError
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.ranks import distributed
+from ijepa_fast.state import checkpoint, misfit
 from ijepa_fast.step import TrainingStep, make_step, one_device
 from ijepa_fast.verify.nonfinite import REPLAY_FORMAT
 
@@ -96,20 +96,9 @@ def _training(
         config = replace(config, path=path, optim=optim, target_precision="same")
     networks = build_models(config.model, config.data.crop_size)
     training = make_step(config, *networks, device)
-    masters = training.masters()
-    wrong = [
-        name
-        for name in masters.keys() | recorded.weights.keys()
-        if name not in masters
-        or name not in recorded.weights
-        or masters[name].shape != recorded.weights[name].shape
-    ]
-    if wrong:
-        raise UsageError(f"FILE must hold the weights of its configuration, got others: {wrong[0]}")
-    with torch.no_grad():
-        for name, tensor in masters.items():
-            tensor.copy_(recorded.weights[name])
-        training.round()
+    if wrong := misfit(training.masters(), recorded.weights):
+        raise UsageError(f"FILE must hold the weights of its configuration: {wrong}")
+    checkpoint.load_weights(training, recorded.weights)
     return training
 
 
@@ -189,20 +178,19 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m ijepa_fast.replay")
-    try:
-        device = distributed.start(arguments.device).device
-        recorded = read_replay(arguments.file)
-        if arguments.precision == "float32":
-            optim = replace(recorded.config.optim, precision="float32", residual="float32")
-            config = replace(recorded.config, optim=optim, target_precision="same")
-            recorded = replace(recorded, config=config)
-        both: tuple[Literal["fast", "reference"], ...] = ("reference", "fast")
-        paths = both if arguments.path == "both" else (arguments.path,)
-        found = {path: replay(recorded, path, device) for path in paths}
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(Arguments, _replay, argv, "replay")
+
+
+def _replay(arguments: Arguments) -> int:
+    device = distributed.start(arguments.device).device
+    recorded = read_replay(arguments.file)
+    if arguments.precision == "float32":
+        optim = replace(recorded.config.optim, precision="float32", residual="float32")
+        config = replace(recorded.config, optim=optim, target_precision="same")
+        recorded = replace(recorded, config=config)
+    both: tuple[Literal["fast", "reference"], ...] = ("reference", "fast")
+    paths = both if arguments.path == "both" else (arguments.path,)
+    found = {path: replay(recorded, path, device) for path in paths}
     config = recorded.config
     print(
         f"step {recorded.step}, {config.batch.global_} images, {config.optim.precision} on {device}"
@@ -223,7 +211,3 @@ def main(argv: list[str] | None = None) -> int:
             "device that ran it (memory errors), or at a changed version."
         )
     return int(broken)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ijepa_fast.errors import CheckpointError, exit_code
+from ijepa_fast.config import run_command
 from ijepa_fast.visualize.decoder.commands import PredictorPicture, Prove, TrainDecoder
 from ijepa_fast.visualize.picture_commands import (
     CurvePicture,
@@ -33,19 +33,13 @@ Command = (
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    command: Any = tyro.cli(
-        Command,
-        args=argv,
-        prog="python -m ijepa_fast.visualize",
-        description="Pictures of data, runs and what they learnt.",
-    )
+    description = "Pictures of data, runs and what they learnt."
+    return run_command(Command, _draw, argv, "visualize", description=description)
+
+
+def _draw(command: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        command.do()
-    except (CheckpointError, ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
-    return 0
+    command.do()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class MaskPicture(Picture):
     """Context and target blocks over real images, in both geometries."""
 
     data: str | None = None
-    """Folder of images, or `shapes`; by default the configuration's."""
+    """Folder of images, or a named set; by default the configuration's."""
     preset: str | None = None
     """Named recipe, as for training."""
     config: Path | None = None
@@ -122,7 +122,7 @@ class PcaPicture(Picture):
     run: RunOrWeights
     """A run, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
-    """Folder of images (its test part), or `shapes`; by default the run's."""
+    """Folder of images (its test part), or a named set; by default the run's."""
     images: int = 12
     """Images shown; one PCA over all of them."""
     size: int | None = None
@@ -160,7 +160,7 @@ class NeighbourPicture(Picture):
     run: RunOrWeights
     """A run, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
-    """Folder of images (its test part), or `shapes`; by default the run's."""
+    """Folder of images (its test part), or a named set; by default the run's."""
     pool: int = 2000
     """Images among which neighbours are looked for."""
     queries: int = 6

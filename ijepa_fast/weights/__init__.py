@@ -13,22 +13,18 @@ PyTorch files are read with ``weights_only=True``: nothing in them is run.
 """
 
 from ijepa_fast.weights.encoder import Encoder, load_encoder, network_of
-from ijepa_fast.weights.fit import fit_to, resample_positions, start_weights
-from ijepa_fast.weights.names import hugging_face_names
-from ijepa_fast.weights.pretrained import METADATA, Pretrained, Shape, Which
+from ijepa_fast.weights.fit import start_weights
+from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
 from ijepa_fast.weights.read import read_weights
 
 __all__ = [
     "METADATA",
     "Encoder",
+    "EncoderKind",
     "Pretrained",
     "Shape",
-    "Which",
-    "fit_to",
-    "hugging_face_names",
     "load_encoder",
     "network_of",
     "read_weights",
-    "resample_positions",
     "start_weights",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.reference import normalise
 from ijepa_fast.weights.fit import fit_to, resample_positions
-from ijepa_fast.weights.pretrained import Pretrained, Shape, Which
+from ijepa_fast.weights.pretrained import EncoderKind, Pretrained, Shape
 from ijepa_fast.weights.read import read_weights
 
 __all__ = ["Encoder", "load_encoder", "network_of"]
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 def load_encoder(
     path: str | Path | Pretrained,
     *,
-    encoder: Which = "target",
+    encoder: EncoderKind = "target",
     image_size: tuple[int, int] | None = None,
     heads: int | None = None,
 ) -> Encoder:

@@ -25,12 +25,13 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ijepa_fast.errors import CheckpointError, UsageError, exit_code
+from ijepa_fast.config import run_command
+from ijepa_fast.errors import UsageError
 from ijepa_fast.model import NORM_EPS
 from ijepa_fast.state import read_rows
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
-from ijepa_fast.weights.pretrained import METADATA, Pretrained, Shape, Which
+from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
 from ijepa_fast.weights.read import read_weights
 
 __all__ = ["ExportArgs", "export", "main"]
@@ -40,7 +41,7 @@ _BILINEAR = 2
 
 
 def _hugging_face(
-    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: EncoderKind | None
 ) -> None:
     shape = weights.shape
     height, width = shape.image_size
@@ -99,7 +100,7 @@ def timm_arguments(shape: Shape) -> dict[str, Any]:
 
 
 def _timm(
-    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: Which | None
+    weights: Pretrained, state: Mapping[str, Tensor], folder: Path, kind: EncoderKind | None
 ) -> None:
     shape = weights.shape
     config = {
@@ -140,7 +141,7 @@ def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def _write_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained, kind: Which | None
+    folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained, kind: EncoderKind | None
 ) -> None:
     """`kind`: which encoder it is, where the file holds one."""
     shape = weights.shape
@@ -161,7 +162,7 @@ def export(
     out: Path,
     *,
     layout: Format,
-    which: Which = "target",
+    which: EncoderKind = "target",
     metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Writes weights into a new folder, and reads them back to see that nothing changed.
@@ -247,7 +248,7 @@ class ExportArgs:
     """Folder to write; it must not exist."""
     format: Format = "hf"
     """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
-    encoder: Which = "target"
+    encoder: EncoderKind = "target"
     """Which of the two encoders; the target encoder has the better features."""
     image_size: tuple[int, int] | None = None
     """Height and width that foreign weights were trained at, where their file does not tell."""
@@ -261,25 +262,19 @@ class ExportArgs:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    args = tyro.cli(ExportArgs, args=argv, prog="python -m ijepa_fast.export")
-    try:
-        weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
-        weights = weights.with_normalisation(args.mean, args.std)
-        doubt = weights.doubt()
-        if doubt:
-            print(doubt, file=sys.stderr)
-        metrics = _run_metrics(args.run) if args.run.is_dir() else {}
-        export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_code(error)
+    return run_command(ExportArgs, _export, argv, "export")
+
+
+def _export(args: ExportArgs) -> None:
+    weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
+    weights = weights.with_normalisation(args.mean, args.std)
+    doubt = weights.doubt()
+    if doubt:
+        print(doubt, file=sys.stderr)
+    metrics = _run_metrics(args.run) if args.run.is_dir() else {}
+    export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
     size = sum(path.stat().st_size for path in args.out.iterdir())
     what = "all networks" if args.format == "torch" else weights.title(args.encoder)
     print(
         f"{what} of {weights.source} written to {args.out} ({size / 2**20:.1f} MiB) and read back"
     )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ import yaml
 
 from ijepa_fast import __version__
 from ijepa_fast.config import as_dict
-from ijepa_fast.weights.pretrained import Pretrained, Which
+from ijepa_fast.weights.pretrained import EncoderKind, Pretrained
 
 __all__ = ["model_card"]
 
@@ -48,7 +48,7 @@ def model_card(
     weights: Pretrained,
     *,
     layout: Literal["hf", "timm", "torch"],
-    which: Which,
+    which: EncoderKind,
     metrics: Mapping[str, float],
 ) -> str:
     """The card as Markdown with the hub's YAML header.

@@ -1,6 +1,5 @@
 """Weights as read from a file, whoever wrote it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,12 +9,35 @@ from torch import Tensor
 from ijepa_fast.config import Config
 from ijepa_fast.errors import UsageError
 
-__all__ = ["METADATA", "NETWORKS", "Pretrained", "Shape", "Which"]
+__all__ = ["METADATA", "NETWORKS", "EncoderKind", "Pretrained", "Shape", "channel_values"]
 
-Which = Literal["target", "context"]
+EncoderKind = Literal["target", "context"]
 # the entry of a safetensors file's metadata in which our exports tell what shapes do not
 METADATA = "ijepa_fast"
 NETWORKS = ("encoder", "target_encoder", "predictor")
+_MOST_CHANNEL = 1e6
+
+
+def channel_values(name: str, values: object, where: str) -> tuple[float, float, float]:
+    """The mean or std of the image channels.
+
+    Args:
+        name: `mean` or `std`.
+        values: whatever a file or a flag has.
+        where: the end of the error.
+
+    Raises:
+        UsageError: not three numbers, or a std not above 0.
+    """
+    least = 0.0 if name == "std" else -_MOST_CHANNEL
+    if (
+        not isinstance(values, list | tuple)
+        or len(values) != 3
+        or not all(type(v) in (int, float) and least < v < _MOST_CHANNEL for v in values)
+    ):
+        rule = "3 numbers above 0" if name == "std" else "3 numbers"
+        raise UsageError(f"{name} must be {rule}, got {values!r}{where}")
+    return float(values[0]), float(values[1]), float(values[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,42 +83,36 @@ class Pretrained:
 
     networks: Mapping[str, Mapping[str, Tensor]]
     shape: Shape
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     source: str
-    only: Which | None = "target"
+    only: EncoderKind | None = "target"
     config: Config | None = None
     step: int | None = None
     images: int | None = None
 
-    def kind(self, which: Which = "target") -> Which | None:
+    def kind(self, which: EncoderKind = "target") -> EncoderKind | None:
         """Which encoder `encoder(which)` gives: the one that is there, where it is the only one;
         None where that is not known.
         """
         return which if "encoder" in self.networks else self.only
 
-    def title(self, which: Which = "target") -> str:
+    def title(self, which: EncoderKind = "target") -> str:
         """The same for a person: `target encoder`, `context encoder`, or `encoder`."""
         kind = self.kind(which)
         return f"{kind} encoder" if kind else "encoder"
 
-    def with_normalisation(
-        self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-    ) -> "Pretrained":
+    def with_normalisation(self, mean: object = None, std: object = None) -> "Pretrained":
         """With these instead of what the file tells; None keeps it.
 
         Raises:
-            UsageError: not one number a channel, not finite, or a std not above 0.
+            UsageError: see `channel_values`.
         """
-        for name, values in (("mean", mean), ("std", std)):
-            if values is not None and (
-                len(values) != len(self.mean)
-                or not all(map(math.isfinite, values))
-                or (name == "std" and min(values) <= 0)
-            ):
-                rule = "finite numbers above 0" if name == "std" else "finite numbers"
-                raise UsageError(f"{name} must be {len(self.mean)} {rule}, got {values}")
-        return replace(self, mean=mean or self.mean, std=std or self.std)
+        return replace(
+            self,
+            mean=self.mean if mean is None else channel_values("mean", mean, ""),
+            std=self.std if std is None else channel_values("std", std, ""),
+        )
 
     def doubt(self) -> str | None:
         """A warning where mean and std look like another library's default."""
@@ -107,7 +123,7 @@ class Pretrained:
             "I-JEPA was trained with ImageNet's: --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
         )
 
-    def encoder(self, which: Which = "target") -> Mapping[str, Tensor]:
+    def encoder(self, which: EncoderKind = "target") -> Mapping[str, Tensor]:
         """One encoder's weights; `target` also gives the one of a file that has only one.
 
         Raises:

@@ -19,7 +19,7 @@ from ijepa_fast.config import ARCHITECTURES, DataConfig, from_tree
 from ijepa_fast.errors import UsageError
 from ijepa_fast.state import checkpoint
 from ijepa_fast.weights.names import our_names
-from ijepa_fast.weights.pretrained import METADATA, NETWORKS, Pretrained, Shape
+from ijepa_fast.weights.pretrained import METADATA, NETWORKS, Pretrained, Shape, channel_values
 
 __all__ = ["read_weights"]
 
@@ -27,7 +27,6 @@ _TORCH_FILES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _HEADS = {a.width: a.heads for a in ARCHITECTURES.values()}
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _MOST_JSON = 2**24
-_MOST_CHANNEL = 1e6
 # tensors of a file may share memory, as two encoders that are still the same do; without end they
 # would fill the machine's
 _MOST_SHARING = 8
@@ -361,7 +360,7 @@ def _described(
             "(1, N, D) and MLPs (F, D), got "
             f"{tuple(kernel.shape)}, {tuple(table.shape)} and {tuple(mlp.shape)} in {path}"
         )
-    if kernel.shape[1] != len(DataConfig().mean):
+    if kernel.shape[1] != 3:
         raise UsageError(
             f"weights must be for images of 3 channels, got {kernel.shape[1]} in {path}"
         )
@@ -400,13 +399,11 @@ def _described(
         mlp_hidden=mlp.shape[0],
         in_channels=kernel.shape[1],
     )
-    defaults = DataConfig()
-    mean, std = (_channels(told, k, getattr(defaults, k), path) for k in ("mean", "std"))
     return Pretrained(
         networks=ours,
         shape=shape,
-        mean=mean,
-        std=std,
+        mean=channel_values("mean", told.get("mean", DataConfig.mean), f" for {path}"),
+        std=channel_values("std", told.get("std", DataConfig.std), f" for {path}"),
         source=str(path),
         only=told.get("encoder"),
     )
@@ -416,22 +413,3 @@ def _agree(path: Path, name: str, given: object, told: Mapping[str, Any]) -> Non
     """What is given for files that do not tell must not contradict one that does."""
     if given is not None and told.get(name, given) != given:
         raise UsageError(f"{name} must be {told[name]}, which {path} tells, got {given}")
-
-
-def _channels(
-    told: Mapping[str, Any], key: str, default: tuple[float, ...], path: Path
-) -> tuple[float, ...]:
-    """Mean or standard deviation of the image channels."""
-    values = told.get(key, default)
-    plain = isinstance(values, list | tuple) and all(type(v) in (int, float) for v in values)
-    if (
-        not plain
-        or len(values) != len(default)
-        or not all(-_MOST_CHANNEL < v < _MOST_CHANNEL for v in values)
-        or (key == "std" and min(values) <= 0)
-    ):
-        raise UsageError(
-            f"{key} must be {len(default)} numbers{' above 0' if key == 'std' else ''}, got "
-            f"{values!r} for {path}"
-        )
-    return tuple(float(value) for value in values)

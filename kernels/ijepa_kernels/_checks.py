@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ __all__ = [
     "check_shape",
     "debug_checks",
     "debugging",
-    "known",
-    "of_case",
-    "remember",
 ]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,41 +42,6 @@ def debug_checks() -> Iterator[None]:
 def debugging() -> bool:
     """True within `debug_checks`."""
     return _depth > 0
-
-
-# --- once for every case ------------------------------------------------------------------------
-
-_MOST_CASES = 4096
-_cases: set[tuple[Any, ...]] = set()
-
-
-def of_case(name: object, *tensors: Tensor | None) -> tuple[Any, ...] | None:
-    """What decides whether tensors are valid arguments: their shapes, dtypes and devices. None
-    where that is not to be had: within a graph being traced, or of other objects.
-
-    Args:
-        name: of the function, with its options that count.
-        tensors: its arguments.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        return name, *[t if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-    except AttributeError:
-        return None
-
-
-def known(case: tuple[Any, ...] | None) -> bool:
-    """True if arguments like these were found to be valid before."""
-    return case in _cases
-
-
-def remember(case: tuple[Any, ...] | None) -> None:
-    """Notes that arguments like these are valid."""
-    if case is not None:
-        if len(_cases) >= _MOST_CASES:
-            _cases.clear()
-        _cases.add(case)
 
 
 # --- checks --------------------------------------------------------------------------------------

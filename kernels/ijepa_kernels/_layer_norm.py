@@ -14,12 +14,7 @@ from ijepa_kernels._float8 import FLOAT8, Float8Rows, _rounded, empty_rows
 from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._sums import add_up
 
-__all__ = [
-    "add_layer_norm_bwd",
-    "add_layer_norm_bwd_rows",
-    "add_layer_norm_fwd",
-    "add_layer_norm_fwd_float8",
-]
+__all__ = ["add_layer_norm_bwd", "add_layer_norm_fwd", "add_layer_norm_fwd_float8"]
 
 # --- launch table --------------------------------------------------------------------------------
 
@@ -235,77 +230,7 @@ def _launch_fwd(
     return summed
 
 
-def _launch_bwd(
-    grad_normed: Tensor,
-    grad_sum: Tensor | None,
-    kept: tuple[Tensor, Tensor, Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    grad_x: Tensor | None,
-    normed: Tensor | None,
-    with_grad_x_sums: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the sum, and float32 sums (2 * D or 3 * D,): gradients of weight and bias, column
-    sums of x's gradient.
-
-    Args:
-        grad_normed, grad_sum: gradients of both outputs; None for zeros.
-        kept: the sum, mean and 1 / standard deviation.
-        weight, bias: of the norm; the bias for `normed` only.
-        grad_x, normed: filled if given.
-        with_grad_x_sums: whether these are wanted.
-    """
-    # what is not there is not read
-    inputs = contiguous(
-        *(grad_normed, grad_normed if grad_sum is None else grad_sum, *kept),
-        *(weight, weight if bias is None else bias),
-    )
-    summed = inputs[2]
-    width = summed.shape[-1]
-    grad_residual = torch.empty_like(summed)
-    rows = inputs[3].shape[0]
-    block_r, block_d, warps = _tile(width)
-    programs, each = _row_programs(rows, block_r, warps, summed.device)
-    sums = 3 if with_grad_x_sums else 2
-    partial = summed.new_empty((programs, sums * width), dtype=torch.float32)
-    run(
-        _add_layer_norm_bwd_kernel,
-        (programs,),
-        *(*inputs, grad_residual, grad_residual if grad_x is None else grad_x),
-        *(summed if normed is None else normed, partial, rows, each),
-        HAS_GRAD_SUM=grad_sum is not None,
-        WITH_GRAD_X=grad_x is not None,
-        WITH_GRAD_X_SUMS=with_grad_x_sums,
-        WITH_NORMED=normed is not None,
-        D=width,
-        BLOCK_R=block_r,
-        BLOCK_D=block_d,
-        num_warps=warps,
-    )
-    return grad_residual, add_up(partial)
-
-
 def add_layer_norm_bwd(
-    grad_normed: Tensor,
-    grad_sum: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the residual, of x (empty where the dtypes agree: the residual's serves as
-    both), and float32 (2, D) of weight and bias.
-    """
-    separate = x_dtype != summed.dtype
-    grad_x = summed.new_empty(summed.shape if separate else (0,), dtype=x_dtype)
-    filled = grad_x if separate else None
-    kept = (summed, mean, rstd)
-    grad, sums = _launch_bwd(grad_normed, grad_sum, kept, weight, None, filled, None, False)
-    return grad, grad_x, sums.view(2, -1)
-
-
-def add_layer_norm_bwd_rows(
     grad_normed: Tensor,
     grad_sum: Tensor | None,
     summed: Tensor,
@@ -317,17 +242,37 @@ def add_layer_norm_bwd_rows(
     with_low: bool,
     with_low_sums: bool,
     with_normed: bool,
-) -> tuple[Tensor | None, ...]:
-    """What `add_layer_norm_backward` returns."""
-    low = None
-    if with_low and low_dtype != summed.dtype:
-        low = summed.new_empty(summed.shape, dtype=low_dtype)
-    normed = summed.new_empty(summed.shape, dtype=low_dtype) if with_normed else None
-    grad, sums = _launch_bwd(
-        *(grad_normed, grad_sum, (summed, mean, rstd), weight, bias),
-        *(low, normed, with_low_sums),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gradient of the sum; the same in `low_dtype`, the same tensor if that is its own; the
+    normalised rows; float32 (2, D) or (3, D): gradients of weight and bias, column sums of the
+    first.
+    """
+    # what is not there is not read
+    inputs = contiguous(
+        *(grad_normed, grad_normed if grad_sum is None else grad_sum),
+        *(summed, mean, rstd, weight, bias),
     )
-    if with_low and low is None:
-        low = grad
-    grad_weight, grad_bias, *low_sums = sums.chunk(3 if with_low_sums else 2)
-    return grad, low, low_sums[0] if low_sums else None, normed, grad_weight, grad_bias
+    summed = inputs[2]
+    rows, width = inputs[3].shape[0], summed.shape[-1]
+    grad = torch.empty_like(summed)
+    separate = with_low and low_dtype != summed.dtype
+    low = summed.new_empty(summed.shape, dtype=low_dtype) if separate else grad
+    normed = summed.new_empty(summed.shape, dtype=low_dtype) if with_normed else None
+    block_r, block_d, warps = _tile(width)
+    programs, each = _row_programs(rows, block_r, warps, summed.device)
+    sums = 3 if with_low_sums else 2
+    partial = summed.new_empty((programs, sums * width), dtype=torch.float32)
+    run(
+        _add_layer_norm_bwd_kernel,
+        (programs,),
+        *(*inputs, grad, low, summed if normed is None else normed, partial, rows, each),
+        HAS_GRAD_SUM=grad_sum is not None,
+        WITH_GRAD_X=separate,
+        WITH_GRAD_X_SUMS=with_low_sums,
+        WITH_NORMED=with_normed,
+        D=width,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=warps,
+    )
+    return grad, low if with_low else None, normed, add_up(partial).view(sums, width)

@@ -14,15 +14,12 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "below_autograd",
-    "buffers_of",
     "foreach_add_",
     "foreach_copy_",
     "foreach_mul_",
     "forward_level",
     "fused_adamw_",
     "local",
-    "modules_of",
-    "parameters_of",
     "reads_scaler",
 ]
 
@@ -41,12 +38,6 @@ foreach_mul_ = torch._foreach_mul_
 # AdamW with a flag on the device that skips the step. When it goes: `adamw_ema_ref` and
 # `torch.where`.
 fused_adamw_ = torch._fused_adamw_
-
-# A module's own dictionaries, which show what it holds at any time. When they go: walks by
-# `named_parameters(recurse=False)` and the like, which take several times as long.
-parameters_of = attrgetter("_parameters")
-buffers_of = attrgetter("_buffers")
-modules_of = attrgetter("_modules")
 
 
 def local(tensor: Tensor) -> Tensor:

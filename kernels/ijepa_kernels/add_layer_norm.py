@@ -16,21 +16,20 @@ through one partial row a program and a second pass in fixed order: no atomics.
 Shape letters: R rows after flattening, D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
-from ijepa_kernels._float8 import Float8Rows
+from ijepa_kernels._checks import check_dtype, check_shape
+from ijepa_kernels._float8 import Float8Rows, round_rows
 from ijepa_kernels._layer_norm import (
     add_layer_norm_bwd,
-    add_layer_norm_bwd_rows,
     add_layer_norm_fwd,
     add_layer_norm_fwd_float8,
 )
-from ijepa_kernels._layer_norm_cpu import backward, backward_rows, forward, forward_float8
 from ijepa_kernels._op import define, raw
 
 __all__ = [
@@ -85,6 +84,81 @@ def add_layer_norm_bytes(
 # --- registration --------------------------------------------------------------------------------
 
 
+def _fwd_cpu(
+    residual: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed, shape = residual.contiguous(), residual.shape[-1:]
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    if x is not None:
+        summed = (summed.to(dtype) + x.to(dtype)).to(residual.dtype).contiguous()
+    normed, mean, rstd = torch.native_layer_norm(
+        summed.to(dtype), shape, weight.to(dtype), bias.to(dtype), eps
+    )
+    return summed, normed.to(out_dtype), mean.flatten(), rstd.flatten()
+
+
+def _float8_cpu(*given: Any) -> tuple[Tensor, Float8Rows]:
+    summed, normed, *_ = _fwd_cpu(*(*given, torch.float32))
+    return summed, round_rows(normed)
+
+
+def _bwd_cpu(
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    low_dtype: torch.dtype,
+    with_low: bool,
+    with_low_sums: bool,
+    with_normed: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    dtype, shape = mean.dtype, (*summed.shape[:-1], 1)
+    mean, rstd, weight = mean.view(shape), rstd.view(shape), weight.to(dtype)
+    wide, *sums = torch.ops.aten.native_layer_norm_backward(
+        grad_normed.to(dtype).contiguous(),
+        summed.to(dtype).contiguous(),
+        summed.shape[-1:],
+        mean,
+        rstd,
+        weight,
+        weight,
+        [True, True, True],
+    )
+    if grad_sum is not None:
+        wide.add_(grad_sum)
+    if with_low_sums:
+        sums.append(wide.sum(0))
+    grad, normed = wide.to(summed.dtype), None
+    low = grad if low_dtype == summed.dtype else wide.to(low_dtype)
+    if with_normed:
+        hat = (summed.to(dtype) - mean).mul_(rstd)
+        normed = hat.mul_(weight).add_(bias.to(dtype)).to(low_dtype)
+    return grad, low if with_low else None, normed, torch.stack(sums)
+
+
+def _for_autograd(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradients of the residual, of x (empty where the dtypes agree: the residual's serves as
+    both), and of weight and bias, (2, D).
+    """
+
+    def bwd(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, x_dtype = given
+        summed, weight = tensors[2], tensors[5]
+        separate = x_dtype != summed.dtype
+        grad, grad_x, _, sums = backward(*tensors, weight, x_dtype, separate, False, False)
+        return grad, grad_x if separate else grad.new_empty(0, dtype=x_dtype), sums
+
+    return bwd
+
+
 def _fwd_fake(
     residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,15 +168,8 @@ def _fwd_fake(
     return residual.new_empty(residual.shape), normed, mean, torch.empty_like(mean)
 
 
-def _bwd_fake(
-    grad_normed: Tensor,
-    grad_sum: Tensor | None,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _bwd_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, summed, mean, *_, x_dtype = given
     grad_x = summed.new_empty(summed.shape if x_dtype != summed.dtype else (0,), dtype=x_dtype)
     return torch.empty_like(summed), grad_x, mean.new_empty((2, summed.shape[-1]))
 
@@ -130,28 +197,22 @@ def _backward(
         grad_x = grad_residual
     # one cast for both where it can be
     grad_weight, grad_bias = grad_affine.to(torch.promote_types(weight.dtype, ctx.bias_dtype))
-    return (
-        grad_residual,
-        grad_x,
-        grad_weight.to(weight.dtype),
-        grad_bias.to(ctx.bias_dtype),
-        None,
-        None,
-    )
+    grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype)
+    return grad_residual, grad_x, grad_weight, grad_bias, None, None
 
 
 _bwd_op = define(
     "add_layer_norm_bwd(Tensor grad_normed, Tensor? grad_sum, Tensor summed, Tensor mean, "
     "Tensor rstd, Tensor weight, ScalarType x_dtype) -> (Tensor, Tensor, Tensor)",
-    cuda=add_layer_norm_bwd,
-    cpu=backward,
+    cuda=_for_autograd(add_layer_norm_bwd),
+    cpu=_for_autograd(_bwd_cpu),
     fake=_bwd_fake,
 )
 _fwd_op = define(
     "add_layer_norm(Tensor residual, Tensor x, Tensor weight, Tensor bias, float eps, "
     "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     cuda=add_layer_norm_fwd,
-    cpu=forward,
+    cpu=_fwd_cpu,
     fake=_fwd_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -211,15 +272,10 @@ def _check_bwd(
         check_shape(name, tensor, summed.shape[:1], summed)
 
 
-_fwd_raw = raw("add_layer_norm_forward", cuda=add_layer_norm_fwd, cpu=forward, check=_check)
-_bwd_raw = raw(
-    "add_layer_norm_backward", cuda=add_layer_norm_bwd_rows, cpu=backward_rows, check=_check_bwd
-)
+_fwd_raw = raw("add_layer_norm_forward", cuda=add_layer_norm_fwd, cpu=_fwd_cpu, check=_check)
+_bwd_raw = raw("add_layer_norm_backward", cuda=add_layer_norm_bwd, cpu=_bwd_cpu, check=_check_bwd)
 _float8_raw = raw(
-    "add_layer_norm_float8",
-    cuda=add_layer_norm_fwd_float8,
-    cpu=forward_float8,
-    check=_check_float8,
+    "add_layer_norm_float8", cuda=add_layer_norm_fwd_float8, cpu=_float8_cpu, check=_check_float8
 )
 
 
@@ -251,10 +307,7 @@ def add_layer_norm(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or eps is negative.
     """
-    case = of_case(("add_layer_norm", eps, out_dtype), residual, x, weight, bias)
-    if not known(case):
-        _check(residual, x, weight, bias, eps, out_dtype)
-        remember(case)
+    _check(residual, x, weight, bias, eps, out_dtype)
     return _fwd_op(residual, x, weight, bias, eps, out_dtype or x.dtype)[:2]
 
 
@@ -343,4 +396,6 @@ def add_layer_norm_backward(
         ValueError: shapes, dtypes or devices do not fit.
     """
     tensors = (grad_normed, grad_sum, summed, mean, rstd, weight, bias)
-    return _bwd_raw(tensors, low_dtype, with_low, with_low_sums, with_normed)
+    grad, low, normed, sums = _bwd_raw(tensors, low_dtype, with_low, with_low_sums, with_normed)
+    grad_weight, grad_bias, *low_sums = sums.unbind()
+    return grad, low, low_sums[0] if low_sums else None, normed, grad_weight, grad_bias

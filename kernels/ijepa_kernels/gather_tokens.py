@@ -17,6 +17,7 @@ Shape letters: B images, N patches of an image, K picked patches of an image, R 
 width.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -63,21 +64,14 @@ def gather_tokens_bytes(
     picked: int,
     width: int,
     dtype: torch.dtype,
-    index_dtype: torch.dtype = torch.int32,
     *,
-    table_rows: int = 0,
-    table_dtype: torch.dtype = torch.float32,
     backward: bool = False,
 ) -> int:
-    """Bytes that have to move at least: every picked row read once, every output written once.
-
-    Args:
-        rows: of x, all of them.
-        table_rows: of the table that is added or, backward, that has a gradient; 0 if none.
+    """Bytes that have to move at least, without a table: every picked row and its int32 index read
+    once, every output (backward all `rows` of x's gradient) written once.
     """
-    table = table_rows * width * table_dtype.itemsize
     written = rows if backward else picked
-    return (picked + written) * width * dtype.itemsize + picked * index_dtype.itemsize + table
+    return (picked + written) * width * dtype.itemsize + picked * 4
 
 
 # --- launchers; the kernels and their launch table are in _segments.py ---------------------------
@@ -105,7 +99,7 @@ def _gather_tokens_bwd(
     grad_x = grad.new_empty(x_shape if need_x else (0,))
     width = grad.shape[-1]
     grad_table = grad.new_empty((table_rows, width) if table_rows else (0,), dtype=table_dtype)
-    rows = _rows(x_shape)
+    rows = math.prod(x_shape[:-1])
     key_n = max(1, table_rows)
     images = rows // key_n
     listed, starts = inverse_or_segments(index, size, rows, key_n, inverse=unique)
@@ -116,16 +110,9 @@ def _gather_tokens_bwd(
     return grad_x, grad_table
 
 
-def _rows(shape: list[int] | torch.Size) -> int:
-    rows = 1
-    for length in shape[:-1]:
-        rows *= length
-    return rows
-
-
 def _size(shape: list[int] | torch.Size, index: Tensor) -> int:
     """Rows that an index chooses from."""
-    return _rows(shape) if index.ndim == 1 else shape[1]
+    return math.prod(shape[:-1]) if index.ndim == 1 else shape[1]
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -151,7 +138,7 @@ def _bwd_cpu(
     flat = grad.reshape(-1, width).to(torch.promote_types(grad.dtype, torch.float32))
     grad_x, grad_table = grad.new_empty(0), grad.new_empty(0, dtype=table_dtype)
     if need_x:
-        grad_x = flat.new_zeros((_rows(x_shape), width)).index_add(0, row, flat)
+        grad_x = flat.new_zeros((math.prod(x_shape[:-1]), width)).index_add(0, row, flat)
         grad_x = grad_x.view(x_shape).to(grad.dtype)
     if table_rows:
         grad_table = flat.new_zeros((table_rows, width)).index_add(0, row % table_rows, flat)
@@ -159,24 +146,12 @@ def _bwd_cpu(
     return grad_x, grad_table
 
 
-def _fwd_fake(x: Tensor, index: Tensor, table: Tensor | None, unique: bool) -> Tensor:
-    return x.new_empty((*index.shape, x.shape[-1]))
-
-
 def _bwd_fake(
-    grad: Tensor,
-    index: Tensor,
-    x_shape: list[int],
-    table_rows: int,
-    table_dtype: torch.dtype,
-    unique: bool,
-    need_x: bool,
+    grad: Tensor, _: Tensor, x_shape: list[int], rows: int, dtype: torch.dtype, *flags: bool
 ) -> tuple[Tensor, Tensor]:
-    table_shape = (table_rows, x_shape[-1]) if table_rows else (0,)
-    return (
-        grad.new_empty(x_shape if need_x else (0,)),
-        grad.new_empty(table_shape, dtype=table_dtype),
-    )
+    need_x = flags[1]
+    grad_x = grad.new_empty(x_shape if need_x else (0,))
+    return grad_x, grad.new_empty((rows, x_shape[-1]) if rows else (0,), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,14 +165,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (index,) = ctx.saved_tensors
     need_x, _, need_table, _ = ctx.needs_input_grad
     table_rows, table_dtype = ctx.table
+    table_rows = table_rows if need_table else 0
     grad_x, grad_table = _bwd_op(
-        grad,
-        index,
-        ctx.x_shape,
-        table_rows if need_table else 0,
-        table_dtype,
-        ctx.unique,
-        need_x,
+        grad, index, ctx.x_shape, table_rows, table_dtype, ctx.unique, need_x
     )
     return grad_x if need_x else None, None, grad_table if need_table else None, None
 
@@ -213,7 +183,7 @@ _fwd_op = define(
     "gather_tokens(Tensor x, Tensor index, Tensor? table, bool unique) -> Tensor",
     cuda=_gather_tokens_fwd,
     cpu=_fwd_cpu,
-    fake=_fwd_fake,
+    fake=lambda x, index, *_: x.new_empty((*index.shape, x.shape[-1])),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -256,7 +226,7 @@ def gather_tokens(
             f"x must have shape (B, N, D) for an index (B, K) of shape {tuple(index.shape)}, "
             f"got {tuple(x.shape)}"
         )
-    rows = _rows(x.shape)
+    rows = math.prod(x.shape[:-1])
     if rows > MAX_ROWS or index.numel() > MAX_ROWS:
         got = max(rows, index.numel())
         raise ValueError(f"x and index must have at most {MAX_ROWS} rows, got {got}")

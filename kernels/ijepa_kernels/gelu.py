@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ijepa_kernels._checks import check_dtype, check_shape, known, of_case, remember
+from ijepa_kernels._checks import check_dtype, check_shape
 from ijepa_kernels._float8 import Float8Rows, _rounded, empty_rows, round_rows, row_tile
 from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._op import define, raw
@@ -37,18 +37,9 @@ def gelu_ref(h: Tensor) -> Tensor:
     return functional.gelu(h)
 
 
-def gelu_bytes(
-    rows: int,
-    width: int,
-    dtype: torch.dtype,
-    *,
-    backward: bool = False,
-    with_bias_grad: bool = False,
-    with_activation: bool = False,
-) -> int:
+def gelu_bytes(rows: int, width: int, dtype: torch.dtype, *, backward: bool = False) -> int:
     """Bytes that have to move at least: every input read once, every output written once."""
-    tensors = 3 + with_activation if backward else 2
-    return rows * width * tensors * dtype.itemsize + with_bias_grad * width * 4
+    return rows * width * (3 if backward else 2) * dtype.itemsize
 
 
 # --- launch table --------------------------------------------------------------------------------
@@ -211,10 +202,6 @@ def _launch_bwd(
     return dh, partial, g
 
 
-def _gelu_bwd(dg: Tensor, h: Tensor) -> Tensor:
-    return _launch_bwd(dg, h, False, False)[0]
-
-
 def _gelu_bwd_sums(
     dg: Tensor, h: Tensor, with_activation: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -252,7 +239,7 @@ def _backward(ctx: Any, dg: Tensor) -> Tensor:
 
 _bwd_op = define(
     "gelu_bwd(Tensor dg, Tensor h) -> Tensor",
-    cuda=_gelu_bwd,
+    cuda=lambda dg, h: _launch_bwd(dg, h, False, False)[0],
     cpu=_bwd_cpu,
     fake=lambda _, h: h.new_empty(h.shape),
 )
@@ -303,11 +290,9 @@ def gelu(h: Tensor) -> Tensor:
     Raises:
         ValueError: shape or dtype does not fit.
     """
-    if not known(case := of_case("gelu", h)):
-        check_dtype("h", h)
-        if h.ndim == 0 or h.shape[-1] == 0:
-            raise ValueError(f"h must have shape (..., F), got {tuple(h.shape)}")
-        remember(case)
+    check_dtype("h", h)
+    if h.ndim == 0 or h.shape[-1] == 0:
+        raise ValueError(f"h must have shape (..., F), got {tuple(h.shape)}")
     return _fwd_op(h)
 
 

@@ -79,13 +79,12 @@ def patchify_bytes(
     out_dtype: torch.dtype,
     *,
     index_dtype: torch.dtype | None = None,
-    normalised: bool = True,
 ) -> int:
     """Bytes that have to move at least: the pixels of the rows read once, the rows written once."""
     k = channels * patch_size[0] * patch_size[1]
     index = index_dtype.itemsize if index_dtype else 0
     row = k * image_dtype.itemsize + _padded(k) * out_dtype.itemsize + index
-    return rows * row + normalised * 2 * channels * 4
+    return rows * row + 2 * channels * 4
 
 
 def _padded(k: int) -> int:

@@ -40,6 +40,8 @@ from ijepa_kernels._segments import (
 
 __all__ = ["scatter_tokens", "scatter_tokens_bytes", "scatter_tokens_ref"]
 
+Maybe = Tensor | None
+
 
 def scatter_tokens_ref(
     x: Tensor,
@@ -68,11 +70,9 @@ def scatter_tokens_bytes(
     given: int,
     width: int,
     dtype: torch.dtype,
-    index_dtype: torch.dtype = torch.int32,
     *,
     fill_dtype: torch.dtype | None = None,
     table_rows: int = 0,
-    table_dtype: torch.dtype = torch.float32,
     backward: bool = False,
 ) -> int:
     """Bytes that have to move at least: every input read once, every output written once.
@@ -81,13 +81,13 @@ def scatter_tokens_bytes(
         rows: of the output.
         given: rows of x.
         fill_dtype: None without a fill or, backward, without its gradient.
-        table_rows: of the table that is added or, backward, that has a gradient; 0 if none.
+        table_rows: of the float32 table that is added or, backward, that has a gradient.
     """
     fill = 0 if fill_dtype is None else width * fill_dtype.itemsize
-    table = table_rows * width * table_dtype.itemsize
+    table = table_rows * width * 4
     # without fill and table only the named rows of the gradient matter
     moved = rows if fill or table or not backward else given
-    return (moved + given) * width * dtype.itemsize + given * index_dtype.itemsize + fill + table
+    return (moved + given) * width * dtype.itemsize + given * 4 + fill + table
 
 
 # --- launch table; that of the other kernels is in _segments.py ----------------------------------
@@ -133,12 +133,7 @@ def _scatter_tokens_bwd_kernel(
 
 
 def _scatter_tokens_fwd(
-    x: Tensor,
-    index: Tensor,
-    num_tokens: int,
-    fill: Tensor | None,
-    table: Tensor | None,
-    unique: bool,
+    x: Tensor, index: Tensor, num_tokens: int, fill: Maybe, table: Maybe, unique: bool
 ) -> Tensor:
     check_indices(index, num_tokens, unique=unique)
     out = x.new_empty((*index.shape[:-1], num_tokens, x.shape[-1]))
@@ -188,12 +183,7 @@ def _scatter_tokens_bwd(
 
 
 def _fwd_cpu(
-    x: Tensor,
-    index: Tensor,
-    num_tokens: int,
-    fill: Tensor | None,
-    table: Tensor | None,
-    unique: bool,
+    x: Tensor, index: Tensor, num_tokens: int, fill: Maybe, table: Maybe, unique: bool
 ) -> Tensor:
     check_indices(index, num_tokens, unique=unique, always=True)
     return scatter_tokens_ref(x, index, num_tokens, fill, table)
@@ -211,17 +201,6 @@ def _bwd_cpu(grad: Tensor, index: Tensor, need_x: bool, need_fill: bool) -> tupl
         unnamed = torch.ones(len(flat), dtype=torch.bool).index_fill(0, row, False)
         grad_fill = flat[unnamed].to(grad_fill.dtype).sum(0)
     return grad_x, grad_fill
-
-
-def _fwd_fake(
-    x: Tensor,
-    index: Tensor,
-    num_tokens: int,
-    fill: Tensor | None,
-    table: Tensor | None,
-    unique: bool,
-) -> Tensor:
-    return x.new_empty((*index.shape[:-1], num_tokens, x.shape[-1]))
 
 
 def _bwd_fake(grad: Tensor, index: Tensor, need_x: bool, need_fill: bool) -> tuple[Tensor, Tensor]:
@@ -268,7 +247,7 @@ _fwd_op = define(
     "bool unique) -> Tensor",
     cuda=_scatter_tokens_fwd,
     cpu=_fwd_cpu,
-    fake=_fwd_fake,
+    fake=lambda x, index, rows, *_: x.new_empty((*index.shape[:-1], rows, x.shape[-1])),
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -27,7 +27,7 @@ from ijepa_fast.config import (
     ModelConfig,
     OptimConfig,
 )
-from ijepa_fast.config.cli import as_dict, dump_yaml, parse
+from ijepa_fast.config.cli import dump_yaml, parse
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.errors import UsageError
 from ijepa_fast.schedules import Schedules
@@ -49,35 +49,13 @@ SECTIONS: dict[str, Any] = {
 # section, settings, what the message names: field, rule, value
 RULES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("model", {"name": "vit_big"}, "model.name", "one of vit_tiny, vit_small", "'vit_big'"),
-    ("model", {"patch_size": 0}, "model.patch_size", "at least 1", "0"),
-    ("model", {"width": 0}, "model.width", "at least 1", "0"),
     ("model", {"width": -4}, "model.width", "at least 1", "-4"),
     ("model", {"width": 390, "heads": 6}, "model.width", "a positive multiple of 4", "390"),
-    (
-        "model",
-        {"width": 200},
-        "model.width",
-        "divisible by the number of heads (12)",
-        "200",
-    ),
-    ("model", {"depth": 0}, "model.depth", "at least 1", "0"),
-    ("model", {"heads": 0}, "model.heads", "at least 1", "0"),
     ("model", {"heads": 7}, "model.width", "divisible by the number of heads (7)", "768"),
-    ("model", {"mlp_hidden": 0}, "model.mlp_hidden", "at least 1", "0"),
-    ("model", {"predictor_depth": 0}, "model.predictor_depth", "at least 1", "0"),
     ("model", {"predictor_width": 0}, "model.predictor_width", "a positive multiple of 4", "0"),
     ("model", {"predictor_width": 390}, "model.predictor_width", "a positive multiple of 4", "390"),
-    (
-        "model",
-        {"predictor_width": 100},
-        "model.predictor_width",
-        "divisible by the number of heads (12)",
-        "100",
-    ),
+    ("model", {"predictor_width": 100}, "model.predictor_width", "number of heads (12)", "100"),
     ("masks", {"geometry": "other"}, "masks.geometry", "one of published, unbiased", "'other'"),
-    ("masks", {"num_targets": 0}, "masks.num_targets", "at least 1", "0"),
-    ("masks", {"num_contexts": 0}, "masks.num_contexts", "at least 1", "0"),
-    ("masks", {"truncation_group": 0}, "masks.truncation_group", "at least 1", "0"),
     ("masks", {"min_keep": -1}, "masks.min_keep", "at least 0", "-1"),
     ("masks", {"target_scale": (0.2, 0.15)}, "masks.target_scale", "two ascending", "(0.2, 0.15)"),
     ("masks", {"target_scale": (0.2, 1.01)}, "masks.target_scale", "at most 1", "(0.2, 1.01)"),
@@ -95,11 +73,8 @@ RULES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("data", {"std": (0.2, 0.0, 0.2)}, "data.std", "positive", "(0.2, 0.0, 0.2)"),
     ("data", {"std": (0.2, INF, 0.2)}, "data.std", "finite", "(0.2, inf, 0.2)"),
     ("data", {"decoder": "cv2"}, "data.decoder", "one of auto, dali, pillow", "'cv2'"),
-    ("data", {"threads": 0}, "data.threads", "at least 1", "0"),
-    ("data", {"prefetch": 0}, "data.prefetch", "at least 1", "0"),
     ("data", {"max_bad_share": 1.5}, "data.max_bad_share", "between 0 and 1", "1.5"),
     ("data", {"max_bad_share": -0.1}, "data.max_bad_share", "between 0 and 1", "-0.1"),
-    ("optim", {"epochs": 0}, "optim.epochs", "at least 1", "0"),
     ("optim", {"lr": -1.0}, "optim.lr", "at least 0", "-1.0"),
     ("optim", {"lr": NAN}, "optim.lr", "at least 0", "nan"),
     ("optim", {"start_lr": INF}, "optim.start_lr", "at least 0", "inf"),
@@ -107,13 +82,7 @@ RULES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("optim", {"weight_decay": -0.1}, "optim.weight_decay", "at least 0", "-0.1"),
     ("optim", {"final_weight_decay": NAN}, "optim.final_weight_decay", "at least 0", "nan"),
     ("optim", {"warmup": -1}, "optim.warmup", "at least 0", "-1"),
-    (
-        "optim",
-        {"epochs": 10, "warmup": 12, "ipe_scale": 1.1},
-        "optim.warmup",
-        "at most optim.epochs * optim.ipe_scale (11)",
-        "12",
-    ),
+    ("optim", {"epochs": 10, "warmup": 12, "ipe_scale": 1.1}, "optim.warmup", "scale (11)", "12"),
     ("optim", {"momentum": 1.1}, "optim.momentum", "between 0 and 1", "1.1"),
     ("optim", {"final_momentum": -0.1}, "optim.final_momentum", "between 0 and 1", "-0.1"),
     ("optim", {"beta1": 1.0}, "optim.beta1", "between 0 and 1", "1.0"),
@@ -124,46 +93,28 @@ RULES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("optim", {"loss": "huber"}, "optim.loss", "one of smooth_l1, l2, l1", "'huber'"),
     ("optim", {"precision": "fp16"}, "optim.precision", "one of bfloat16, float32", "'fp16'"),
     ("optim", {"lr_scaling": "log"}, "optim.lr_scaling", "one of none, linear, sqrt", "'log'"),
-    ("optim", {"lr_reference_batch": 0}, "optim.lr_reference_batch", "at least 1", "0"),
-    ("batch", {"global_": 0}, "batch.global", "at least 1", "0"),
-    ("batch", {"device": 0}, "batch.device", "at least 1", "0"),
-    (
-        "batch",
-        {"global_": 64, "device": 48},
-        "batch.device",
-        "a divisor of batch.global (64)",
-        "48",
-    ),
-    ("log", {"interval": 0}, "log.interval", "at least 1", "0"),
+    ("batch", {"global_": 64, "device": 48}, "batch.device", "of batch.global (64)", "48"),
     ("checkpoint", {"minutes": 0.0}, "checkpoint.minutes", "positive", "0.0"),
-    ("checkpoint", {"keep": 0}, "checkpoint.keep", "at least 1", "0"),
-    ("checkpoint", {"keep_every": 0}, "checkpoint.keep_every", "at least 1", "0"),
     ("", {"seed": -1}, "seed", "in 0..2**63-1", "-1"),
     ("", {"seed": 2**63}, "seed", "in 0..2**63-1", str(2**63)),
     ("", {"out": ""}, "out", "a folder", "''"),
-    ("", {"max_steps": 0}, "max_steps", "at least 1", "0"),
     ("", {"device": "tpu"}, "device", "one of auto, cpu, cuda", "'tpu'"),
-    (
-        "",
-        {"data": DataConfig(crop=97)},
-        "data.crop",
-        "a multiple of model.patch_size (16)",
-        "97",
-    ),
-    (
-        "",
-        {"data": DataConfig(crop=(224, 100))},
-        "data.crop",
-        "a multiple of model.patch_size (16)",
-        "100",
-    ),
-    (
-        "",
-        {"batch": BatchConfig(global_=2000)},
-        "batch.global",
-        "divisible by masks.truncation_group (128)",
-        "2000",
-    ),
+    ("", {"data": DataConfig(crop=(224, 100))}, "data.crop", "model.patch_size (16)", "100"),
+    ("", {"batch": BatchConfig(global_=2000)}, "batch.global", "truncation_group (128)", "2000"),
+]
+RULES += [
+    (section, {name: 0}, f"{section}.{name.rstrip('_')}".lstrip("."), "at least 1", "0")
+    for section, names in {
+        "model": "patch_size width depth heads mlp_hidden predictor_depth",
+        "masks": "num_targets num_contexts truncation_group",
+        "data": "threads prefetch",
+        "optim": "epochs lr_reference_batch",
+        "batch": "global_ device",
+        "log": "interval",
+        "checkpoint": "keep keep_every",
+        "": "max_steps",
+    }.items()
+    for name in names.split()
 ]
 
 
@@ -200,44 +151,11 @@ def test_values_on_the_edge_are_allowed(section, settings):
         assert getattr(config, name) == value
 
 
-def test_configurations_are_frozen_and_keyword_only():
-    with pytest.raises(AttributeError):
-        Config().seed = 1  # type: ignore[misc]
-    with pytest.raises(TypeError):
-        OptimConfig(600)  # type: ignore[call-arg]
-
-
 def test_grid_is_rows_by_columns():
     assert Config(data=DataConfig(crop=(32, 160))).grid == (2, 10)
 
 
 # --- published tables ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "width", "depth", "heads", "mlp_hidden", "predictor_depth", "head", "narrow_head"),
-    [
-        ("vit_tiny", 192, 12, 3, 768, 6, 64, 128),
-        ("vit_small", 384, 12, 6, 1536, 6, 64, 64),
-        ("vit_base", 768, 12, 12, 3072, 6, 64, 32),
-        ("vit_large", 1024, 24, 16, 4096, 12, 64, 24),
-        ("vit_huge", 1280, 32, 16, 5120, 12, 80, 24),
-        ("vit_giant", 1408, 40, 16, 6144, 16, 88, 24),
-    ],
-)
-def test_model_table(name, width, depth, heads, mlp_hidden, predictor_depth, head, narrow_head):
-    config = ModelConfig(name=name)
-    assert config.architecture == Architecture(
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_hidden=mlp_hidden,
-        predictor_depth=predictor_depth,
-    )
-    assert config.architecture == ARCHITECTURES[name]
-    assert config.predictor_width == 384
-    assert width // heads == head
-    assert config.predictor_width // heads == narrow_head
 
 
 def test_single_dimensions_override_the_named_size():
@@ -369,7 +287,7 @@ def test_flags_win_over_yaml_and_yaml_over_preset(tmp_path):
 )
 def test_data_is_short_for_the_root(arguments):
     assert _config(*arguments).data.root == "/some/where"
-    assert _config(*arguments).eval.data == "shapes"
+    assert _config(*arguments).eval.data == "fashion_mnist_10k"
 
 
 @pytest.mark.parametrize("text", ["1e-3", "2E-4", ".5e-3", "1.5e-3", "0.001", "1", "'1e-3'"])
@@ -409,13 +327,6 @@ def test_printed_configuration_reads_back(name, tmp_path, capsys):
     assert again == _config(*arguments)
     assert again.optim.lr == 3e-7
     assert yaml.safe_load(dump_yaml(again)) == yaml.safe_load(printed)
-
-
-def test_dictionary_uses_the_names_of_flags():
-    tree = as_dict(preset("demo"))
-    assert tree["batch"] == {"global": 64, "device": "auto"}
-    assert tree["data"]["scale"] == [0.3, 1.0]
-    assert tree["seed"] == 0
 
 
 # --- wrong input: one line, exit code 2, no data touched -----------------------------------------
@@ -499,16 +410,8 @@ def test_a_fitted_group_is_said(tmp_path, capsys):
     ("arguments", "message"),
     [
         (
-            ["--data.crop", "97"],
-            "data.crop must be a multiple of model.patch_size (8), got 97",
-        ),
-        (
             ["--data.scale", "0.3", "1.2"],
             "data.scale must be two ascending numbers above 0 and at most 1, got (0.3, 1.2)",
-        ),
-        (
-            ["--batch.device", "48"],
-            "batch.device must be a divisor of batch.global (64), got 48",
         ),
         (
             ["--batch.global", "96", "--batch.device", "auto", "--masks.truncation-group", "64"],
@@ -516,11 +419,9 @@ def test_a_fitted_group_is_said(tmp_path, capsys):
             "no group, got 96",
         ),
         (
-            ["--optim.warmup", "7"],
-            "optim.warmup must be at most optim.epochs * optim.ipe_scale (6), got 7.0",
+            ["--optim.warmup", "9"],
+            "optim.warmup must be at most optim.epochs * optim.ipe_scale (8), got 9.0",
         ),
-        (["--seed", "-1"], "seed must be in 0..2**63-1, got -1"),
-        (["--model.width", "0"], "model.width must be at least 1, got 0"),
     ],
 )
 def test_contradictions_are_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
@@ -593,11 +494,6 @@ def test_an_unknown_option_names_the_nearest(option, near, capsys):
     assert message == f"unknown option {option.partition('=')[0]}; did you mean {near}?"
 
 
-def test_an_option_near_nothing_points_to_the_help(capsys):
-    message = _refused(["--xyzzyx", "1"], capsys)
-    assert message == "unknown option --xyzzyx; see --help for the valid ones"
-
-
 @pytest.mark.parametrize(
     ("text", "key", "near"),
     [
@@ -622,7 +518,7 @@ def test_an_unknown_yaml_key_names_the_nearest(text, key, near, tmp_path, capsys
         ("- 1\n- 2\n", "must hold a mapping, got list"),
         ("optim: {lr: [\n", "must be a readable YAML file"),
         ("optim: !!python/object/apply:os.getcwd []\n", "must be a readable YAML file"),
-        ("data: {crop: 97}\n", "data.crop must be a multiple of model.patch_size (8), got 97"),
+        ("data: {crop: 97}\n", "data.crop must be a multiple of model.patch_size (4), got 97"),
         ("optim: {lr: yes}\n", "--optim.lr"),
         ("optim: {lr: [1, 2]}\n", "2"),
         ("out: no\n", "out"),
@@ -633,24 +529,13 @@ def test_wrong_yaml_is_one_line(text, part, tmp_path, capsys):
     assert part in _refused(["--config", _yaml(tmp_path, text)], capsys)
 
 
-def test_a_missing_yaml_file_is_one_line(tmp_path, capsys):
-    path = str(tmp_path / "none.yaml")
-    assert path in _refused(["--config", path], capsys)
-
-
 def test_masks_that_the_grid_cannot_hold_are_refused_before_data(tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["--data.crop", "16", "--data", str(tmp_path / "missing"), "--out", str(out)]
+    arguments = ["--data.crop", "8", "--data", str(tmp_path / "missing"), "--out", str(out)]
     message = _refused(arguments, capsys)
     assert message.startswith("masks.")
     assert "grid of 2x2" in message
     assert not out.exists()
-
-
-def test_usage_errors_are_value_errors():
-    with pytest.raises(UsageError):
-        parse(["--nonsense"])
-    assert issubclass(UsageError, ValueError)
 
 
 def test_the_command_itself_refuses_at_once(tmp_path):
@@ -668,7 +553,7 @@ def test_the_command_itself_refuses_at_once(tmp_path):
     assert time.monotonic() - started < 15
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "error: data.crop must be a multiple of model.patch_size (8), got 97\n"
+    assert result.stderr == "error: data.crop must be a multiple of model.patch_size (4), got 97\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -697,10 +582,10 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(folder / f"{number}.jpg")
     out = tmp_path / "run"
-    arguments = ["--data", str(folder), "--out", str(out), "--model.patch-size", "4"]
+    arguments = ["--preset", "fashion_mnist_published", "--data", str(folder), "--out", str(out)]
     arguments += ["--data.crop", "32", "--masks.truncation-group", "4", "--optim.epochs", "3"]
     arguments += ["--batch.global", "8", "--batch.device", "4", "--device", "cpu"]
-    arguments += ["--optim.precision", "bfloat16"]
+    arguments += ["--masks.min-keep", "4"]
     assert train.main([*arguments, "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert not out.exists()

@@ -1,6 +1,5 @@
 """Both decoders: agreement on every kind of file, the conversion rule, failures that name rows."""
 
-import importlib.util
 import io
 import logging
 import struct
@@ -18,6 +17,7 @@ from PIL import Image
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import DaliDecoder, DecodeError, PillowDecoder, make_decoder
 from ijepa_fast.data.pixels import is_plain, open_image
+from tests.trainer.small_folder import HAS_DALI
 
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -53,10 +53,6 @@ OTHER = {
     "TIFF": {"fmt": "TIFF"},
 }
 
-HAS_DALI = (
-    importlib.util.find_spec("nvidia") is not None
-    and importlib.util.find_spec("nvidia.dali") is not None
-)
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 
 
@@ -133,16 +129,6 @@ def test_decoders_agree_on_photographs_and_every_variety(chelsea, pillow, dali, 
         # one libjpeg, one resize: the same bytes, the file cut or whole
         differ = {name: db for name, db in psnr.items() if db < float("inf")}
         assert not differ, sorted(differ.items(), key=lambda item: item[1])
-
-
-@needs_dali
-def test_dali_itself_agrees_where_it_is_not_asked(chelsea, pillow, dali):
-    # Everything forced through DALI: shows how much routing around it is needed on this device.
-    files = {name: _encode(chelsea, **JPEG[name]) for name in ("CMYK", "EXIF 6", "4:1:1")}
-    windows = np.array([[10, 20, 200, 300]] * 3, dtype=np.int32)
-    a = pillow.decode(list(files.values()), windows)
-    b = dali.decode(list(files.values()), windows, np.ones(3, dtype=bool))
-    assert all(_psnr(a[row], b[row]) >= 45 for row in range(3))
 
 
 @pytest.mark.parametrize("decoder_name", ["pillow", pytest.param("dali", marks=needs_dali)])
@@ -351,7 +337,7 @@ def test_a_batch_over_the_maximum_is_refused(chelsea, dali):
 def test_make_decoder(monkeypatch):
     decoder, reason = make_decoder(DataConfig(decoder="pillow", crop=32), "cpu", max_batch=4)
     assert isinstance(decoder, PillowDecoder)
-    assert "Pillow, as asked" in reason
+    assert reason.endswith("as asked")
     assert decoder.crop_size == (32, 32)
     decoder.close()
     if HAS_DALI:

@@ -9,23 +9,8 @@ import traceback
 import pytest
 import torch
 
-from ijepa_fast.config import DataConfig
-from ijepa_fast.data import (
-    Loader,
-    PillowDecoder,
-    build_index,
-    crop_windows,
-    epoch_order,
-)
-from tests.trainer.small_folder import (
-    CONFIG,
-    DECODERS,
-    IMAGES,
-    folder,
-    make_loader,
-    run,
-    sample_ids,
-)
+from ijepa_fast.data import PillowDecoder, build_index, crop_windows, epoch_order
+from tests.trainer.small_folder import DECODERS, IMAGES, folder, make_loader, run, sample_ids
 
 
 @pytest.fixture
@@ -34,11 +19,8 @@ def index(tmp_path):
 
 
 def test_batches_are_what_order_and_crops_say(index):
-    config = DataConfig(decoder="pillow", **CONFIG)
     decoder = PillowDecoder((32, 32), 1)
-    with Loader(
-        index, config, seed=7, global_batch=8, device_batch=8, start_step=0, steps=9
-    ) as loader:
+    with make_loader(index, steps=9) as loader:
         assert loader.steps_per_epoch == IMAGES // 8 == 4
         batches = list(loader)
     assert len(batches) == 9
@@ -128,15 +110,15 @@ def test_early_close_ends_every_thread(index, decoder, taken):
         next(loader)
 
 
-class _Faulty:
-    """Raises something that is no DecodeError at the third batch."""
+class _Decoder:
+    """Black images; raises something that is no DecodeError at the third batch."""
 
-    def __init__(self):
-        self.calls = 0
+    def __init__(self, faulty=False):
+        self.calls, self.faulty = 0, faulty
 
     def decode(self, encoded, windows, plain=None):
         self.calls += 1
-        if self.calls == 3:
+        if self.faulty and self.calls == 3:
             raise ZeroDivisionError("the third batch")
         return torch.zeros(len(encoded), 32, 32, 3, dtype=torch.uint8)
 
@@ -145,10 +127,7 @@ class _Faulty:
 
 
 def test_errors_of_the_thread_reach_the_consumer(index):
-    config = DataConfig(**CONFIG)
-    with Loader(
-        index, config, seed=7, global_batch=8, device_batch=8, steps=10, decoder=_Faulty()
-    ) as loader:
+    with make_loader(index, given=_Decoder(faulty=True)) as loader:
         next(loader)
         next(loader)
         for _ in range(2):
@@ -159,16 +138,8 @@ def test_errors_of_the_thread_reach_the_consumer(index):
 
 
 def test_decoding_runs_ahead_but_bounded(index):
-    class Counting(_Faulty):
-        def decode(self, encoded, windows, plain=None):
-            self.calls += 1
-            return torch.zeros(len(encoded), 32, 32, 3, dtype=torch.uint8)
-
-    decoder = Counting()
-    config = DataConfig(prefetch=4, **CONFIG)
-    with Loader(
-        index, config, seed=0, global_batch=8, device_batch=8, steps=100, decoder=decoder
-    ) as loader:
+    decoder = _Decoder()
+    with make_loader(index, given=decoder, prefetch=4, steps=100) as loader:
         deadline = time.monotonic() + 5
         while decoder.calls < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -178,25 +149,6 @@ def test_decoding_runs_ahead_but_bounded(index):
         assert loader.wait_seconds == 0
         next(loader)
         assert loader.wait_seconds > 0
-
-
-def test_wait_seconds_counts_waiting(index):
-    class Slow(_Faulty):
-        def decode(self, encoded, windows, plain=None):
-            time.sleep(0.1)
-            return torch.zeros(len(encoded), 32, 32, 3, dtype=torch.uint8)
-
-    with Loader(
-        index,
-        DataConfig(**CONFIG),
-        seed=0,
-        global_batch=8,
-        device_batch=8,
-        steps=3,
-        decoder=Slow(),
-    ) as loader:
-        assert len(list(loader)) == 3
-        assert loader.wait_seconds > 0.25
 
 
 def test_an_abandoned_loader_does_not_keep_the_process_alive(index):
@@ -220,7 +172,7 @@ def test_an_abandoned_loader_does_not_keep_the_process_alive(index):
 def test_the_decoder_in_use_is_logged_once(index, caplog):
     with caplog.at_level("INFO", logger="ijepa_fast.data"):
         sample_ids(index, steps=3)
-    assert [r.getMessage() for r in caplog.records] == ["decoder: Pillow, as asked (2 threads)"]
+    assert [r.getMessage() for r in caplog.records] == ["decoder: Pillow (2 threads), as asked"]
 
 
 @pytest.mark.gpu

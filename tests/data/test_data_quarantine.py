@@ -7,18 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from ijepa_fast.config import DataConfig
-from ijepa_fast.data import (
-    DecodeError,
-    Loader,
-    Quarantine,
-    build_index,
-    epoch_order,
-)
+from ijepa_fast.data import Quarantine, build_index, epoch_order
 from ijepa_fast.data.order import replacement_id
 from ijepa_fast.errors import TooManyBadFiles
 from tests.trainer.small_folder import (
-    CONFIG,
     DECODERS,
     IMAGES,
     folder,
@@ -197,33 +189,3 @@ def test_no_usable_image_left_ends(index):
         next(loader)
     with pytest.raises(TooManyBadFiles, match="at least one image must be usable"):
         make_loader(index, quarantine=quarantine)
-
-
-def test_after_a_culprit_the_batch_is_decoded_again(index):
-    class Suspicious:
-        """Finds fault with one file at a time, and remembers what it was given."""
-
-        def __init__(self):
-            self.batches = []
-
-        def decode(self, encoded, windows, plain=None):
-            self.batches.append(list(encoded))
-            for row, data in enumerate(encoded):
-                if data in bad:
-                    raise DecodeError({row: "do not like it"})
-            return torch.zeros(len(encoded), 32, 32, 3, dtype=torch.uint8)
-
-        def close(self):
-            pass
-
-    order = epoch_order(IMAGES, seed=7, epoch=0)
-    bad = [index.read(row) for row in order[:2]]
-    decoder = Suspicious()
-    config = DataConfig(**CONFIG)
-    with Loader(
-        index, config, seed=7, global_batch=8, device_batch=8, steps=1, decoder=decoder
-    ) as loader:
-        (batch,) = loader
-    assert len(decoder.batches) == 3
-    assert not set(bad) & set(decoder.batches[-1])
-    assert batch.ids.tolist()[2:] == order[2:8].tolist()

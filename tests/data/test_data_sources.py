@@ -1,12 +1,13 @@
 """Sources of a data set: tar shards, list files, several at once; tables kept between starts."""
 
-import contextlib
+import functools
 import io
 import json
 import logging
 import os
 import pickle
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ijepa_fast.data.cache import load_table, save_table
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.report import duplicates
 from ijepa_fast.data.table_file import TableError
+from tests.trainer.damage import mutate
 from tests.trainer.small_folder import DECODERS, folder, jpeg, make_loader, run
 from tests.trainer.tiny import bad_png
 
@@ -61,30 +63,25 @@ def made(path):
     return path
 
 
-class Probes:
-    """Counts the files that are looked into."""
-
-    def __init__(self, monkeypatch):
-        self.paths = []
-        for name in ("inspect_file", "inspect_shard"):
-            real = getattr(build_module, name)
-            monkeypatch.setattr(build_module, name, self._wrapped(real))
-
-    def _wrapped(self, real):
-        def inspect(root, path, label, **options):
-            self.paths.append(path)
-            return real(root, path, label, **options)
-
-        return inspect
-
-    def taken(self):
-        paths, self.paths = sorted(self.paths), []
-        return paths
-
-
 @pytest.fixture
-def inspections(monkeypatch):
-    return Probes(monkeypatch)
+def inspected(monkeypatch):
+    """Gives the paths that were looked into since the last call."""
+    paths = []
+
+    def counted(real, root, path, label, **options):
+        paths.append(path)
+        return real(root, path, label, **options)
+
+    for name in ("inspect_file", "inspect_shard"):
+        real = getattr(build_module, name)
+        monkeypatch.setattr(build_module, name, functools.partial(counted, real))
+
+    def taken():
+        found = sorted(paths)
+        paths.clear()
+        return found
+
+    return taken
 
 
 def same(one: Index, two: Index):
@@ -243,25 +240,27 @@ def test_a_damaged_shard_keeps_what_comes_before(tmp_path):
         assert "damaged" in index.bad[0][1]
 
 
-def test_random_damage_to_a_shard_never_does_harm(tmp_path):
+def damage_shards(tmp_path, times):
+    """Damages a shard at random and reads what is left; how often nothing is, and the slowest."""
     whole = shard(tmp_path / "whole.tar", samples(3)).read_bytes()
-    rng = np.random.default_rng(0)
-    path = tmp_path / "m.tar"
-    for _ in range(150):
-        damaged = bytearray(whole)
-        for place in rng.integers(0, len(whole), rng.integers(1, 12)):
-            # headers rather than pixels
-            at = (
-                int(place)
-                if rng.random() < 0.3
-                else int(place) // 512 * 512 + int(rng.integers(512))
-            )
-            damaged[min(at, len(whole) - 1)] = int(rng.integers(256))
-        path.write_bytes(damaged)
-        with contextlib.suppress(NoImages):
-            index = build_index(path)
+    path, refused, slowest = tmp_path / "m.tar", 0, 0.0
+    for seed in range(times):
+        path.write_bytes(mutate(whole, np.random.default_rng(seed)))
+        started = time.monotonic()
+        try:
+            index = build_index(path, threads=1)
+        except NoImages:
+            refused += 1
+        else:
             for row in range(len(index)):
                 assert len(index.read(row)) == index.length[row]
+            index.close()
+        slowest = max(slowest, time.monotonic() - started)
+    return refused, slowest
+
+
+def test_random_damage_to_a_shard_never_does_harm(tmp_path):
+    assert damage_shards(tmp_path, 150)[1] < 5
 
 
 def test_a_shard_that_changes_under_the_run_is_not_trusted(tmp_path):
@@ -353,7 +352,7 @@ def test_several_sources_are_one_data_set(tmp_path):
         build_index([one, one])
 
 
-def test_overlapping_sources_stay_as_they_are(tmp_path, inspections):
+def test_overlapping_sources_stay_as_they_are(tmp_path):
     """However often the table is renewed."""
     root, cache = folder(made(tmp_path / "d") / "sub", 3).parent, tmp_path / "cache"
     (root / "sub" / "bad.jpg").write_bytes(b"<html>")
@@ -398,15 +397,15 @@ def test_wrong_sources_are_named(tmp_path, source, words):
 # --- kept tables ---------------------------------------------------------------------------------
 
 
-def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, inspections):
+def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, inspected):
     root, cache = folder(tmp_path / "set", 12), tmp_path / "cache"
     shard(root / "s.tar", samples(3))
     (root / "bad.jpg").write_bytes(b"<html>")
     aged(root)
     first, path = open_index(root, cache=cache)
-    assert len(inspections.taken()) == 14
+    assert len(inspected()) == 14
     again, same_path = open_index(root, cache=cache)
-    assert inspections.taken() == []
+    assert inspected() == []
     assert same_path == path
     same(first, again)
     # one more, one changed in place, one gone
@@ -414,38 +413,38 @@ def test_a_table_is_made_once_and_renewed_where_files_changed(tmp_path, inspecti
     (root / "003.jpg").write_bytes(jpeg(51, (70, 60)))
     (root / "004.jpg").unlink()
     renewed, _ = open_index(root, cache=cache)
-    assert inspections.taken() == ["003.jpg", "new.jpg"]
+    assert inspected() == ["003.jpg", "new.jpg"]
     same(renewed, build_index(root))
     assert renewed.read(3) == jpeg(51, (70, 60))
-    inspections.taken()
+    inspected()
     # what is so young may still change within the clock's resolution: looked into again
     open_index(root, cache=cache)
-    assert inspections.taken() == ["003.jpg", "new.jpg"]
+    assert inspected() == ["003.jpg", "new.jpg"]
     # a file mended in place, its folder untouched
     aged(root)
     open_index(root, cache=cache)
-    inspections.taken()
+    inspected()
     (root / "bad.jpg").write_bytes(jpeg(60))
     os.utime(root, (OLD, OLD))
     mended, _ = open_index(root, cache=cache)
-    assert inspections.taken() == ["bad.jpg"]
+    assert inspected() == ["bad.jpg"]
     assert (len(mended), mended.bad) == (16, ())
 
 
-def test_what_cannot_be_opened_does_not_disable_the_cache(tmp_path, inspections):
+def test_what_cannot_be_opened_does_not_disable_the_cache(tmp_path, inspected):
     root, cache = folder(tmp_path / "set", 3), tmp_path / "cache"
     (root / "broken.jpg").symlink_to("nowhere.jpg")
     os.mkfifo(root / "fifo.jpg")
     aged(root)
     open_index(root, cache=cache)
-    inspections.taken()
+    inspected()
     index, _ = open_index(root, cache=cache)
-    assert inspections.taken() == []
+    assert inspected() == []
     assert len(index.bad) == 2
     (tmp_path / "set" / "nowhere.jpg").write_bytes(jpeg(9))
     os.utime(root, (OLD, OLD))
     index, _ = open_index(root, cache=cache)
-    assert "broken.jpg" in inspections.taken()
+    assert "broken.jpg" in inspected()
     assert [name for name, _ in index.bad] == ["fifo.jpg"]
 
 
@@ -460,24 +459,24 @@ def test_rows_by_name(tmp_path):
             assert index.rows_named(name).size == 0
 
 
-def test_verifying_finds_damage_and_remembers_it(tmp_path, inspections):
+def test_verifying_finds_damage_and_remembers_it(tmp_path, inspected):
     root, cache = folder(tmp_path / "set", 6), tmp_path / "cache"
     bad_png(root / "bad.jpg")
     aged(root)
     index, _ = open_index(root, cache=cache)
     assert len(index) == 7
     assert not index.verified.any()
-    inspections.taken()
+    inspected()
     index, _ = open_index(root, cache=cache, verify=True)
-    assert len(inspections.taken()) == 7
+    assert len(inspected()) == 7
     assert [name for name, _ in index.bad] == ["bad.jpg"]
     assert index.verified.all()
     open_index(root, cache=cache, verify=True)
-    assert inspections.taken() == []
+    assert inspected() == []
     # one more file: the verdict on the others stands
     (root / "more.jpg").write_bytes(jpeg(70))
     index, _ = open_index(root, cache=cache)
-    assert inspections.taken() == ["more.jpg"]
+    assert inspected() == ["more.jpg"]
     assert [name for name, _ in index.bad] == ["bad.jpg"]
     assert index.verified.tolist() == [True] * 6 + [False]
 

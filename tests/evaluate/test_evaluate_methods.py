@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 
 from ijepa_fast import evaluate
 from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, extract
-from ijepa_fast.evaluate.knn import knn_accuracy
 from ijepa_fast.evaluate.labelled import labelled_data
 from ijepa_fast.evaluate.linear import linear_probe
 from ijepa_fast.evaluate.ridge import ridge_accuracy
@@ -80,23 +78,6 @@ def test_features_belong_to_their_labels_and_layers(run, data, parts):
         assert torch.equal(
             test.sets[PIXELS][LAST][row].view(3, 32, 32), images[row].permute(2, 0, 1).float()
         )
-
-
-@pytest.mark.parametrize("center", [True, False])
-def test_knn_is_scikit_learns(center):
-    """Two classes and an odd k: no votes are equal."""
-    generator = torch.Generator().manual_seed(0)
-    labels = [torch.arange(n) % 2 for n in (300, 200)]
-    train, test = (
-        torch.randn(len(y), 12, generator=generator) + 1.5 * y[:, None] / 12**0.5 + 3
-        for y in labels
-    )
-    shift = train.mean(dim=0) if center else torch.zeros(12)
-    theirs = KNeighborsClassifier(n_neighbors=7, metric="cosine").fit(train - shift, labels[0])
-    expected = theirs.score(test - shift, labels[1])
-    ours = knn_accuracy(train, labels[0], test, labels[1], k=7, center=center)
-    assert ours == pytest.approx(expected, abs=1e-9)
-    assert 0.55 < ours < 0.95
 
 
 def test_every_method_from_the_command_line(run, data, parts, capsys, tmp_path):

@@ -88,19 +88,6 @@ def test_ties_go_to_the_larger_similarity() -> None:
     assert knn_accuracy(train, three, test, torch.tensor([0]), k=1, center=False) == 1
 
 
-def test_centring_uses_the_training_mean() -> None:
-    # On one ray from the origin: cosines cannot tell them apart until the mean is taken off.
-    train = torch.tensor([[10.0, 10.0], [11.0, 11.0]])
-    test = torch.tensor([[10.2, 10.2], [10.3, 10.3], [10.9, 10.9]])
-    labels = torch.tensor([0, 0, 1])
-    assert knn_accuracy(train, torch.tensor([0, 1]), test, labels, k=1) == 1
-
-
-def test_a_row_finds_itself() -> None:
-    features, labels = clusters(3, 60, 5)
-    assert knn_accuracy(features, labels, features, labels, k=1) == 1
-
-
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_collapsed_features_give_a_number(center: bool, value: float) -> None:
@@ -116,44 +103,22 @@ def test_unseen_class_is_wrong() -> None:
     assert knn_accuracy(features, labels, features, labels + 1, k=2) == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(dtype: torch.dtype) -> None:
-    (train, train_labels), (test, test_labels) = clusters(4, 80, 3), clusters(5, 40, 3)
-    train, test = train.to(dtype), test.to(dtype)
-    expected = knn_accuracy(train.float(), train_labels, test.float(), test_labels, k=7)
-    assert knn_accuracy(train, train_labels, test, test_labels.int(), k=7) == expected
-
-
-def bad(row: int, value: float) -> torch.Tensor:
-    features = torch.ones(6, 3)
-    features[row, 1] = value
-    return features
-
-
-LABELS = torch.zeros(6, dtype=torch.long)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"k": 0}, r"k must be in 1\.\.6 .*got 0"),
         ({"k": 7}, r"k must be in 1\.\.6 .*got 7"),
-        ({"test_features": torch.ones(6, 4)}, "same width, got 3 and 4"),
-        ({"train_features": torch.ones(6)}, "train_features must be a float"),
-        ({"train_features": torch.ones(6, 3).long()}, "train_features must be a float"),
-        ({"test_features": torch.ones(0, 3)}, "test_features must be a float"),
-        ({"train_features": bad(2, float("nan"))}, "train_features must be finite, got 1 of 6"),
-        ({"test_features": bad(0, float("-inf"))}, "test_features must be finite, got 1 of 6"),
-        ({"train_labels": LABELS[:5]}, r"train_labels must be .*\(6,\)"),
-        ({"test_labels": LABELS.float()}, r"test_labels must be an integer tensor"),
+        ({"train_features": torch.full((6, 3), torch.nan)}, "train_features .* finite, got 6 of 6"),
+        ({"test_features": -torch.full((6, 3), torch.inf)}, "test_features must be finite"),
     ],
 )
 def test_errors(changes: dict[str, object], message: str) -> None:
+    labels = torch.zeros(6, dtype=torch.long)
     arguments: dict[str, object] = {
         "train_features": torch.ones(6, 3),
-        "train_labels": LABELS,
+        "train_labels": labels,
         "test_features": torch.ones(6, 3),
-        "test_labels": LABELS,
+        "test_labels": labels,
         "k": 2,
     }
     with pytest.raises(ValueError, match=message):

@@ -35,7 +35,7 @@ def probe(train=TRAIN, labels=TRAIN_LABELS, test=TEST, test_labels=TEST_LABELS, 
     return linear_probe({"last": train}, labels, {"last": test}, test_labels, **settings)
 
 
-def plain_loop(lr, decay, batchnorm, epochs, batch, rows):
+def plain_loop(lr, batchnorm, epochs, batch, rows):
     """torch's own modules, optimiser and schedule: accuracy on test, and the training loss."""
     classes = TRAIN_LABELS.unique()
     labels = torch.searchsorted(classes, TRAIN_LABELS)
@@ -44,11 +44,7 @@ def plain_loop(lr, decay, batchnorm, epochs, batch, rows):
     nn.init.zeros_(linear.bias)
     norm = nn.BatchNorm1d(TRAIN.shape[1], eps=1e-6, affine=False)
     net = nn.Sequential(norm, linear) if batchnorm else linear
-    groups = [
-        {"params": [linear.weight], "weight_decay": decay},
-        {"params": [linear.bias], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=lr, momentum=0.9)
     steps = len(rows) // batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps)
     for epoch in range(epochs):
@@ -70,18 +66,12 @@ def plain_loop(lr, decay, batchnorm, epochs, batch, rows):
 
 
 def test_equals_a_plain_loop():
-    result = probe(
-        seed=5,
-        epochs=4,
-        batch_size=32,
-        learning_rates=(0.02, 0.2),
-        weight_decays=(0.0, 0.01),
-    )
-    assert len(result.heads) == 8
+    result = probe(seed=5, epochs=4, batch_size=32, learning_rates=(0.02, 0.2))
+    assert len(result.heads) == 4
     (mask,) = held_out_folds(TRAIN_LABELS, seed=5)
     assert result.selection == f"on {mask.sum()} of 300 training images, held out"
     for head in result.heads:
-        setting = (head.lr, head.weight_decay, head.batchnorm, 4, 32)
+        setting = (head.lr, head.batchnorm, 4, 32)
         loss, accuracy, _ = plain_loop(*setting, np.arange(300))
         assert head.loss == pytest.approx(loss, rel=1e-5)
         # a row on the border may fall either way
@@ -90,7 +80,7 @@ def test_equals_a_plain_loop():
         held_out = correct[torch.from_numpy(mask)].mean().item()
         assert head.validation == pytest.approx(held_out, abs=1 / mask.sum() + 1e-6)
         assert not head.diverged
-    order = [(h.batchnorm, h.weight_decay, h.lr) for h in result.heads]
+    order = [(h.batchnorm, h.lr) for h in result.heads]
     assert order == sorted(order)
 
 
@@ -118,28 +108,18 @@ def test_heads_together_equal_heads_alone():
         assert head.validation == alone.validation
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.02])
-def test_long_training_reaches_the_optimum_of_scikit_learn(decay):
-    """The objective is the mean cross-entropy + decay / 2 ||W||^2, without the bias."""
+def test_long_training_reaches_the_optimum_of_scikit_learn():
     n = len(TRAIN)
-    # sum of losses + 1 / (2 C) ||W||^2
-    strength = 1 / (n * decay) if decay else np.inf
-    reference = LogisticRegression(C=strength, tol=1e-10, max_iter=5000)
+    reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=5000)
     reference.fit(TRAIN.double().numpy(), TRAIN_LABELS.numpy())
     probability = reference.predict_proba(TRAIN.double().numpy())
     column = np.searchsorted(reference.classes_, TRAIN_LABELS.numpy())
     optimum = -np.log(probability[np.arange(n), column]).mean()
     score = reference.score(TEST.double().numpy(), TEST_LABELS.numpy())
-    head = probe(
-        epochs=1500,
-        batch_size=n,
-        learning_rates=(0.3,),
-        weight_decays=(decay,),
-        batchnorm=(False,),
-    ).best
+    head = probe(epochs=1500, batch_size=n, learning_rates=(0.3,), batchnorm=(False,)).best
     assert head.loss == pytest.approx(optimum, rel=1e-4)
     assert head.accuracy == pytest.approx(score, abs=2 / len(TEST) + 1e-9)
-    # far from where it started, and from what it would be without the decay
+    # far from where it started
     assert optimum < 0.9 * math.log(4)
 
 
@@ -155,16 +135,6 @@ def test_batchnorm_ends_as_standardised_features():
     assert with_norm.accuracy == pytest.approx(standardised.accuracy, abs=1 / 400 + 1e-9)
     plain = probe(**settings, batchnorm=(False,)).best
     assert abs(plain.loss - standardised.loss) > 3e-3 * standardised.loss
-
-
-def test_batchnorm_takes_scale_and_offset_away():
-    settings = {"epochs": 100, "learning_rates": (0.1,)}
-    moved = probe(0.05 * TRAIN + 5, test=0.05 * TEST + 5, **settings)
-    still = probe(**settings)
-    one, other = (r.best_of("last", True) for r in (moved, still))
-    assert one.loss == pytest.approx(other.loss, rel=2e-3)
-    assert one.accuracy == pytest.approx(other.accuracy, abs=0.01)
-    assert moved.best_of("last", False).loss > 1.1 * still.best_of("last", False).loss
 
 
 def test_the_choice_is_made_on_training_rows():
@@ -198,9 +168,6 @@ def test_best_of_one_input():
         best = result.best_of("last", norm)
         assert best in heads
         assert best.validation == max(h.validation for h in heads)
-    assert result.best_of("last") == result.best
-    with pytest.raises(ValueError, match="features must be a probed set, got 'first'"):
-        result.best_of("first")
 
 
 def test_a_head_that_diverges_is_named_and_harms_no_other():
@@ -252,13 +219,6 @@ def test_unseen_classes_are_wrong():
     assert some.best.accuracy <= 0.75
     assert some.best.accuracy == pytest.approx(0.75 * all_seen.best.accuracy, abs=0.05)
     assert ridge_accuracy(TRAIN, TRAIN_LABELS, TEST, test_labels).accuracy <= 0.75
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes(dtype):
-    train, test = TRAIN.to(dtype), TEST.to(dtype)
-    a = probe(train, test=test, epochs=2, test_labels=TEST_LABELS.int())
-    assert a.heads == probe(train.float(), test=test.float(), epochs=2).heads
 
 
 def test_collapsed_features_give_chance():
@@ -331,43 +291,14 @@ def test_ridge_chooses_on_training_rows():
     assert result.penalty > PENALTIES[0]
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"batch_size": 1}, "batch_size must be at least 2 .*got 1"),
-        ({"learning_rates": ()}, r"learning_rates must be positive and finite, got \[\]"),
-        ({"learning_rates": (0.1, -1)}, "learning_rates must be positive"),
-        ({"learning_rates": (math.inf,)}, "learning_rates must be positive"),
-        ({"weight_decays": (-1.0,)}, "weight_decays must be at least 0"),
-        ({"batchnorm": ()}, r"batchnorm must be False, True or both, got \[\]"),
-        ({"batchnorm": (True, True)}, "batchnorm must be False, True or both"),
         ({"seed": -1}, "seed must be in"),
-        ({"train": TRAIN[:, :2]}, "features 'last': .*same width, got 2 and 6"),
-        ({"train": TRAIN * math.nan}, "features 'last': train_features must be finite"),
-        ({"labels": TRAIN_LABELS[:5]}, "train_labels must be an integer tensor"),
-        (
-            {"train": TRAIN[:2], "labels": TRAIN_LABELS[:2]},
-            "train must hold at least 3 rows, got 2",
-        ),
+        ({"train": TRAIN * math.nan}, "train_features must be finite, got 300 of 300 rows"),
+        ({"train": TRAIN[:2], "labels": TRAIN_LABELS[:2]}, "at least 3 rows, got 2"),
     ],
 )
 def test_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         probe(**settings)
-
-
-def test_sets_must_have_the_same_names():
-    with pytest.raises(ValueError, match=r"of the same names, got \['a'\] and \['b'\]"):
-        linear_probe({"a": TRAIN}, TRAIN_LABELS, {"b": TEST}, TEST_LABELS)
-    with pytest.raises(ValueError, match=r"of the same names, got \[\] and \[\]"):
-        linear_probe({}, TRAIN_LABELS, {}, TEST_LABELS)
-
-
-@pytest.mark.parametrize("penalties", [(), (0.0,), (math.inf,)])
-def test_ridge_errors(penalties):
-    with pytest.raises(ValueError, match="penalties must be positive and finite"):
-        ridge_accuracy(TRAIN, TRAIN_LABELS, TEST, TEST_LABELS, penalties=penalties)

@@ -124,22 +124,26 @@ def test_prediction_cosine_equals_numpy():
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
     a, b = p.double().numpy(), t.double().numpy()
-    assert result.cosine == pytest.approx(np.mean([cosine(*r) for r in zip(a, b, strict=True)]))
-    assert result.mean_target == pytest.approx(np.mean([cosine(b.mean(axis=0), y) for y in b]))
+    assert result["prediction_cosine"] == pytest.approx(
+        np.mean([cosine(*r) for r in zip(a, b, strict=True)])
+    )
+    assert result["mean_target_cosine"] == pytest.approx(
+        np.mean([cosine(b.mean(axis=0), y) for y in b])
+    )
     other = [cosine(a[i], b[(i + 10) % 20]) for i in range(20)]
-    assert result.shuffled == pytest.approx(np.mean(other))
+    assert result["shuffled_cosine"] == pytest.approx(np.mean(other))
 
 
 def test_a_constant_prediction_gains_nothing_and_collapse_is_seen():
     target = draw(40, 8) + 2
     constant = prediction_cosine(target.mean(0, keepdim=True).expand(40, -1), target)
-    assert constant.cosine == pytest.approx(constant.mean_target)
-    assert constant.cosine == pytest.approx(constant.shuffled)
+    assert constant["prediction_cosine"] == pytest.approx(constant["mean_target_cosine"])
+    assert constant["prediction_cosine"] == pytest.approx(constant["shuffled_cosine"])
     perfect = prediction_cosine(target, target)
-    assert perfect.cosine == pytest.approx(1)
-    assert perfect.mean_target < 0.95
+    assert perfect["prediction_cosine"] == pytest.approx(1)
+    assert perfect["mean_target_cosine"] < 0.95
     collapsed = 1e-3 * draw(40, 8) + 1
-    assert prediction_cosine(collapsed, collapsed).mean_target > 0.999
+    assert prediction_cosine(collapsed, collapsed)["mean_target_cosine"] > 0.999
 
 
 # --- the warning ---------------------------------------------------------------------------------
@@ -221,41 +225,12 @@ def test_either_sign_is_enough_and_named():
     first = {"feature_std": 0.6, "rankme": 30.0}
     assert collapse_warning({"feature_std": 0.19, "rankme": 9.1}, first) is None
     flat = collapse_warning({"feature_std": 0.17, "rankme": 30.0}, first)
-    assert flat is not None
-    assert "the same features" in flat
+    assert "the same features" in str(flat)
     narrow = collapse_warning({"feature_std": 0.9, "rankme": 8.9}, first)
-    assert narrow is not None
-    assert "a few directions only" in narrow
+    assert "a few directions only" in str(narrow)
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: rankme(torch.ones(3)), "features must be a float tensor of 2 dimensions"),
-        (lambda: rankme(torch.ones(3, 2).long()), "features must be a float tensor"),
-        (lambda: rankme(torch.ones(3, 0)), r"none of them 0, got torch.float32 \(3, 0\)"),
-        (lambda: rankme(torch.tensor([[1.0, torch.nan]])), "finite, got 1 values that are not"),
-        (lambda: lidar(torch.ones(3, 4)), "features must be a float tensor of 3 dimensions"),
-        (lambda: lidar(torch.ones(1, 4, 2)), "at least 2 images and 2 views"),
-        (lambda: lidar(torch.ones(4, 1, 2)), "at least 2 images and 2 views"),
-        (lambda: feature_std(torch.ones(1, 4)), "at least 2 rows, got 1"),
-        (
-            lambda: prediction_cosine(torch.ones(3, 4), torch.ones(4, 3)),
-            r"got \(3, 4\) and \(4, 3\)",
-        ),
-        (lambda: prediction_cosine(torch.ones(1, 4), torch.ones(1, 4)), "at least 2 rows"),
-        (lambda: collapse_warning({}, {}), "monitors must hold a finite feature_std"),
-        (
-            lambda: collapse_warning(
-                {"feature_std": 1.0, "rankme": 1.0}, {"feature_std": 1.0, "rankme": torch.inf}
-            ),
-            "baseline must hold a finite rankme of at least 0, got inf",
-        ),
-    ],
-)
-def test_errors(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+@pytest.mark.parametrize("monitor", [rankme, feature_std, lambda x: prediction_cosine(x, x)])
+def test_what_is_not_finite_is_an_error(monitor):
+    with pytest.raises(ValueError, match="finite, got 1 values that are not"):
+        monitor(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]))

@@ -74,7 +74,7 @@ def test_the_last_look_is_of_the_saved_weights(run, data):
     index = open_index(str(data))[0]
     of = OnlineEvaluation(config, index, CPU)
     context, target, predictor = of.networks(state.tensors)
-    images, _ = of._load()
+    images, _ = of._images
     assert len(images) == 40
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
     cosines, patches = [], []
@@ -174,16 +174,6 @@ def test_looks_cost_less_than_half_a_percent(name, world):
         assert number > 2
 
 
-def test_looks_in_between_are_as_many_as_the_share_pays_for():
-    config = preset("fashion_mnist")
-    of_one = 64 * 5 + 2048 + 512
-    for steps, between in ((600, 0), (2574, 1), (25_740, 34), (1_000_000, 50)):
-        assert math.ceil(steps / look_interval(config, steps)) == between + 1
-        paid = steps * 256 * 4 * 0.004 / of_one
-        assert between == min(max(int(paid) - 2, 0), 50)
-    assert look_interval(config, 25_740, 8) > 4 * look_interval(config, 25_740)
-
-
 @pytest.mark.parametrize("whole", [False, True])
 def test_all_labelled_images_only_where_asked_for(whole, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(online, "TRAIN_ROWS", 16)
@@ -215,10 +205,10 @@ def test_views_are_crops_where_the_recipe_has_none(data):
     index = open_index(str(data))[0]
     arguments = ["--data", str(data), "--data.crop", "32", "--model.patch-size", "8"]
     crops = ["--data.scale", "1", "1", "--data.ratio", "1", "1"]
-    _, views = OnlineEvaluation(parse([*arguments, *crops]).config, index, CPU)._load()
+    _, views = OnlineEvaluation(parse([*arguments, *crops]).config, index, CPU)._images
     assert len(views) == 4
     assert not any(torch.equal(views[0], view) for view in views[1:])
-    _, same = OnlineEvaluation(parse(arguments).config, index, CPU)._load()
+    _, same = OnlineEvaluation(parse(arguments).config, index, CPU)._images
     assert all(torch.equal(a, b) for a, b in zip(views, same, strict=True))
 
 

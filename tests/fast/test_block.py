@@ -78,9 +78,7 @@ def backend(request):
 
 def _packed(block, backend, *, memory="none", dtype=torch.float64, residual=torch.float64):
     attention = Attention(backend, backend, "here")
-    block.__class__ = PackedBlock
-    block.__dict__["settings"] = Settings(attention, dtype, residual, memory, sharded=False)
-    return block
+    return PackedBlock(block, Settings(attention, dtype, residual, memory, sharded=False))
 
 
 def _module(kind, *sizes):
@@ -130,9 +128,9 @@ def test_derivative(has_f, has_take, has_source, lengths, memory, backend):
     for tensor in (*leaves.values(), *modules.parameters()):
         tensor.grad = None
 
-    _packed(block, backend, memory=memory)
+    packed = _packed(block, backend, memory=memory)
     f = Branch(linear(before, inner, own_bias=False), before) if has_f else None
-    x, f = block(x, f, pair, take, source)
+    x, f = packed(x, f, pair, take, source)
     actual = close(final, x, f, torch.float64)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     (actual * weight).sum().backward()
@@ -163,10 +161,10 @@ def test_bfloat16_is_no_worse_than_autocast(head_dim):
         (out.flatten(0, 1) * weight).sum().backward()
         found |= {n: p.grad.double() for n, p in plain.named_parameters() if p.grad is not None}
     attach_copies(block, torch.bfloat16)
-    _packed(block, BACKENDS["sdpa"], dtype=torch.bfloat16, residual=torch.float32)
+    packed = _packed(block, BACKENDS["sdpa"], dtype=torch.bfloat16, residual=torch.float32)
     keys = _sequences(lengths)
     f = Branch(inner.bfloat16().requires_grad_(), SimpleNamespace(bias=None))
-    x2, branch = block(x, f, Pair(keys, keys))
+    x2, branch = packed(x, f, Pair(keys, keys))
     # float32 gradients of the sum reach both
     (x2 + branch.rows.float()).backward(weight)
     ours = {n: p.grad.double() for n, p in block.named_parameters() if p.grad is not None}
@@ -203,8 +201,8 @@ def test_kept_for_the_backward_pass(residual):
     with flash_on_cpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for block in blocks:
             attach_copies(block, torch.bfloat16)
-            _packed(block, BACKENDS["varlen"], dtype=torch.bfloat16, residual=residual)
-            x, f = block(x, f, Pair(side, side))
+            packed = _packed(block, BACKENDS["varlen"], dtype=torch.bfloat16, residual=residual)
+            x, f = packed(x, f, Pair(side, side))
             held.append((x, f))
     kept.pop(side.cu.data_ptr(), None)
     each = sum(kept.values()) / rows / depth

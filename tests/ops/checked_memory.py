@@ -31,8 +31,8 @@ class BadAccess(AssertionError):
 class _Launch:
     """Ranges of memory that one launch may touch, and which program touched what."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], order: bool) -> None:
-        self.name, self.order = name, order
+    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+        self.name = name
         ranges = {
             (t.data_ptr(), t.data_ptr() + _span(t))
             for t in arguments.values()
@@ -63,8 +63,6 @@ class _Launch:
         what = "stores to" if store else "loads from"
         if not inside.all():
             raise BadAccess(f"{self.name}, program {program}, {what} memory of no tensor")
-        if not self.order:
-            return
         places = self.offsets[number] + touched - self.begins[number]
         writer = self.writer[places]
         by_another = (writer != NOBODY) & (writer != program)
@@ -106,19 +104,15 @@ def _in_tables(arguments: dict[str, Any]) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def checked_memory(*, order: bool = True) -> Iterator[None]:
-    """See above. Kernels raise BadAccess, within the interpreter's own error if it wraps it.
-
-    Args:
-        order: whether programs that touch what another stores are an error.
-    """
+def checked_memory() -> Iterator[None]:
+    """See above. Kernels raise BadAccess, within the interpreter's own error if it wraps it."""
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     shipped = executor.__call__, builder.create_masked_load, builder.create_masked_store
     launches: list[_Launch] = []
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         arguments = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(_Launch(self.fn.__name__, arguments, order))
+        launches.append(_Launch(self.fn.__name__, arguments))
         try:
             shipped[0](self, *args, **kwargs)
         finally:

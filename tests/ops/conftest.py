@@ -50,14 +50,13 @@ def kernels() -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _lane(request: pytest.FixtureRequest) -> Iterator[None]:
+def _lane() -> Iterator[None]:
     """Fresh memory is NaN; under the interpreter CPU tensors reach the Triton kernels, whose
     accesses are checked.
     """
     with nan_filled():
         if INTERPRETED:
-            order = request.node.get_closest_marker("any_order") is None
-            with launch_on_cpu(), checked_memory(order=order), interpreted_float8():
+            with launch_on_cpu(), checked_memory(), interpreted_float8():
                 yield
         else:
             yield

@@ -185,14 +185,6 @@ def test_nan_stays_in_its_element(device):
         assert torch.equal(dirty, other)
 
 
-def test_twice_the_same_bits(device):
-    targets, sources = _draw(SIZES, F32, device, 0), _draw(SIZES, BF16, device, 1)
-    again = _clone(targets)
-    for tensors in (targets, again):
-        ema_update_(tensors, sources, 0.97)
-    assert all(torch.equal(a, b) for a, b in zip(targets, again, strict=True))
-
-
 def test_tables_are_reused_and_never_stale(device, kernels):
     """The same tensors give the same table; others at other addresses another one."""
     _table._cache.clear()
@@ -332,8 +324,7 @@ def test_one_source_for_two_targets(device):
 
 def test_bytes():
     assert ema_update_bytes(100, F32) == 1200
-    assert ema_update_bytes(100, F32, BF16) == 1400
-    assert ema_update_bytes(100, BF16, BF16) == 1200
+    assert ema_update_bytes(100, BF16) == 1000
 
 
 @pytest.mark.gpu

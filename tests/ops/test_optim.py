@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ijepa_kernels.optim import EMA, AdamWEMA, _adam_step, _table
+from ijepa_kernels.optim import EMA, AdamWEMA, _table
 from tests.ops.conftest import INTERPRETED
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -104,7 +104,6 @@ def test_ema_copy(device):
             torch.testing.assert_close(a, b.to(BF16), rtol=2**-7 if INTERPRETED else 0, atol=0)
         assert ema(x).dtype == BF16
 
-    assert_copy()
     _shake(model)
     ema.update(model)
     assert_copy()
@@ -115,27 +114,6 @@ def test_ema_copy(device):
     ema.load_state_dict(state)
     assert torch.equal(ema.module.head.weight, state["module.head.weight"])
     assert_copy()
-
-
-def test_ema_state_dict_round_trip(device):
-    model = _net(device)
-    ema, other = EMA(model, 0.5), EMA(_net(device, seed=5), 0.5)
-    _shake(model)
-    ema.update(model)
-    other.update(model)
-    other.load_state_dict(ema.state_dict())
-    other.update(model)
-    ema.update(model)
-    for a, b in zip(ema.state_dict().values(), other.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-
-
-def _swap_data(model):
-    model.inner.weight.data = model.inner.weight.data.clone() + 1
-
-
-def _replace_parameter(model):
-    model.norm.bias = nn.Parameter(model.norm.bias.detach() + 1)
 
 
 def _replace_module(model):
@@ -151,42 +129,18 @@ def _there_and_back(model):
     model.double().float()
 
 
-@pytest.mark.parametrize(
-    "change", [_swap_data, _replace_parameter, _replace_module, _load_assigned, _there_and_back]
-)
+@pytest.mark.parametrize("change", [_replace_module, _load_assigned, _there_and_back])
 @pytest.mark.parametrize("which", ["model", "average"])
 def test_ema_notices_tensors_that_moved(change, which, device):
     model = _net(device)
     ema = EMA(model, 0.5)
     ema.update(model)
-    if which == "model":
-        change(model)
-    elif change is not _replace_module:  # not to be done to the average's submodules
-        change(ema.module)
+    change(model if which == "model" else ema.module)
     for _ in range(2):
         old = copy.deepcopy(ema.module)
         _shake(model)
         ema.update(model)
         _assert_average(ema, old, model, 0.5)
-
-
-def test_ema_keeps_its_table(device, monkeypatch):
-    model = _net(device)
-    ema = EMA(model, 0.5)
-    ema.update(model)
-    link = ema._link
-    for momentum in (0.1, 0.2, 1.0):
-        ema.update(model, momentum)
-        assert ema._link is link
-
-
-def test_ema_notices_a_parameter_in_an_empty_module(device):
-    model: Any = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).to(device)
-    ema = EMA(model, 0.5)
-    ema.update(model)
-    model[1].slope = nn.Parameter(torch.zeros(3, device=device))
-    with pytest.raises(ValueError, match=r"model must have 2 parameters like EMA.module, got 3"):
-        ema.update(model)
 
 
 def test_ema_of_tied_weights(device):
@@ -200,7 +154,7 @@ def test_ema_of_tied_weights(device):
     mean = (old[0].weight + model[0].weight) / 2
     torch.testing.assert_close(ema.module[0].weight, mean.detach())
     model[1].weight = nn.Parameter(model[1].weight.detach().clone())
-    with pytest.raises(ValueError, match=r"0.weight was tied|1.weight was tied"):
+    with pytest.raises(ValueError, match=r"must have 3 parameters like EMA.module, got 4"):
         ema.update(model)
 
 
@@ -218,7 +172,6 @@ def test_ema_of_a_wrapped_or_copied_model(device):
     _assert_average(ema, old, model, 0.5)
     ema.update(model)
     twin = copy.deepcopy(ema)
-    assert twin._link is None
     old = copy.deepcopy(ema.module)
     twin.update(model)
     _assert_average(twin, old, model, 0.5)
@@ -391,7 +344,8 @@ def test_half_precision_targets(half, device):
     targets, averages = [p.detach().to(half) for p in ours], _clones(ours)
     mirrors = [torch.empty_like(t) for t in targets]
     moved = targets[2][0, 0] = 50.0
-    optimizer = AdamWEMA(ours, momentum=0.75, ema=zip(ours, targets, strict=True))
+    optimizer = AdamWEMA(ours, momentum=0.75)
+    optimizer.track(ours, targets)
     optimizer.mirror(ours, mirrors)
     averages[2][0, 0] = moved
     reference = torch.optim.AdamW(plain)
@@ -443,11 +397,6 @@ def test_the_form_of_averages_is_kept(device):
     assert pickle.loads(pickle.dumps(optimizer)).ema_form == "sum"
     optimizer.load_state_dict(AdamWEMA([_one(device)]).state_dict())
     assert optimizer.ema_form == "sum"
-    old = optimizer.__getstate__()
-    del old["ema_form"]
-    other = AdamWEMA.__new__(AdamWEMA)
-    other.__setstate__(old)
-    assert other.ema_form == "lerp"
     optimizer.step()
     optimizer.ema_form = "mean"
     with pytest.raises(ValueError, match="ema_form must be lerp or sum, got 'mean'"):
@@ -500,27 +449,6 @@ def test_half_precision_gradients(device):
         optimizer.step()
         reference.step()
     _close(ours, theirs)
-
-
-def test_skipped_steps_leave_every_bit(device):
-    pair = _Pair(device)
-    pair.step()
-    halves = [p.detach().bfloat16() for p in pair.ours[:2]]
-    pair.optimizer.track(pair.ours[:2], halves)
-    pair.step()
-    tensors = [*pair.ours, *pair.targets, *halves]
-    tensors += [t for p in pair.ours for t in pair.optimizer.state[p].values()]
-    before = _clones(tensors)
-    _randomise(pair.ours, pair.generator)
-    pair.ours[2].grad[0, 0] = math.inf
-    pair.optimizer.found_inf = torch.ones((), device=device)
-    pair.optimizer.step()
-    assert _equal(before, tensors)
-    pair.optimizer.found_inf.zero_()
-    pair.ours[2].grad[0, 0] = 0.0
-    pair.optimizer.step()
-    assert not _equal(before, tensors)
-    assert all(float(pair.optimizer.state[p]["step"]) == 3 for p in pair.ours)
 
 
 def test_grad_scaler(device):
@@ -697,80 +625,31 @@ def test_an_average_missing_at_the_end_of_the_state(device):
     pair.check()
 
 
-def test_groups_of_equal_options_share_a_launch(device, kernels, monkeypatch):
-    if not kernels:
-        pytest.skip("nothing is launched")
-    counts = []
-
-    def launch(table, scalars, first, count, **options):
-        counts.append((first, count))
-        _adam_step.launch_step(table, scalars, first, count, **options)
-
-    monkeypatch.setattr("ijepa_kernels.optim.plan.launch_step", launch)
-    params = _weights(device)
-    groups = [{"params": [p], "weight_decay": 0.1 * (n > 3)} for n, p in enumerate(params)]
-    optimizer = AdamWEMA(groups, lr=0.1)
-    twin = [nn.Parameter(p.detach().clone()) for p in params]
-    reference = torch.optim.AdamW(
-        [{"params": twin[:4], "weight_decay": 0.0}, {"params": twin[4:], "weight_decay": 0.1}],
-        lr=0.1,
-    )
-    generator = torch.Generator().manual_seed(1)
-    expected = [(0, 4), (4, 3)]
-    for values in ((0.1, 0.1), (torch.tensor(0.2, device=device), torch.tensor(0.2).to(device))):
-        for n, group in enumerate(optimizer.param_groups):
-            group["lr"] = values[n > 5]
-        for group in reference.param_groups:
-            group["lr"] = float(values[0])
-        _randomise(params, generator)
-        for p, q in zip(params, twin, strict=True):
-            q.grad = p.grad.clone()
-        optimizer.step()
-        reference.step()
-        if isinstance(values[0], torch.Tensor):
-            expected = [(0, 4), (4, 2), (6, 1)]  # they may be changed one by one
-        assert counts == expected
-        counts.clear()
-    _close(params, twin)
-
-
 def test_what_a_graph_captured_is_kept(device, kernels, monkeypatch):
     """A CUDA graph reads the same tables in every replay, whatever happens in between."""
     if not kernels:
         pytest.skip("there are no tables")
     now = False
-    for module in ("average", "plan"):
-        monkeypatch.setattr(f"ijepa_kernels.optim.{module}.capturing", lambda _: now)
+    monkeypatch.setattr("ijepa_kernels.optim.plan.capturing", lambda _: now)
     pair = _Pair(device)
-    ema = EMA(model := _net(device))
-
-    def step():
-        pair.step()
-        ema.update(model)
-
-    step()
-    _swap_data(model)
-    step()
+    pair.step()
+    _move_weight(pair)
+    pair.step()
     pair.optimizer.load_state_dict(pair.optimizer.state_dict())
     assert not pair.optimizer._captured
-    assert not ema._captured
     now = True
-    step()
+    pair.step()
     now = False
-    (plan,), link = pair.optimizer._plans.values(), ema._link
+    (plan,) = pair.optimizer._plans.values()
     grads = plan.parts[0].grads
     _move_gradients(pair)
     pair.optimizer.step()
     assert plan.parts[0].grads is not grads
     assert plan.parts[0]._captured == [grads]
     _move_weight(pair)
-    _swap_data(model)
-    step()
+    pair.step()
     assert pair.optimizer._captured == [plan]
-    assert ema._captured == [link]
-    assert ema._link is not link
-    twin, other = copy.deepcopy(ema), copy.deepcopy(pair.optimizer)
-    assert twin._captured == other._captured == []
+    assert copy.deepcopy(pair.optimizer)._captured == []
 
 
 def test_memory_outlives_launches_on_other_streams(monkeypatch):
@@ -837,22 +716,6 @@ def test_a_copied_optimizer_tracks_its_copies(device):
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert _equal(model.parameters(), target.parameters())
-
-
-def test_nan_stays_in_its_tensor(device):
-    pair = _Pair(device)
-    pair.step()
-    other = copy.deepcopy(pair)
-    _randomise(pair.ours, pair.generator)
-    for p, q in zip(pair.ours, other.ours, strict=True):
-        q.grad = p.grad.clone()
-    pair.ours[2].grad.fill_(math.nan)
-    pair.optimizer.step()
-    other.optimizer.step()
-    for n, (p, q) in enumerate(zip(pair.ours, other.ours, strict=True)):
-        assert p.isnan().all() if n == 2 else torch.equal(p, q)
-    for n, (p, q) in enumerate(zip(pair.targets, other.targets, strict=True)):
-        assert p.isnan().all() if n == 0 else torch.equal(p, q)
 
 
 def test_dense_strides_of_parameters(device):

@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from ijepa_fast.fast import FastStep
-from ijepa_fast.state import checkpoint, saving
+from ijepa_fast.state import checkpoint, saves
 from ijepa_fast.state.allowance import Allowance
 from ijepa_fast.state.checkpoint import State
-from ijepa_fast.state.saving import Saver
+from ijepa_fast.state.saves import Saver
 from ijepa_fast.visualize import run_pictures as pictures
 from tests.trainer import tiny
 
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(saving, "BACKOFF", (0.0, 0.0))
+    monkeypatch.setattr(saves, "BACKOFF", (0.0, 0.0))
 
 
 @pytest.fixture

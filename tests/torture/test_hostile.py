@@ -4,7 +4,6 @@ Pillow's own test images come from its source distribution (PILLOW_SDIST names a
 """
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -22,13 +21,10 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from benchmarks.photographs import write_photographs
-from ijepa_fast.config import DataConfig
 from ijepa_fast.data import (
     DaliDecoder,
     DecodeError,
-    Loader,
     PillowDecoder,
-    Quarantine,
     build_index,
     crop_windows,
 )
@@ -38,13 +34,14 @@ from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.table_file import TableError
 from ijepa_fast.errors import CheckpointError
 from ijepa_fast.state import checkpoint
+from tests.data.test_data_sources import damage_shards
 from tests.state.test_saving import _state
 from tests.trainer.damage import mutate
+from tests.trainer.small_folder import HAS_DALI
 
 MUTATIONS = 10_000
 # what Pillow warns of is no failure
 pytestmark = pytest.mark.filterwarnings("ignore")
-has_dali = importlib.util.find_spec("nvidia.dali") is not None
 
 
 def _sdist(folder):
@@ -103,7 +100,7 @@ def _compare(index, *, rounds=2):
     return counts, differ
 
 
-@pytest.mark.skipif(not has_dali, reason="DALI is not installed")
+@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 def test_pillows_own_pictures(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -138,7 +135,7 @@ def _png(data):
     return buffer.getvalue()
 
 
-@pytest.mark.skipif(not has_dali, reason="DALI is not installed")
+@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
 @pytest.mark.parametrize("kind", ["jpg", "progressive.jpg", "png"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damaged_at_every_percent(tmp_path, kind, damage):
@@ -170,50 +167,37 @@ def test_damaged_at_every_percent(tmp_path, kind, damage):
     assert counts["refused by one"] == 0
 
 
-def test_mutated_checkpoints(tmp_path):
+@pytest.mark.parametrize("forged", [False, True])
+def test_mutated_checkpoints(tmp_path, forged):
+    """Damaged files; hostile ones with a manifest that fits them: no crash, no unbounded memory."""
     path = checkpoint.write(tmp_path, _state(7))
     whole = {file.name: file.read_bytes() for file in path.iterdir()}
     expected = checkpoint.read(path)
-    refused = 0
-    for seed in range(MUTATIONS):
-        name = sorted(whole)[seed % 3]
-        (path / name).write_bytes(mutate(whole[name], np.random.default_rng(seed)))
-        try:
-            state = checkpoint.read(path)
-        except CheckpointError:
-            refused += 1
-        else:
-            assert state.step == expected.step
-            for key, tensor in expected.tensors.items():
-                assert tensor.equal(state.tensors[key])
-        (path / name).write_bytes(whole[name])
-    print(f"TORTURE checkpoints: {MUTATIONS} mutations, {refused} refused, the others harmless")
-
-
-def test_forged_checkpoints(tmp_path):
-    """Hostile safetensors and headers with a manifest that fits them: no crash, no unbounded
-    memory.
-    """
-    path = checkpoint.write(tmp_path, _state(7))
-    whole = {file.name: file.read_bytes() for file in path.iterdir()}
     refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = sorted(whole.keys() - ({"manifest.json"} if forged else set()))
     for seed in range(MUTATIONS):
-        name = ("state.safetensors", "state.json")[seed % 2]
+        name = names[seed % len(names)]
         data = mutate(whole[name], np.random.default_rng(seed))
         (path / name).write_bytes(data)
-        manifest = json.loads(whole["manifest.json"])
-        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        if forged:
+            manifest = json.loads(whole["manifest.json"])
+            manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            (path / "manifest.json").write_text(json.dumps(manifest))
         try:
             state = checkpoint.read(path)
         except CheckpointError:
             refused += 1
         else:
-            assert sum(tensor.nbytes for tensor in state.tensors.values()) <= len(data) + 1000
+            if forged:
+                assert sum(tensor.nbytes for tensor in state.tensors.values()) <= len(data) + 1000
+            else:
+                assert state.step == expected.step
+                for key, tensor in expected.tensors.items():
+                    assert tensor.equal(state.tensors[key])
         (path / name).write_bytes(whole[name])
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(
-        f"TORTURE forged checkpoints: {MUTATIONS} with a fitting manifest, {refused} refused, "
+        f"TORTURE checkpoints, forged {forged}: {MUTATIONS} mutations, {refused} refused, "
         f"memory grew by {grown:.0f} MiB"
     )
     assert grown < 300
@@ -241,35 +225,8 @@ def test_mutated_tables(tmp_path):
 
 
 def test_mutated_shards(tmp_path):
-    path = tmp_path / "s.tar"
-    with tarfile.open(path, "w") as archive:
-        for number in range(3):
-            for name in (f"{number}.png", f"{number}.cls"):
-                buffer = io.BytesIO()
-                if name.endswith("png"):
-                    Image.new("RGB", (32, 32)).save(buffer, "PNG")
-                else:
-                    buffer.write(b"3")
-                info = tarfile.TarInfo(name)
-                info.size = buffer.tell()
-                buffer.seek(0)
-                archive.addfile(info, buffer)
-    whole = path.read_bytes()
-    refused, slowest = 0, 0.0
-    for seed in range(MUTATIONS):
-        path.write_bytes(mutate(whole, np.random.default_rng(seed)))
-        started = time.monotonic()
-        try:
-            index = build_index(path, threads=1)
-            _ = [index.read(row) for row in range(len(index))]
-            index.close()
-        except ValueError:
-            refused += 1
-        slowest = max(slowest, time.monotonic() - started)
-    print(
-        f"TORTURE shards: {MUTATIONS} mutations, {refused} of them without an image, "
-        f"slowest {slowest:.2f} s"
-    )
+    refused, slowest = damage_shards(tmp_path, MUTATIONS)
+    print(f"TORTURE shards: {MUTATIONS} mutations, {refused} without an image, {slowest:.2f} s")
     assert slowest < 5
 
 
@@ -306,48 +263,3 @@ def test_fourteen_million_rows(tmp_path):
     print(f"TORTURE table: {rows} rows, {size:.3f} GiB, opened in {took:.3f} s")
     assert size < 1
     assert took < 2
-
-
-@pytest.mark.skipif(not has_dali, reason="DALI is not installed")
-@pytest.mark.parametrize("decoder", ["dali", "pillow"])
-def test_what_bad_files_cost(tmp_path, decoder):
-    """0.1 % and more of files that only decoding finds out: the first epoch and the later ones."""
-    root = write_photographs(tmp_path / "p", 1024)
-    clean = build_index(root)
-    png = _png((root / "00000.jpg").read_bytes())
-    broken = bytearray(png)
-    middle = broken.index(b"IDAT") + 200
-    broken[middle : middle + 64] = bytes(64)
-    victims = (100, 700)
-    kept = {row: (root / f"{row:05d}.jpg").read_bytes() for row in victims}
-    config = DataConfig(decoder=decoder, threads=2, max_bad_share=0.5)
-    sizes = {"global_batch": 64, "device_batch": 64}
-
-    def epoch(index, quarantine):
-        started = time.perf_counter()
-        with Loader(index, config, seed=0, steps=16, quarantine=quarantine, **sizes) as loader:
-            for _ in loader:
-                pass
-        return time.perf_counter() - started
-
-    def fresh():
-        return Quarantine(None, 0.5, 1024)
-
-    ratios, firsts = [], []
-    for _ in range(5):
-        base = epoch(clean, fresh())
-        for row in victims:
-            (root / f"{row:05d}.jpg").write_bytes(broken)
-        index = build_index(root)
-        quarantine = fresh()
-        firsts.append(epoch(index, quarantine) / base)
-        assert len(quarantine.files) == len(victims)
-        known = epoch(index, quarantine)
-        for row, data in kept.items():
-            (root / f"{row:05d}.jpg").write_bytes(data)
-        again = epoch(clean, fresh())
-        ratios.append(known / ((base + again) / 2))
-    print(
-        f"TORTURE bad files, {decoder}, 2 of 1024: first epoch x {np.median(firsts):.3f}, "
-        f"once quarantined x {np.median(ratios):.3f} (each {np.round(ratios, 3).tolist()})"
-    )

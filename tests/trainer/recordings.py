@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.verify.parity import replay
+from ijepa_fast.verify.parity import compare
 from tests.trainer import plain_step
+
+FORWARD, GRADIENT, LOSS, FINAL = "forward", "gradient", "loss", "final weights"
+MOVED, SCHEDULE = "target movement", "schedule"
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "p8_64.safetensors"
 
@@ -99,7 +102,17 @@ def record(path: Path, *, context: int = 4, target: int = 4, drop: int = 0, **ch
 def failures(file: Path | str, **arguments: Any) -> dict[str, set[str]]:
     """Names of the rows beyond their limit, by kind."""
     names: dict[str, set[str]] = {}
-    for row in replay(Path(file), **arguments).rows:
+    for row in compare(Path(file), **arguments).rows:
         if not row.ok:
             names.setdefault(row.kind, set()).add(row.name)
     return names
+
+
+def must_fail(file: Path, kinds: set[str], **arguments: Any) -> None:
+    """Rows of these kinds fail, and none of what is computed before the first of them."""
+    failed = failures(file, **arguments)
+    assert kinds <= failed.keys()
+    for earlier in (SCHEDULE, FORWARD, GRADIENT):
+        if earlier in kinds:
+            break
+        assert earlier not in failed

@@ -19,7 +19,6 @@ DECODERS = [
     "pillow",
     pytest.param("dali", marks=pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")),
 ]
-CONFIG = {"crop": 32, "threads": 2, "max_bad_share": 0.2}
 
 
 def jpeg(seed, size=(60, 48)):
@@ -45,11 +44,11 @@ def spoil(index, rows):
             file.write(b"\0" * int(index.length[row]))
 
 
-def make_loader(index, *, decoder="pillow", prefetch=3, **options):
-    config = DataConfig(decoder=decoder, prefetch=prefetch, **CONFIG)
-    return Loader(
-        index, config, **{"seed": 7, "global_batch": 8, "device_batch": 8, "steps": 10, **options}
-    )
+def make_loader(index, *, decoder="pillow", prefetch=3, given=None, **options):
+    """With a decoder by its name, or a given one."""
+    config = DataConfig(decoder=decoder, prefetch=prefetch, crop=32, threads=2, max_bad_share=0.2)
+    sizes = {"seed": 7, "global_batch": 8, "device_batch": 8, "steps": 10}
+    return Loader(index, config, decoder=given, **{**sizes, **options})
 
 
 def run(index, **options):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ijepa_fast.config import MaskConfig
-from ijepa_fast.keyed_random import Stream, uniform
 from ijepa_fast.masks import Masks, check_masks, mean_tokens, reachable_sizes, sample_masks
 from tests.trainer.plain_masks import assert_equal_to_plain, plain_image, plain_size
 
@@ -149,28 +148,6 @@ def _same_size(config: MaskConfig, grid: tuple[int, int], seed: int = 0) -> list
     return [next(steps) for _ in range(10)]
 
 
-def test_published_never_uses_the_last_row_and_column() -> None:
-    config = MaskConfig(truncation_group=1)
-    for step in range(20):
-        masks = _sample(config, (14, 14), step, 256)
-        used = np.concatenate([masks.context_index.numpy(), masks.target_index.numpy().ravel()])
-        row, column = np.divmod(used % 196, 14)
-        assert row.max() == 12
-        assert column.max() == 12
-
-
-def test_unbiased_uses_every_row_and_column() -> None:
-    config = MaskConfig(geometry="unbiased", truncation_group=1)
-    seen_context = np.zeros(196, dtype=bool)
-    seen_target = np.zeros(196, dtype=bool)
-    for step in range(20):
-        masks = _sample(config, (14, 14), step, 256)
-        seen_context[masks.context_index.numpy() % 196] = True
-        seen_target[masks.target_index.numpy().ravel()] = True
-    assert seen_context.all()
-    assert seen_target.all()
-
-
 @pytest.mark.parametrize("geometry", ["published", "unbiased"])
 @pytest.mark.parametrize("grid", [(14, 14), (10, 18)])
 def test_corners_are_uniform_over_the_allowed_places(geometry: Any, grid: tuple[int, int]) -> None:
@@ -187,50 +164,7 @@ def test_corners_are_uniform_over_the_allowed_places(geometry: Any, grid: tuple[
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 4 * np.sqrt(2 * freedom)
 
 
-def test_two_seeds_are_two_samples_of_one_distribution() -> None:
-    config = MaskConfig(truncation_group=1)
-    n = 1000
-    # One image a step: the images of a step share its sizes and are not independent.
-    one, two = (
-        np.array([_sample(config, (14, 14), step, 1, seed).max_context for step in range(n)])
-        for seed in (0, 1)
-    )
-    assert not np.array_equal(one, two)
-    # Two-sample Kolmogorov-Smirnov statistic against its 0.1 % point.
-    values = np.arange(197)
-    one_share, two_share = (
-        np.searchsorted(np.sort(x), values, side="right") / n for x in (one, two)
-    )
-    assert np.abs(one_share - two_share).max() < 1.95 * np.sqrt(2 / n)
-
-
 # --- rules ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("geometry", ["published", "unbiased"])
-@pytest.mark.parametrize("group", [1, 16])
-@pytest.mark.parametrize("contexts", [1, 2])
-def test_context_never_overlaps_targets_without_fallback(
-    geometry: Any, group: int, contexts: int
-) -> None:
-    config = MaskConfig(geometry=geometry, truncation_group=group, num_contexts=contexts)
-    for step in range(10):
-        masks = _sample(config, (14, 14), step, 64)
-        for sequences in _context_sets(masks, 196):
-            for image, context in enumerate(sequences):
-                assert context.isdisjoint(masks.target_index[image].ravel().tolist())
-                assert len(context) > config.min_keep
-
-
-def test_targets_are_whole_blocks_in_raster_order() -> None:
-    masks = _sample(MaskConfig(truncation_group=1), (10, 18), 3, 32)
-    height, width = plain_size(MaskConfig(), (10, 18), 0, 3, "target")
-    inside = (np.arange(height)[:, None] * 18 + np.arange(width)).ravel()
-    assert masks.target_index.shape == (32, 4, height * width)
-    np.testing.assert_array_equal(
-        masks.target_index.numpy() - masks.target_index.numpy()[:, :, :1],
-        np.broadcast_to(inside, masks.target_index.shape),
-    )
 
 
 def test_truncation_cuts_the_bottom_rows_of_the_whole_group() -> None:
@@ -419,21 +353,6 @@ def test_ranks_and_accumulation_see_the_same_masks(
                 assert _per_image(part, 196, contexts) == whole[first : first + batch]
 
 
-@pytest.mark.parametrize("group", [1, 8])
-def test_masks_do_not_depend_on_the_other_positions(group: int) -> None:
-    # min_keep is high enough that some contexts are redrawn.
-    config = MaskConfig(
-        geometry="unbiased",
-        truncation_group=group,
-        num_contexts=2,
-        min_keep=60,
-        context_scale=(0.6, 0.8),
-    )
-    whole = _per_image(_sample(config, (14, 14), 1, 64), 196, 2)
-    chosen = np.array([63, 0, 5, 17, 5, 40])
-    assert _per_image(_sample(config, (14, 14), 1, chosen), 196, 2) == [whole[i] for i in chosen]
-
-
 def test_torch_random_state_is_neither_read_nor_written() -> None:
     results = []
     for seed in (0, 1):
@@ -451,15 +370,6 @@ def test_every_step_and_seed_has_its_own_masks() -> None:
         for seed in (0, 1, 2**40)
     ]
     assert len({tuple(index) for index in drawn}) == 9
-
-
-def test_numbers_come_from_the_documented_streams() -> None:
-    config = MaskConfig(geometry="unbiased", truncation_group=1)
-    height, width = plain_size(config, (14, 14), 9, 2, "target")
-    corners = _sample(config, (14, 14), 2, 5, seed=9).target_index[:, :, 0].numpy()
-    u = uniform(9, Stream.MASK_POSITION, 2, np.arange(5), 8).reshape(5, 4, 2)
-    top, left = np.floor(u * (14 - height + 1, 14 - width + 1)).astype(int).transpose(2, 0, 1)
-    np.testing.assert_array_equal(corners, top * 14 + left)
 
 
 # --- a plain second opinion ----------------------------------------------------------------------

@@ -55,49 +55,19 @@ def test_learning_rate_by_hand(step, lr):
 
 
 @pytest.mark.parametrize(
-    ("step", "decay"),
+    ("step", "decay", "momentum"),
     [
-        (1, 0.4 - 0.18 * (1 + math.cos(math.pi / 100))),
-        (50, 0.22),
-        (75, 0.4 - 0.18 * (1 - math.sqrt(0.5))),
-        (100, 0.4),
-        (300, 0.4),
+        (1, 0.4 - 0.18 * (1 + math.cos(math.pi / 100)), 0.996),
+        (50, 0.22, 0.99796),
+        (75, 0.4 - 0.18 * (1 - math.sqrt(0.5)), 0.99896),
+        # 100 equal increments of 4e-5, the first value at step 1: the end value is never used
+        (100, 0.4, 0.99996),
+        (300, 0.4, 0.99996),
     ],
 )
-def test_weight_decay_by_hand(step, decay):
+def test_weight_decay_and_momentum_by_hand(step, decay, momentum):
     assert _schedules().at(step).weight_decay == pytest.approx(decay, abs=1e-15)
-
-
-@pytest.mark.parametrize(
-    ("step", "momentum"), [(1, 0.996), (2, 0.99604), (51, 0.998), (100, 0.99996), (101, 0.99996)]
-)
-def test_momentum_by_hand(step, momentum):
-    # 100 equal increments of 4e-5, the first value at step 1: the end value itself is never used
     assert _schedules().at(step).momentum == pytest.approx(momentum, abs=1e-15)
-
-
-def test_stretched_schedules_cut_the_end_but_not_the_momentum_denominator():
-    schedules = _schedules(steps_per_epoch=5, epochs=2, warmup=0, ipe_scale=1.25)
-    assert schedules.at(12).lr == pytest.approx(1e-6, abs=1e-18)
-    assert schedules.at(12).weight_decay == pytest.approx(0.4, abs=1e-15)
-    assert schedules.at(6).lr == pytest.approx(5.005e-4, abs=1e-15)
-    assert schedules.at(2).momentum == pytest.approx(0.996 + 0.004 / 12.5, abs=1e-15)
-    assert schedules.at(12).momentum == pytest.approx(0.996 + 11 * 0.004 / 12.5, abs=1e-15)
-    assert schedules.at(13) == schedules.at(12)
-
-
-def test_without_warm_up_the_first_step_is_already_on_the_cosine():
-    schedules = _schedules(steps_per_epoch=2, epochs=2, warmup=0)
-    expected = 1e-6 + 9.99e-4 * (1 + math.cos(math.pi / 4)) / 2
-    assert schedules.at(1).lr == pytest.approx(expected, abs=1e-15)
-
-
-def test_warm_up_to_the_very_end_reaches_the_peak_and_stays():
-    schedules = _schedules(steps_per_epoch=2, epochs=2, warmup=2)
-    assert schedules.total_steps == schedules.warmup_steps == 4
-    assert [schedules.at(s).lr for s in range(1, 7)] == pytest.approx(
-        [4e-4, 6e-4, 8e-4, 1e-3, 1e-3, 1e-3], abs=1e-15
-    )
 
 
 @pytest.mark.parametrize(
@@ -147,19 +117,9 @@ def test_equals_a_plain_loop_at_every_step(ipe, epochs, warmup, ipe_scale):
 def test_learning_rates_follow_the_batch_only_on_request(scaling, batch, factor):
     config = OptimConfig(lr_scaling=scaling, epochs=100, warmup=7, ipe_scale=1.25)
     schedules = Schedules.of(config, global_batch=batch, steps_per_epoch=17)
-    assert schedules == Schedules(
-        steps_per_epoch=17,
-        epochs=100,
-        warmup=7,
-        ipe_scale=1.25,
-        start_lr=factor * 2e-4,
-        lr=factor * 1e-3,
-        final_lr=factor * 1e-6,
-        weight_decay=0.04,
-        final_weight_decay=0.4,
-        momentum=0.996,
-        final_momentum=1.0,
-    )
+    rates = {name: factor * RATES[name] for name in ("start_lr", "lr", "final_lr")}
+    lengths = {"steps_per_epoch": 17, "epochs": 100, "warmup": 7, "ipe_scale": 1.25}
+    assert schedules == _schedules(**lengths, **rates)
 
 
 def test_every_setting_of_the_configuration_arrives():

@@ -17,7 +17,6 @@ import torch
 import yaml
 from PIL import Image
 
-from ijepa_fast import train
 from ijepa_fast.data import PillowDecoder, build_index, crop_windows, epoch_order
 from ijepa_fast.fast import FastStep
 from ijepa_fast.keyed_random import Stream, torch_generator
@@ -26,7 +25,7 @@ from ijepa_fast.model import build_models
 from ijepa_fast.reference import ReferenceStep
 from ijepa_fast.schedules import Schedules
 from ijepa_fast.state.run_folder import RunFolder
-from ijepa_fast.state.saving import Saver
+from ijepa_fast.state.saves import Saver
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -214,11 +213,7 @@ def test_a_complete_run_says_so_and_changes_nothing(data, whole, tmp_path, capsy
         before.pop(name)
         after.pop(name)
     assert after == before
-
-
-def test_a_shorter_max_steps_than_done_is_a_complete_run_too(data, whole, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(whole, out)
+    # so is one that has gone further than it is told to
     assert tiny.run(data, out, max_steps=7) == 0
     assert "the run is complete at step 15" in capsys.readouterr().out
     tiny.assert_same_state(out, whole)
@@ -547,26 +542,6 @@ def test_unusable_data_ends_with_2_before_training(tmp_path, out, capsys, name):
     assert not (out / "checkpoints").exists()
     # for whoever reads the log later
     assert message in (out / "train.log").read_text()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"data__crop": 30}, "data.crop must be a multiple of model.patch_size (8), got 30"),
-        ({"data__scale": "0.3 2"}, "data.scale"),
-        ({"batch__device": 3}, "batch.device must be a divisor of batch.global (8), got 3"),
-        ({"masks__min_keep": 9}, "masks.min_keep"),
-        ({"optim__learning_rate": 1}, "--optim.learning-rate"),
-    ],
-)
-def test_wrong_values_end_with_2_before_anything_is_written(data, out, capsys, settings, message):
-    argv = tiny.arguments(data, out, **settings)
-    argv = (
-        [word for part in argv for word in part.split(" ")] if "data__scale" in settings else argv
-    )
-    assert train.main(argv) == 2
-    assert message in _one_line(capsys)
-    assert not out.exists()
 
 
 def test_the_command_itself(tmp_path):

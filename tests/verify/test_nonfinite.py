@@ -5,8 +5,6 @@ a row the end, with the samples by name.
 import json
 import math
 import re
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,23 +33,14 @@ def out(tmp_path):
     return tmp_path / "run"
 
 
-def _planted(path, *steps):
-    """Makes every pixel of these steps (counted from 1, in this process) NaN."""
-    step: Any = STEPS[path]
-    original, count = step.accumulate, 0
+def _nan_images(steps, rank=0):
+    """Every pixel of these steps (counted from 1) is NaN on one rank."""
+    return {"IJEPA_FAST_FAULT": ",".join(f"{rank}:{step}:nan-image" for step in steps)}
 
-    def accumulate(self, *arguments, **options):
-        nonlocal count
-        count += 1
-        mean = self.mean
-        if count in steps:
-            self.mean = torch.full_like(mean, math.nan)
-        try:
-            return original(self, *arguments, **options)
-        finally:
-            self.mean = mean
 
-    return mock.patch.object(STEPS[path], "accumulate", accumulate)
+@pytest.fixture
+def planted(monkeypatch):
+    return lambda *steps: monkeypatch.setenv(*_nan_images(steps).popitem())
 
 
 def _expected(data, step, seed=3):
@@ -61,10 +50,10 @@ def _expected(data, step, seed=3):
 
 
 @pytest.mark.parametrize("path", STEPS)
-def test_three_in_a_row_name_their_samples(data, out, capsys, path):
+def test_three_in_a_row_name_their_samples(data, out, capsys, path, planted):
     settings = {"path": path, "log__interval": 5, "checkpoint__keep_every": 1}
-    with _planted(path, 2, 4, 5, 6):
-        assert tiny.run(data, out, **settings) == 4
+    planted(2, 4, 5, 6)
+    assert tiny.run(data, out, **settings) == 4
     # weights, moments and target encoder, of the last checkpoint before the end (step 5)
     assert all(v.isfinite().all() for v in tiny.final_state(out).values())
     error = capsys.readouterr().err
@@ -90,19 +79,13 @@ def test_three_in_a_row_name_their_samples(data, out, capsys, path):
 
 
 @pytest.mark.parametrize("path", STEPS)
-def test_two_in_a_row_go_on(data, out, path):
-    with _planted(path, 3, 4, 6, 7, 15):
-        assert tiny.run(data, out, path=path) == 0
+def test_two_in_a_row_go_on(data, out, path, planted):
+    planted(3, 4, 6, 7, 15)
+    assert tiny.run(data, out, path=path) == 0
     state = tiny.final_state(out)
     assert (int(state["step"]), int(state["adam_step"])) == (15, 10)
     assert all(v.isfinite().all() for v in state.values())
     assert not (out / "nonfinite.json").exists()
-
-
-def _rank(environment, argv, output, path, steps):
-    """A rank in a process of its own, where rank 1 alone meets NaN."""
-    with _planted(path, *(steps if environment["RANK"] == "1" else ())):
-        tiny._in_child(argv, output, environment)
 
 
 @pytest.mark.parametrize("path", STEPS)
@@ -110,12 +93,8 @@ def test_nan_on_the_second_rank_alone(data, out, path):
     """Both skip, both leave, and the report names the samples of both."""
     settings = {"path": path, "batch__device": 4, "log__interval": 5, "checkpoint__keep_every": 1}
     argv, output = tiny.arguments(data, out, **settings), out.parent / "output.txt"
-    children = [
-        tiny._FORKS.Process(target=_rank, args=(environment, argv, output, path, (6, 7, 8)))
-        for environment in tiny.rank_environments(2)
-    ]
-    for child in children:
-        child.start()
+    faults = _nan_images((6, 7, 8), rank=1)
+    children = [tiny.start(argv, output, {**e, **faults}) for e in tiny.rank_environments(2)]
     for child in children:
         child.join(60)
         child.kill()
@@ -134,7 +113,7 @@ def test_nan_on_the_second_rank_alone(data, out, path):
 
 
 @pytest.mark.parametrize("path", STEPS)
-def test_what_stands_in_for_a_bad_file_is_named(tmp_path, out, path):
+def test_what_stands_in_for_a_bad_file_is_named(tmp_path, out, path, planted):
     data = tiny.write_images(tmp_path / "data", count=39)
     tiny.bad_png(data / "class0" / "bad.png")
     index = build_index(data)
@@ -143,8 +122,8 @@ def test_what_stands_in_for_a_bad_file_is_named(tmp_path, out, path):
     position = order.index(bad)
     step = position // 8 + 1
     first = min(max(1, step - 1), 3)
-    with _planted(path, *range(first, first + 3)):
-        assert tiny.run(data, out, path=path) == 4
+    planted(*range(first, first + 3))
+    assert tiny.run(data, out, path=path) == 4
     report = {s["step"]: s for s in json.loads((out / "nonfinite.json").read_text())["steps"]}
     used = report[step]["ids"][position % 8]
     assert used == replacement_id(40, seed=3, epoch=0, position=position, attempt=0)

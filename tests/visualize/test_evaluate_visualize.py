@@ -13,9 +13,9 @@ from PIL import Image
 from ijepa_fast import evaluate, visualize
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import build_index
-from ijepa_fast.evaluate import central_windows, encoder_features, labelled_data, pixels
+from ijepa_fast.evaluate import central_windows, labelled_data
+from ijepa_fast.evaluate.features import pixels
 from ijepa_fast.masks import Masks
-from ijepa_fast.reference import normalise
 from ijepa_fast.visualize import figure
 from ijepa_fast.weights import read_weights
 from ijepa_fast.weights.encoder import load_encoder
@@ -176,20 +176,6 @@ def test_an_undecodable_image_is_left_out(data, tmp_path):
     assert sum(len(part.labels) for part in parts) == 40
     assert sum(len(part.images) for part in parts) == 40
     assert [line for line in lines if "left out class1/bad.png" in line]
-
-
-def test_features_are_the_mean_over_patches(run, data):
-    read = read_weights(run)
-    network, config = load_encoder(read).network, read.config
-    assert config is not None
-    images = _loaded(str(data))[0].images
-    features = encoder_features(network, images, config.data, precision="float32")
-    assert features.shape == (len(images), 32)
-    mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
-    with torch.no_grad():
-        for row in (0, len(images) - 1):
-            tokens = network(normalise(images[row : row + 1], mean, std))
-            torch.testing.assert_close(features[row], tokens[0].mean(dim=0))
 
 
 def test_not_a_run(tmp_path, data, capsys):

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
 import ijepa_fast
 from ijepa_fast.config import ARCHITECTURES
@@ -29,14 +28,13 @@ from ijepa_fast.weights import (
     Pretrained,
     Shape,
     export,
-    fit_to,
-    hugging_face_names,
+    load_encoder,
     model_card,
+    network_of,
     read_weights,
-    resample_positions,
     start_weights,
 )
-from ijepa_fast.weights.encoder import load_encoder, network_of
+from ijepa_fast.weights.fit import fit_to, resample_positions
 from tests.trainer import tiny
 
 SMALL = Shape(image_size=(24, 24), patch_size=8, width=32, depth=2, heads=2, mlp_hidden=48)
@@ -269,66 +267,7 @@ def test_their_processor_prepares_images_as_we_do(tmp_path):
     ]
 
 
-def test_exported_names_are_those_of_the_hub(tmp_path):
-    """As transformers itself writes them."""
-    theirs = transformers.IJepaModel(_hf_config(SMALL))
-    theirs.save_pretrained(tmp_path)
-    expected = {k: v.shape for k, v in load_file(tmp_path / "model.safetensors").items()}
-    named = hugging_face_names(_network(SMALL).state_dict())
-    assert {k: v.shape for k, v in named.items()} == expected
-
-
 # --- timm ----------------------------------------------------------------------------------------
-
-
-class _TimmAttention(nn.Module):
-    """timm's layers, as its documentation describes them, in torch's own modules."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        inner = nn.MultiheadAttention(x.shape[-1], self.heads, batch_first=True)
-        inner.load_state_dict(
-            {
-                "in_proj_weight": self.qkv.weight,
-                "in_proj_bias": self.qkv.bias,
-                "out_proj.weight": self.proj.weight,
-                "out_proj.bias": self.proj.bias,
-            }
-        )
-        return inner(x, x, x, need_weights=False)[0]
-
-
-def test_a_timm_file_has_plain_names_and_their_meaning(tmp_path):
-    """Patches by a convolution, qkv rows in the order of torch's own attention, norms before."""
-    export.export(_pretrained(SMALL), tmp_path / "timm", layout="timm")
-    state = load_file(tmp_path / "timm" / "model.safetensors")
-    assert set(state) == set(_network(SMALL).state_dict())
-    x = nn.functional.conv2d(
-        _images(SMALL), state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8
-    )
-    x = x.flatten(2).transpose(1, 2) + state["pos_embed"]
-
-    def norm(x, key):
-        return nn.functional.layer_norm(
-            x, x.shape[-1:], state[f"{key}.weight"], state[f"{key}.bias"], 1e-6
-        )
-
-    for number in range(SMALL.depth):
-        key = f"blocks.{number}."
-        attention = _TimmAttention(SMALL.width, SMALL.heads)
-        part = {k.removeprefix(f"{key}attn."): v for k, v in state.items() if f"{key}attn." in k}
-        attention.load_state_dict(part)
-        x = x + attention(norm(x, f"{key}norm1"))
-        y = norm(x, f"{key}norm2") @ state[f"{key}mlp.fc1.weight"].T + state[f"{key}mlp.fc1.bias"]
-        y = 0.5 * y * (1 + torch.erf(y / 2**0.5))
-        x = x + y @ state[f"{key}mlp.fc2.weight"].T + state[f"{key}mlp.fc2.bias"]
-    encoder = load_encoder(tmp_path / "timm" / "model.safetensors")
-    _near(encoder.forward_features(_images(SMALL)), norm(x, "norm").detach())
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -701,16 +640,6 @@ def test_a_settings_file_without_end(tmp_path):
 
 
 # --- folders of exports --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["hf", "timm", "torch"])
-def test_the_folder_of_an_export_is_weights(tmp_path, layout):
-    given = _pretrained(WIDE)
-    export.export(given, tmp_path / "out", layout=layout)
-    read = read_weights(tmp_path / "out")
-    assert (read.shape, read.mean, read.std) == (WIDE, MEAN, STD)
-    for key, value in given.encoder().items():
-        assert torch.equal(read.encoder()[key], value), key
 
 
 def test_a_folder_that_timm_wrote(tmp_path):

@@ -14,9 +14,20 @@ from safetensors.torch import load_file, save_file
 from ijepa_fast import evaluate
 from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.errors import UsageError
-from ijepa_fast.weights import Shape, export, fit_to, read_weights
+from ijepa_fast.weights import Shape, export, read_weights
+from ijepa_fast.weights.fit import fit_to
 from tests.trainer import tiny
-from tests.weights.test_weights import SMALL, WIDE, _images, _near, _network, _pretrained, _released
+from tests.weights.test_weights import (
+    MEAN,
+    SMALL,
+    STD,
+    WIDE,
+    _images,
+    _near,
+    _network,
+    _pretrained,
+    _released,
+)
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +146,8 @@ def test_mean_and_std_by_flag(data, tmp_path, capsys):
     assert (again.mean, again.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     capsys.readouterr()
     for bad, message in (
-        ("--std 0.2 0 0.2", r"std must be 3 finite numbers above 0, got \(0.2, 0.0, 0.2\)"),
-        ("--mean nan 0 0", r"mean must be 3 finite numbers, got \(nan, 0.0, 0.0\)"),
+        ("--std 0.2 0 0.2", r"std must be 3 numbers above 0, got \(0.2, 0.0, 0.2\)"),
+        ("--mean nan 0 0", r"mean must be 3 numbers, got \(nan, 0.0, 0.0\)"),
     ):
         assert evaluate.main([*(str(a) for a in argv), *bad.split()]) == 2
         assert re.search(message, capsys.readouterr().err)
@@ -155,7 +166,8 @@ def test_timm_folders_take_heads_and_sizes_that_they_do_not_tell(tmp_path):
 @pytest.mark.parametrize("layout", ["hf", "timm", "torch"])
 def test_flags_that_contradict_the_file_are_refused(tmp_path, layout):
     export.export(_pretrained(WIDE), tmp_path / "out", layout=layout)
-    assert read_weights(tmp_path / "out", heads=2, image_size=(16, 40)).shape == WIDE
+    read = read_weights(tmp_path / "out", heads=2, image_size=(16, 40))
+    assert (read.shape, read.mean, read.std) == (WIDE, MEAN, STD)
     with pytest.raises(UsageError, match=r"heads must be 2, which .* tells, got 4"):
         read_weights(tmp_path / "out", heads=4)
     with pytest.raises(

@@ -19,14 +19,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_fast.data.sets.shapes import cache_folder
-
-__all__ = ["FASHION_MNIST", "find_idx", "write_idx"]
+__all__ = ["EMBEDDED", "FASHION_MNIST", "cache_folder", "find_idx", "write_idx"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts the files."""
+EMBEDDED = Path(__file__).parent / "fashion_mnist_10k"
+"""The 10,000 test images of Fashion-MNIST, which come with this package."""
+EMBEDDED_TRAIN = 8000
+"""So many of them, in the order of a fixed permutation, are for training; the rest is held out."""
 
 _PARTS = {"train": "train", "test": "t10k"}
+_KINDS = {"images": "images-idx3-ubyte", "labels": "labels-idx1-ubyte"}
 _MANIFEST = "manifest.json"
 _VERSION = 1
 _UINT8 = 8
@@ -43,9 +46,19 @@ _FASHION = (
     "bag",
     "ankle_boot",
 )
-# SHA-256 of Fashion-MNIST's 60,000 training labels
-_FASHION_LABELS = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"
+# SHA-256 of Fashion-MNIST's 60,000 training and 10,000 test labels
+_FASHION_LABELS = (
+    "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
+    "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+)
 _LOG = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME, or ~/.cache."""
+    # the XDG specification asks for relative values to be ignored
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return named if named.is_absolute() else Path.home() / ".cache"
 
 
 def find_idx(folder: Path) -> dict[str, Path] | None:
@@ -59,7 +72,7 @@ def find_idx(folder: Path) -> dict[str, Path] | None:
     """
     found = {}
     for part, prefix in _PARTS.items():
-        for kind, name in (("images", "images-idx3-ubyte"), ("labels", "labels-idx1-ubyte")):
+        for kind, name in _KINDS.items():
             for ending in ("", ".gz"):
                 path = folder / f"{prefix}-{name}{ending}"
                 if path.is_file():
@@ -67,7 +80,7 @@ def find_idx(folder: Path) -> dict[str, Path] | None:
                     break
     if not found:
         return None
-    missing = {f"{p} {k}" for p in _PARTS for k in ("images", "labels")} - found.keys()
+    missing = {f"{p} {k}" for p in _PARTS for k in _KINDS} - found.keys()
     if missing:
         raise ValueError(
             f"IDX files must be four (train-images-idx3-ubyte, ...), got none of "
@@ -98,10 +111,10 @@ def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
 
 
 def write_idx(folder: Path, cache: Path | None = None) -> Path:
-    """Writes the images of four IDX files once, as `{train,test}/<class>/<number>.png`.
+    """Writes the images of IDX files once, as `{train,test}/<class>/<number>.png`.
 
     Args:
-        folder: with the four files, see `find_idx`.
+        folder: with the four files, see `find_idx`; or `EMBEDDED`, whose two are split.
         cache: parent folder; by default $XDG_CACHE_HOME, or ~/.cache.
 
     Returns:
@@ -112,8 +125,11 @@ def write_idx(folder: Path, cache: Path | None = None) -> Path:
         ValueError: the files are missing or damaged, or images and labels are not as many.
         OSError: the cache folder cannot be written.
     """
-    files = find_idx(folder)
-    if files is None:
+    if folder == EMBEDDED:
+        files = {f"test {kind}": folder / f"t10k-{name}.gz" for kind, name in _KINDS.items()}
+    else:
+        files = find_idx(folder) or {}
+    if not files:
         raise ValueError(f"data must be a folder with IDX files, got {folder}")
     digest = hashlib.sha256(f"version {_VERSION}".encode())
     for name in sorted(files):
@@ -143,20 +159,37 @@ def write_idx(folder: Path, cache: Path | None = None) -> Path:
     return final
 
 
+def _parts(files: dict[str, Path]) -> dict[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Pixels (n, height, width) and labels (n,) of `train` and `test`."""
+    parts = {}
+    for part in _PARTS:
+        if f"{part} images" in files:
+            images, labels = _read(files[f"{part} images"], 3), _read(files[f"{part} labels"], 1)
+            if len(images) != len(labels):
+                raise ValueError(
+                    f"{part} images and labels must be as many, got {len(images)} and "
+                    f"{len(labels)} in {files[f'{part} images'].parent}"
+                )
+            parts[part] = images, labels
+    if "train" in parts:
+        return parts
+    images, labels = parts["test"]
+    order = np.random.default_rng(0).permutation(len(labels))
+    rows = {"train": order[:EMBEDDED_TRAIN], "test": order[EMBEDDED_TRAIN:]}
+    return {part: (images[of], labels[of]) for part, of in rows.items()}
+
+
 def _write(files: dict[str, Path], own: Path) -> dict[str, int]:
     # imported here: naming a data set must not ask for Pillow
     from PIL import Image
 
-    read = {name: _read(path, 3 if "images" in name else 1) for name, path in files.items()}
-    known = hashlib.sha256(read["train labels"].tobytes()).hexdigest() == _FASHION_LABELS
+    known = any(
+        hashlib.sha256(_read(path, 1).tobytes()).hexdigest() in _FASHION_LABELS
+        for name, path in files.items()
+        if "labels" in name
+    )
     counts = {}
-    for part in _PARTS:
-        images, labels = read[f"{part} images"], read[f"{part} labels"]
-        if len(images) != len(labels) or not len(images):
-            raise ValueError(
-                f"{part} images and labels must be as many and more than none, got {len(images)} "
-                f"and {len(labels)} in {files[f'{part} images'].parent}"
-            )
+    for part, (images, labels) in _parts(files).items():
         _LOG.info("writing %d images to %s", len(images), own.parent)
         names = [_FASHION[n] if known else str(n) for n in range(int(labels.max()) + 1)]
         for number in np.unique(labels):

@@ -2,21 +2,21 @@
 
 from pathlib import Path
 
-from ijepa_fast.data.sets.idx import FASHION_MNIST, find_idx, write_idx
-from ijepa_fast.data.sets.shapes import write_shapes
+from ijepa_fast.data.sets.idx import EMBEDDED, FASHION_MNIST, find_idx, write_idx
 
 __all__ = ["NAMES", "named_data"]
 
-# a folder of such a name is written ./shapes
-NAMES = ("shapes", "fashion_mnist")
+# a folder of such a name is written ./fashion_mnist
+NAMES = ("fashion_mnist_10k", "fashion_mnist")
 
 
 def named_data(root: str) -> Path | None:
     """The folder of a named data set, written into the cache if it is not there.
 
     Args:
-        root: `shapes`; `fashion_mnist` (Debian's package dataset-fashion-mnist); or a folder with
-            MNIST's four IDX files.
+        root: `fashion_mnist_10k` (embedded: 8,000 images for training, 2,000 held out);
+            `fashion_mnist` (Debian's package dataset-fashion-mnist); or a folder with MNIST's four
+            IDX files.
 
     Returns:
         A folder with `train` and `test`; None for any other root.
@@ -25,8 +25,8 @@ def named_data(root: str) -> Path | None:
         ValueError: the data set is not installed, or its files are damaged.
         OSError: the cache folder cannot be written.
     """
-    if root == "shapes":
-        return write_shapes()
+    if root == "fashion_mnist_10k":
+        return write_idx(EMBEDDED)
     if root == "fashion_mnist":
         if not FASHION_MNIST.is_dir():
             raise ValueError(

@@ -83,7 +83,7 @@ class TrainDecoder:
     out: Path
     """New folder for the decoder."""
     data: str | None = None
-    """Folder of images, or `shapes`; by default the run's."""
+    """Folder of images, or a named set; by default the run's."""
     minutes: float | None = None
     """Training time; by default 5 where no --steps are given."""
     steps: int | None = None
@@ -134,7 +134,7 @@ class PredictorPicture(Picture):
     decoder: Path
     """Folder of its decoder (train-decoder)."""
     data: str | None = None
-    """Folder of images (its test part), or `shapes`; by default the run's."""
+    """Folder of images (its test part), or a named set; by default the run's."""
     images: int = 6
     """Images shown."""
     seeds: int = 5
@@ -189,7 +189,7 @@ class Prove:
     out: Path
     """JSON file to write."""
     data: str | None = None
-    """Labelled folder, or `shapes`: the one that the decoder was trained on; by default the
+    """Labelled folder or named set: the one that the decoder was trained on; by default the
     run's."""
     control: Path | None = None
     """Folder of a decoder of the untrained network (train-decoder --untrained), trained as long; by
@@ -232,9 +232,6 @@ class Prove:
             crops.pixels, train.labels[crops.image], len(train.classes)
         )
         given = predictor.held_out(networks, held_out.images, side=side)
-        visible = None
-        if root == "shapes" and config.data.crop_size[0] == config.data.crop_size[1]:
-            visible = proof.object_share(held_out.names, given.context, given.grid)
         _logger.info("painting 3 x %d x %d blocks", len(given), self.seeds)
         result = proof.prove(
             given,
@@ -245,7 +242,6 @@ class Prove:
             seeds=self.seeds,
             steps=self.sampling_steps,
             guidance=self.guidance,
-            visible=visible,
         )
         whole = {
             "run": str(self.run),

@@ -6,13 +6,10 @@ was trained on real crops names the hidden class from the completions, and this 
 - with the conditions permuted among the blocks, their places kept (the same decoder);
 - with a decoder trained in the same way on the predictions of the untrained network.
 
-And where an object's outline is known (the set `shapes`), the spread of a block's completions over
-seeds should be larger where the context shows less of the object. Intervals are 95 % bootstrap
-intervals over blocks, each of another image; differences are paired.
+Intervals are 95 % bootstrap intervals over blocks, each of another image; differences are paired.
 """
 
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,24 +18,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ijepa_fast.data import CLASSES, pose, silhouette
-from ijepa_fast.data import Split as Part
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.visualize.decoder.conditions import Conditions
 from ijepa_fast.visualize.decoder.decoder import Decoder
-from ijepa_fast.visualize.decoder.predictor import spread
 from ijepa_fast.visualize.inputs import device
 
 __all__ = [
     "Interval",
     "as_text",
     "bootstrap_mean",
-    "bootstrap_spearman",
     "classify",
-    "object_share",
     "prove",
     "shuffled",
-    "spearman",
     "train_classifier",
 ]
 
@@ -60,42 +51,12 @@ class Interval(NamedTuple):
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def _interval(value: float, resampled: Floats) -> Interval:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Interval(value, float(low), float(high))
-
-
-def _resamples(n: int, count: int, seed: int) -> NDArray[np.int64]:
-    generator = torch_generator(seed, Stream.PROOF)
-    return torch.randint(n, (count, n), generator=generator).numpy()
-
-
 def bootstrap_mean(values: Floats, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval:
     """Mean of (n,) values and its percentile interval over resampled rows."""
-    rows = _resamples(len(values), resamples, seed)
-    return _interval(float(values.mean()), values[rows].mean(axis=1))
-
-
-def _ranks(x: Floats) -> Floats:
-    """Ranks 1..n of (n,) values; equal values share their mean rank."""
-    _, place, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ranks: Floats = np.cumsum(counts)[place] - (counts[place] - 1) / 2
-    return ranks
-
-
-def spearman(x: Floats, y: Floats) -> float:
-    """Spearman's rank correlation of (n,) and (n,) values; NaN where one of them is constant."""
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    norm = np.sqrt((a * a).sum() * (b * b).sum())
-    return float((a * b).sum() / norm) if norm > 0 else float("nan")
-
-
-def bootstrap_spearman(x: Floats, y: Floats, *, seed: int = 0, resamples: int = 2000) -> Interval:
-    """Spearman's rank correlation and its percentile interval over resampled rows."""
-    rows = _resamples(len(x), resamples, seed)
-    found = np.array([spearman(x[r], y[r]) for r in rows])
-    return _interval(spearman(x, y), found[np.isfinite(found)])
+    n, generator = len(values), torch_generator(seed, Stream.PROOF)
+    rows = torch.randint(n, (resamples, n), generator=generator).numpy()
+    low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
+    return Interval(float(values.mean()), float(low), float(high))
 
 
 class _Classifier(nn.Module):
@@ -163,31 +124,6 @@ def shuffled(given: Conditions, *, seed: int = 0) -> Conditions:
     return Conditions(**{**vars(given), "pooled": vectors})
 
 
-def object_share(
-    names: tuple[str, ...], context: Tensor, grid: tuple[int, int], *, part: Part = "test"
-) -> Floats:
-    """Share of each scene's object (of its silhouette's area) that lies in the context.
-
-    The few small pieces that may lie before an object are not taken off.
-
-    Args:
-        names: of files of the set `shapes`, `<class>/<number>.jpg`, whole images.
-        context: bool (n, N), patches of the context.
-        grid: rows and columns of patches, over the whole image.
-        part: which part of the set.
-    """
-    shares = []
-    for name, seen in zip(names, context, strict=True):
-        where = PurePath(name)
-        number, label = int(where.stem), where.parent.name
-        assert label == CLASSES[number % len(CLASSES)], name
-        outline = torch.from_numpy(silhouette(label, pose(part, number)))[None, None]
-        area = F.interpolate(outline, size=(grid[0] * 8, grid[1] * 8), mode="area")
-        patches = F.avg_pool2d(area, 8).flatten()
-        shares.append(float(patches[seen].sum() / patches.sum()))
-    return np.array(shares)
-
-
 def prove(
     given: Conditions,
     labels: Tensor,
@@ -198,7 +134,6 @@ def prove(
     seeds: int = 3,
     steps: int = 30,
     guidance: float = 1.0,
-    visible: Floats | None = None,
 ) -> dict[str, Any]:
     """The comparisons, as plain values.
 
@@ -210,7 +145,6 @@ def prove(
         classifier: trained on real crops.
         seeds: completions of a block; the same noise in all comparisons.
         steps, guidance: of sampling.
-        visible: (n,), share of the object in the context, where it is known.
     """
     variants = {
         "prediction": (decoder, given),
@@ -218,17 +152,14 @@ def prove(
         "untrained network": (control[1], control[0]),
     }
     right: dict[str, Floats] = {}
-    varied = None
     for name, (painter, told) in variants.items():
         completions = [
             painter.sample(told, seed=seed, steps=steps, guidance=guidance) for seed in range(seeds)
         ]
         named = torch.stack([classify(classifier, pixels) for pixels in completions])
         right[name] = (named == labels).double().mean(dim=0).numpy()
-        if name == "prediction" and seeds > 1:
-            varied = spread(completions).double().numpy()
     real = (classify(classifier, given.pixels) == labels).double().numpy()
-    result: dict[str, Any] = {
+    return {
         "blocks": len(given),
         "seeds": seeds,
         "sampling_steps": steps,
@@ -243,16 +174,7 @@ def prove(
             for name, values in right.items()
             if name != "prediction"
         },
-        "spread_and_visible_share": None,
     }
-    if visible is not None and varied is not None:
-        found = bootstrap_spearman(visible, varied)
-        result["spread_and_visible_share"] = {
-            **found._asdict(),
-            "mean_spread": float(varied.mean()),
-            "mean_visible_share": float(visible.mean()),
-        }
-    return result
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -266,12 +188,4 @@ def as_text(result: Mapping[str, Any]) -> str:
     for name, entry in result["difference"].items():
         verdict = "holds" if entry["low"] > 0 else "NOT shown: the interval holds 0 or less"
         lines.append(f"  {name:<35}  {Interval(**entry).percent()}  {verdict}")
-    entry = result["spread_and_visible_share"]
-    if entry:
-        verdict = "holds" if entry["high"] < 0 else "NOT shown: the interval holds 0 or more"
-        lines.append("spread over seeds against the share of the object in the context")
-        lines.append(
-            f"  {'Spearman (expected below 0)':<35}  {entry['value']:+.3f} "
-            f"[{entry['low']:+.3f}, {entry['high']:+.3f}]  {verdict}"
-        )
     return "\n".join(lines)

@@ -84,14 +84,12 @@ def adamw_ema_bytes(
     elements: int,
     grad_dtype: torch.dtype,
     *,
-    averaged: int | None = None,
     param_copy: torch.dtype | None = None,
     ema_copy: torch.dtype | None = None,
 ) -> int:
-    """Bytes that have to move at least; `averaged` elements (all by default) have an average."""
-    averaged = elements if averaged is None else averaged
-    each = 24 + grad_dtype.itemsize + (param_copy.itemsize if param_copy else 0)
-    return elements * each + averaged * (8 + (ema_copy.itemsize if ema_copy else 0))
+    """Bytes that have to move at least, where all elements have an average."""
+    copies = sum(copy.itemsize for copy in (param_copy, ema_copy) if copy)
+    return elements * (32 + grad_dtype.itemsize + copies)
 
 
 # --- launch table --------------------------------------------------------------------------------

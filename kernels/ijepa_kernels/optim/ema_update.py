@@ -53,11 +53,9 @@ def ema_update_ref(
         copy.copy_(target)
 
 
-def ema_update_bytes(
-    elements: int, source_dtype: torch.dtype, copy_dtype: torch.dtype | None = None
-) -> int:
-    """Bytes that have to move at least: targets read and written, sources read, copies written."""
-    return elements * (8 + source_dtype.itemsize + (copy_dtype.itemsize if copy_dtype else 0))
+def ema_update_bytes(elements: int, source_dtype: torch.dtype) -> int:
+    """Bytes that have to move at least: targets read and written, sources read."""
+    return elements * (8 + source_dtype.itemsize)
 
 
 # --- launch table --------------------------------------------------------------------------------
@@ -217,16 +215,12 @@ def _fwd_cpu(
     ema_update_ref(targets, sources, momentum, copies=copies)
 
 
-def _fwd_fake(*_: object) -> None:
-    return None
-
-
 _fwd_op: Callable[..., None] = define(
     "ema_update_(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] copies, float momentum, "
     "Tensor? momentum_tensor) -> ()",
     cuda=_ema_update_fwd,
     cpu=_fwd_cpu,
-    fake=_fwd_fake,
+    fake=lambda *_: None,
 )
 
 
@@ -243,8 +237,8 @@ def ema_update_(
 ) -> None:
     """Moves every target towards its source: target = momentum * target + (1 - momentum) * source.
 
-    The list goes through torch's dispatcher, which costs about 0.8 us a tensor; `ijepa_kernels.EMA`
-    and `AdamWEMA` keep their tables and do not.
+    The list goes through torch's dispatcher, which costs about 0.8 us a tensor; `AdamWEMA`, which
+    keeps its tables, does not.
 
     Args:
         targets: float32 (float64 on the CPU), updated in place, of any number and shapes.

@@ -8,7 +8,7 @@ Gradients may be elsewhere in every step; theirs is a table of its own. Tables t
 captured are kept.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, compress
 from operator import itemgetter
 from typing import Any
@@ -76,7 +76,6 @@ class AdamWEMA(torch.optim.Optimizer):
         params: parameters or groups.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
         momentum: weight of the old value in the averages, 0 .. 1.
-        ema: pairs (parameter, target tensor) to track, or a mapping.
         ema_form: how averages are rounded. "lerp": ema += (1 - momentum) * (p - ema), the more
             accurate; "sum": ema = momentum * ema + (1 - momentum) * p, with momentum * ema rounded
             first, as in `ema.mul_(momentum).add_((1 - momentum) * p)`.
@@ -98,7 +97,6 @@ class AdamWEMA(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         momentum: float | Tensor = 0.996,
-        ema: Iterable[tuple[Tensor, Tensor]] | dict[Tensor, Tensor] | None = None,
         ema_form: EmaForm = "lerp",
     ) -> None:
         check_ema_form(ema_form)
@@ -121,9 +119,6 @@ class AdamWEMA(torch.optim.Optimizer):
         )
         flags |= {"foreach": None, "fused": True, "decoupled_weight_decay": True}
         super().__init__(params, {**defaults, **flags, "momentum": momentum})
-        pairs = ema.items() if isinstance(ema, dict) else ema
-        if pairs is not None:
-            self.track(*zip(*pairs, strict=True))
 
     def track(self, source: nn.Module | Sequence[Tensor], target: Any) -> None:
         """Makes the parameters of `target` averages of those of `source`, from the next step on.
@@ -248,8 +243,6 @@ class AdamWEMA(torch.optim.Optimizer):
         # of an optimizer that is being made of a pickle there are none yet
         self._plans = getattr(self, "_plans", {})
         self._captured = getattr(self, "_captured", [])
-        # nor is there a form in an older pickle
-        self.ema_form = getattr(self, "ema_form", "lerp")
         self._drop_plans()
         reads_scaler(self)
         for group in self.param_groups:

@@ -95,27 +95,18 @@ class Part:
             name: None if flag is None else flag.to(self.device, torch.float32)
             for name, flag in (("grad_scale", grad_scale), ("found_inf", found_inf))
         }
-        options: dict[str, Any]
-        if not self.launches:
-            for group, (first, count) in self.groups.items():
-                part = slice(first, first + count)
-                options = {**flags, **options_of(param_groups[group], self.device)}
-                parameters, *rest = [tensors[part] for tensors in self.lists]
-                update_on_cpu(parameters, grads[part], *rest, **options, ema_form=ema_form)
-            return
-        # groups of equal options that follow one another share a launch
-        runs: list[tuple[int, int, dict[str, Any]]] = []
-        for group, (first, count) in self.groups.items():
-            options = options_of(param_groups[group], self.device)
-            if runs and _equal(options, runs[-1][2]):
-                before = runs.pop()
-                runs.append((before[0], before[1] + count, options))
-            else:
-                runs.append((first, count, options))
         with on(self.device):
+            for group, (first, count) in self.groups.items():
+                options = {**flags, **options_of(param_groups[group], self.device)}
+                if self.launches:
+                    launch_step(self.table, self.scalars.data, first, count, **options)
+                    continue
+                parameters, *rest = [tensors[first : first + count] for tensors in self.lists]
+                some = grads[first : first + count]
+                update_on_cpu(parameters, some, *rest, **options, ema_form=ema_form)
+            if not self.launches:
+                return
             self.captured = self.captured or capturing(self.device)
-            for first, count, options in runs:
-                launch_step(self.table, self.scalars.data, first, count, **options, **flags)
             adamw_ema.launch(
                 self.table,
                 self.columns,
@@ -141,14 +132,6 @@ def options_of(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
             check_scalar(name, options[name], device, high)
     check_betas(options["betas"])
     return options
-
-
-def _equal(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    """True if all options are the same tensors or equal numbers."""
-    return all(
-        a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
-        for a, b in zip(left.values(), right.values(), strict=True)
-    )
 
 
 # ends a list, so that another that is longer or shorter differs from it
