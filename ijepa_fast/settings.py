@@ -22,12 +22,12 @@ from ijepa_fast.config import (
     Invocation,
     choose,
     describe,
-    flatten,
-    load_yaml,
     parse,
+    read_yaml,
 )
 from ijepa_fast.data import Index, named_data, open_index
 from ijepa_fast.evaluate import labelled_data
+from ijepa_fast.masks import check_masks
 from ijepa_fast.ranks import distributed
 from ijepa_fast.state import checkpoint_folders
 
@@ -49,13 +49,16 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
         ValueError: the data set cannot be used.
     """
     config, lines = invocation.config, list[str]()
+    # masks that are given on a grid that is given are refused before the data are read
+    check_masks(config.masks, config.grid)
     images = 0
 
     def decide() -> dict[str, Any]:
         nonlocal images
         recorded = Path(config.out) / "config.yaml"
         if checkpoint_folders(Path(config.out) / "checkpoints") and recorded.is_file():
-            old = flatten(load_yaml(recorded.read_text(encoding="utf-8")))
+            old = read_yaml(recorded)
+            assert isinstance(old, dict), "no released trainer's file"
             lines.append(f"settings that are not given are those of {recorded}")
             return {key: old[key] for key in invocation.open_ if key in old}
         facts = _facts(config, ranks)
@@ -67,8 +70,8 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     with _shown(sys.stderr if invocation.print_config else sys.stdout):
         choices = distributed.on_main(ranks, decide)
     text = np.frombuffer(json.dumps(choices).encode(), np.uint8)
-    text = distributed.broadcast_arrays({"choices": text} if ranks.is_main else None)["choices"]
-    settled = parse(argv, json.loads(text.tobytes()))
+    told = distributed.broadcast_arrays({"json": text} if ranks.is_main else None)
+    settled = parse(argv, json.loads(told["json"].tobytes()))
     if images and not (settled.print_config or settled.dry_run):
         steps, hours, _ = estimate.run_length(settled.config, ranks.world, ranks.device, images)
         time = f"{hours:.0f} hours" if hours >= 2 else f"{max(60 * hours, 1):.0f} minutes"

@@ -11,6 +11,7 @@ from ijepa_fast.config.cli import (
     from_tree,
     load_yaml,
     parse,
+    read_yaml,
 )
 from ijepa_fast.config.command import run_command
 from ijepa_fast.config.presets import PRESETS, preset
@@ -52,5 +53,6 @@ __all__ = [
     "load_yaml",
     "parse",
     "preset",
+    "read_yaml",
     "run_command",
 ]

@@ -133,8 +133,8 @@ def choose(
         "optim.epochs": epochs,
         "optim.warmup": round(share * epochs * scale, 3),
         "optim.lr": lr,
-        "optim.start_lr": lr * _RECIPE.optim.start_lr / _RECIPE.optim.lr,
-        "optim.final_lr": lr * _RECIPE.optim.final_lr / _RECIPE.optim.lr,
+        "optim.start_lr": float(f"{lr * _RECIPE.optim.start_lr / _RECIPE.optim.lr:.6g}"),
+        "optim.final_lr": float(f"{lr * _RECIPE.optim.final_lr / _RECIPE.optim.lr:.6g}"),
         "optim.lr_reference_batch": reference,
         "optim.precision": "bfloat16" if half else "float32",
     }
@@ -204,29 +204,40 @@ def _whole(given: Mapping[str, Sequence[str]], key: str) -> int:
 
 
 def describe(facts: Facts, chosen: Mapping[str, Any]) -> list[str]:
-    """Lines of at most 100 columns that say what was chosen, and from what.
+    """Lines of at most 100 columns that say what was chosen, and why.
 
     Args:
         facts: of the data and the machine.
         chosen: the settings.
     """
-    cores = f"{facts.cores} core{'s' * (facts.cores != 1)}"
-    device = f"a CPU with {cores} and" if facts.device == "cpu" else "a GPU with"
+    if chosen.keys() <= set(EVALUATION):
+        return [f"eval.data {facts.labelled}: the preset's is of other images"]
+    cores = f"a CPU with {facts.cores} cores and" if facts.device == "cpu" else "a GPU with"
     ranks = f" on each of {facts.world} ranks" if facts.world > 1 else ""
     why = (
-        f"{facts.images:,} images of about {facts.width} x {facts.height} pixels, {device} "
-        f"{facts.memory / 2**30:.0f} GiB{ranks}"
+        f"{facts.images:,} images of about {facts.width} x {facts.height} pixels, {cores} "
+        f"{facts.memory / 2**30:.0f} GiB{ranks}; no preset, so chosen:"
     )
     settings = ", ".join(f"{key} {_text(chosen[key])}" for key in _SHOWN if key in chosen)
     # a setting and its value stay on one line
     text = settings.replace(" ", "\0").replace(",\0", ", ")
-    lines = textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)
-    lines = [f"{why}; no preset, so chosen:", *(f"    {line}" for line in lines)]
+    lines = [*_wrapped(why, ""), *_wrapped(text, "    ")]
     if facts.images < _FEW_IMAGES:
         lines.append(
             f"{facts.images:,} images: expect little; start from published weights with --init"
         )
     return [line.replace("\0", " ") for line in lines]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        100,
+        initial_indent=indent,
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _text(value: object) -> str:
