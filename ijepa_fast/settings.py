@@ -17,6 +17,7 @@ import torch
 
 from ijepa_fast import estimate
 from ijepa_fast.config import (
+    ARCHITECTURES,
     Config,
     Facts,
     Invocation,
@@ -30,6 +31,7 @@ from ijepa_fast.evaluate import labelled_data
 from ijepa_fast.masks import check_masks
 from ijepa_fast.ranks import distributed
 from ijepa_fast.state import checkpoint_folders
+from ijepa_fast.weights import read_weights
 
 __all__ = ["settle"]
 
@@ -74,8 +76,8 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     settled = parse(argv, json.loads(told["json"].tobytes()))
     if images and not (settled.print_config or settled.dry_run):
         steps, hours, _ = estimate.run_length(settled.config, ranks.world, ranks.device, images)
-        time = f"{hours:.0f} hours" if hours >= 2 else f"{max(60 * hours, 1):.0f} minutes"
-        lines.append(f"{steps:,} steps, an estimated {time}")
+        time = f"{hours:.0f} hours" if hours >= 2 else f"{60 * hours + 1:.0f} minutes"
+        lines.append(f"{steps:,} steps, which take about {time} by an estimate")
     return replace(settled, notes=(*settled.notes, *lines))
 
 
@@ -108,7 +110,23 @@ def _facts(config: Config, ranks: distributed.Ranks) -> Facts:
         bfloat16=not distributed.slow_bfloat16(ranks.device),
         world=ranks.world,
         labelled=_labelled(config, index, ranks.device),
+        network=_network(config.init) if config.init and Path(config.init).exists() else None,
     )
+
+
+def _network(init: str) -> dict[str, Any]:
+    """Settings of the network that these weights are of."""
+    read = read_weights(init)
+    shape, predictor = read.shape, read.networks.get("predictor")
+    dims = {name: getattr(shape, name) for name in ("width", "depth", "heads", "mlp_hidden")}
+    named = [name for name, a in ARCHITECTURES.items() if dims.items() <= vars(a).items()]
+    settings: dict[str, Any] = {"name": named[0]} if named else {"name": "vit_base", **dims}
+    if predictor:
+        blocks = {key.split(".")[1] for key in predictor if key.startswith("predictor_blocks.")}
+        width = len(predictor["predictor_embed.weight"])
+        settings |= {"predictor_width": width, "predictor_depth": len(blocks)}
+    settings["patch_size"] = shape.patch_size
+    return {f"model.{name}": value for name, value in settings.items()}
 
 
 def _labelled(config: Config, index: Index, device: torch.device) -> str | None:

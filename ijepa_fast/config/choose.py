@@ -18,8 +18,15 @@ __all__ = ["CHOSEN", "EVALUATION", "EXAMPLE", "Facts", "choose", "describe"]
 
 EVALUATION = ("eval.data", "eval.whole")
 CHOSEN = (
-    *("model.name", "model.depth", "model.predictor_width", "model.predictor_depth"),
-    *("model.patch_size", "data.crop", "data.scale", "data.ratio"),
+    *("model.name", "model.width", "model.depth", "model.heads", "model.mlp_hidden"),
+    *(
+        "model.predictor_width",
+        "model.predictor_depth",
+        "model.patch_size",
+        "data.crop",
+        "data.scale",
+        "data.ratio",
+    ),
     *("batch.global", "masks.truncation_group", "masks.min_keep", "optim.epochs", "optim.warmup"),
     *("optim.lr", "optim.start_lr", "optim.final_lr", "optim.lr_reference_batch"),
     *("optim.precision", *EVALUATION, "eval.every"),
@@ -27,7 +34,7 @@ CHOSEN = (
 """What the rule may set."""
 
 _SHOWN = (
-    *("model.name", "model.depth", "model.patch_size", "data.crop", "batch.global"),
+    *("model.name", "model.width", "model.depth", "model.patch_size", "data.crop", "batch.global"),
     *("masks.truncation_group", "optim.epochs", "optim.lr", "optim.precision", "eval.data"),
 )
 
@@ -63,6 +70,7 @@ class Facts:
         bfloat16: whether the device has products in it.
         world: number of ranks.
         labelled: the images as a labelled data set, None where they are none.
+        network: settings of the network whose weights the run starts from, if it does.
     """
 
     images: int
@@ -74,6 +82,7 @@ class Facts:
     bfloat16: bool
     world: int = 1
     labelled: str | None = None
+    network: Mapping[str, Any] | None = None
 
 
 EXAMPLE = Facts(
@@ -100,7 +109,10 @@ def choose(
         return {key: chosen[key] for key in wanted}
     cpu = facts.device == "cpu"
     slow = cpu and facts.cores < _MANY_CORES
-    if "model.name" not in given:
+    if facts.network:
+        chosen |= facts.network
+        given = {"model.patch_size": (str(facts.network["model.patch_size"]),), **given}
+    elif "model.name" not in given:
         chosen |= _network(facts, cpu, slow)
     side = min(facts.height, facts.width)
     patch, crop = _grid(min(side, 64 if slow else 96 if cpu else 224), given)
@@ -222,7 +234,7 @@ def describe(facts: Facts, chosen: Mapping[str, Any]) -> list[str]:
     # a setting and its value stay on one line
     text = settings.replace(" ", "\0").replace(",\0", ", ")
     lines = [*_wrapped(why, ""), *_wrapped(text, "    ")]
-    if facts.images < _FEW_IMAGES:
+    if facts.images < _FEW_IMAGES and not facts.network:
         lines.append(
             f"{facts.images:,} images: expect little; start from published weights with --init"
         )

@@ -155,6 +155,14 @@ def test_a_folder_trains_and_resumes_with_what_was_chosen(tmp_path, monkeypatch,
     assert (config["data"]["crop"], config["optim"]["epochs"]) == (36, 400)
     # too few for an accuracy
     assert config["eval"]["data"] is None
+    # its weights start another run, whose network is theirs
+    init = ["--data", str(data), "--init", str(out), "--out", str(tmp_path / "second")]
+    assert tiny._main([*init, "--print-config"], pictures=False) == 0
+    said = capsys.readouterr().out
+    assert "expect little" not in said
+    shown = ("width", "depth", "heads", "predictor_width", "predictor_depth", "patch_size")
+    second = yaml.safe_load(said)["model"]
+    assert [second[name] for name in shown] == [48, 1, 3, 24, 1, config["model"]["patch_size"]]
     # on another machine the same run goes on
     monkeypatch.setattr(settings, "_facts", lambda *_: GPU)
     assert tiny._main([*argv, "--max-steps", "3"], pictures=False) == 0
