@@ -4,7 +4,7 @@ IN_VENV := $(VENV)/bin/python
 PART ?= first
 OUT ?= gpu-check
 
-.PHONY: venv demo test torture lint format bench bench-accept static-accept gpu-check gpu-bundle clean
+.PHONY: venv demo test torture lint format bench bench-accept static-accept gpu-check gpu-bundle dist clean
 
 venv: $(VENV)/.installed
 
@@ -19,7 +19,7 @@ demo: venv
 	$(IN_VENV) -m ijepa_fast.train --preset demo
 
 test: venv
-	$(IN_VENV) -m pytest -q -n 2 --durations=8
+	$(IN_VENV) -m pytest -q -n 2 --benchmark-disable --durations=8
 
 # hours of a run's accidents in minutes: kills, lost ranks, a pulled cable, hostile files
 torture: venv
@@ -53,6 +53,13 @@ gpu-check:
 # what such a machine needs if it has no network, into gpu-bundle/; ARGS=--dali adds DALI
 gpu-bundle: venv
 	PYTHONPATH=.:kernels $(IN_VENV) -m benchmarks.gpu_check.bundle $(ARGS)
+
+# sdist and wheel, in dist/; what builds them has an environment of its own
+dist:
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install -q --disable-pip-version-check build twine
+	build/venv/bin/python -m build -o dist .
+	build/venv/bin/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -218,7 +218,11 @@ class Bench:
         return [(p, s, d) for s in shapes for d in directions for p in names]
 
     def run(self, provider: str, shape: str, direction: str) -> Result:
-        """Verifies, times, and records the result.
+        """Verifies, times, and records the result."""
+        return self.measure(provider, shape, direction)[0]
+
+    def measure(self, provider: str, shape: str, direction: str) -> tuple[Result, list[float]]:
+        """`run`, with the times of the single calls in microseconds.
 
         Raises:
             AssertionError: the provider does not compute what the reference computes.
@@ -248,7 +252,7 @@ class Bench:
             percent_of_copy=percent,
         )
         RESULTS.append(result)
-        return result
+        return result, times
 
     def verify(self, provider: str, shape: str) -> None:
         """Holds a provider's outputs and gradients against the reference's, once."""
@@ -340,12 +344,22 @@ def benches() -> tuple[Bench, ...]:
     return tuple(b for module in modules for b in vars(module).values() if isinstance(b, Bench))
 
 
-def measured(bench: Bench) -> Callable[[str, str, str], None]:
-    """For pytest: a test of every case that this machine can measure."""
+def measured(bench: Bench) -> Callable[..., None]:
+    """For pytest: a test of every case that this machine can measure. pytest-benchmark's tables and
+    files get the times; with `--benchmark-disable` a case is verified only.
+    """
 
     @pytest.mark.parametrize(("provider", "shape", "direction"), bench.cases())
-    def run(provider: str, shape: str, direction: str) -> None:
-        bench.run(provider, shape, direction)
+    def run(benchmark: Any, provider: str, shape: str, direction: str) -> None:
+        benchmark.pedantic(lambda: None, rounds=1)
+        if benchmark.disabled:
+            bench.verify(provider, shape)
+            return
+        result, times = bench.measure(provider, shape, direction)
+        # the device's own times, not those of a call that returns before the device is done
+        benchmark.stats.stats.data[:] = [t / 1e6 for t in times]
+        numbers = {k: v for k, v in vars(result).items() if isinstance(v, int | float)}
+        benchmark.extra_info.update(numbers)
 
     return run
 

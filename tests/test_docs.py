@@ -188,6 +188,12 @@ def _python(words: Sequence[str], inline: bool) -> None:
             _run(_module(module), rest, parse_only=True)
 
 
+def _console(words: Sequence[str], inline: bool) -> None:
+    """`ijepa-fast NAME ...` is `python -m ijepa_fast.NAME ...`; it has no module for `bench`."""
+    if not words[1].startswith("-") and words[1] != "bench":
+        _python(["python", "-m", f"ijepa_fast.{words[1]}", *words[2:]], inline)
+
+
 def _torchrun(words: Sequence[str], inline: bool) -> None:
     """Perhaps behind srun; in the text the program may be left out."""
     rest = list(words[words.index("torchrun") + 1 :])
@@ -247,7 +253,12 @@ PROGRAMS: dict[str, Callable[[Sequence[str], bool], None]] = {
     **dict.fromkeys(("sbatch", "bash"), _script),
     **dict.fromkeys(("torchrun", "srun"), _torchrun),
 }
-PROGRAMS |= {"make": _make, "pip": _pip, "pytest": lambda words, inline: None}
+PROGRAMS |= {
+    "ijepa-fast": _console,
+    "make": _make,
+    "pip": _pip,
+    "pytest": lambda words, inline: None,
+}
 
 
 def wrong_commands(path: Path) -> list[str]:

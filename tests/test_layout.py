@@ -3,15 +3,11 @@
 import ast
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-import ijepa_fast
 
 ROOT = Path(__file__).parents[1]
 TRAINER = sorted((ROOT / "ijepa_fast").rglob("*.py"))
@@ -285,24 +281,6 @@ def test_a_module_says_what_it_offers(path):
     assigned = [node for node in _tree(path).body if isinstance(node, ast.Assign | ast.AnnAssign)]
     offers = any(ast.unparse(node).startswith("__all__") for node in assigned)
     assert offers or _module(path) in ("ijepa_fast", "ijepa_kernels")
-
-
-def test_setup_reads_the_version_from_the_package(monkeypatch):
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("setuptools.setup", given.update)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(str(ROOT / "setup.py"))
-    assert given["version"] == ijepa_fast.__version__
-    assert ijepa_fast.__version__ not in (ROOT / "setup.py").read_text()
-    assert given["name"] == "ijepa-fast"
-    # every folder of modules is shipped, and nothing else
-    folders = {_module(path) for path in PACKAGES if path.name == "__init__.py"}
-    assert set(given["packages"]) == folders
-    assert given["package_dir"] == {"ijepa_kernels": "kernels/ijepa_kernels"}
-    assert (ROOT / "ijepa_fast" / "__init__.py").exists()
-    for package, files in given["package_data"].items():
-        folder = ROOT / given["package_dir"].get(package, package)
-        assert all((folder / name).is_file() for name in files), package
 
 
 def test_every_kernel_has_its_parts():

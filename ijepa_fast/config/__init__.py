@@ -18,6 +18,7 @@ from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.schema import (
     ARCHITECTURES,
     Architecture,
+    AttentionName,
     BatchConfig,
     CheckpointConfig,
     Config,
@@ -33,6 +34,7 @@ __all__ = [
     "ARCHITECTURES",
     "PRESETS",
     "Architecture",
+    "AttentionName",
     "BatchConfig",
     "CheckpointConfig",
     "Config",

@@ -16,6 +16,7 @@ from ijepa_fast.errors import require
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "AttentionName",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
@@ -26,6 +27,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
 ]
+
+
+# back ends of the fast path's attention; `fast.attention` has what they are
+AttentionName = Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -361,7 +366,7 @@ class Config:
     """`fast` trains with fused kernels on packed rows, `reference` in plain PyTorch; same
     mathematics, and either resumes the other's checkpoints.
     """
-    attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
+    attention: AttentionName = "auto"
     """Back end of attention on the fast path; `auto` takes cuDNN where all lengths are equal
     (Hopper and later) and flash attention elsewhere, or what is installed and 10 % faster.
     """

@@ -36,9 +36,9 @@ def examine(out: Path | None, *, self_test: bool) -> dict[str, list[Finding]]:
         ("back ends", "backends", "operations"),
         ("back ends", "backends", "attention"),
         ("back ends", "backends", "decoder"),
-        ("packages", "packages", "wrong_packages"),
+        ("back ends", "packages", "dali"),
         ("room", "machine", "room"),
-        ("room", "machine", "limits"),
+        ("room", "machine", "shared_memory"),
         *([("self test", "self_test", "child")] if self_test else []),
     ):
         found = sections.setdefault(section, [])
@@ -64,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=Path, help="a folder that a run is to be written to")
-    parser.add_argument(
-        "--no-self-test", action="store_true", help="leave out the work of at most 20 s"
-    )
+    parser.add_argument("--no-self-test", action="store_true", help="leave out its few seconds")
     args = parser.parse_args(argv)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         print(f"error: --out must be a folder, got {args.out}", file=sys.stderr)

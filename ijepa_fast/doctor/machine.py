@@ -1,8 +1,7 @@
-"""What the machine has: processor, memory, GPUs and their driver, room on disks, limits."""
+"""What the machine has: processor, memory, GPUs and their driver, room on disks."""
 
 import os
 import re
-import resource
 import shutil
 import subprocess
 import warnings
@@ -15,7 +14,7 @@ from ijepa_fast.data import cache_folder
 from ijepa_fast.doctor.findings import Finding, first_line
 from ijepa_fast.ranks import slow_bfloat16
 
-__all__ = ["gpus", "limits", "processor", "room"]
+__all__ = ["gpus", "processor", "room", "shared_memory"]
 
 GIB = 2**30
 SHARED = Path("/dev", "shm")
@@ -23,8 +22,6 @@ SHARED = Path("/dev", "shm")
 # named sets in the cache; checkpoints in a run's folder
 CACHE_ROOM = GIB, 100 * 2**20
 RUN_ROOM = 50 * GIB, GIB
-# of one rank, besides its images: sockets, libraries, tar shards are opened for each read
-OPEN_FILES = 1024, 256
 # NCCL's buffers of the ranks of a machine; Docker gives 64 MiB
 SHARED_MEMORY = 512 * 2**20
 
@@ -147,27 +144,16 @@ def _space(name: str, folder: Path, wanted: tuple[int, int], use: str) -> Findin
     return Finding(name, f"{text} ({use})", "problem", "make room, or name another folder")
 
 
-def limits() -> Iterator[Finding]:
-    """Shared memory and open files."""
-    if SHARED.is_dir():
-        size = shutil.disk_usage(SHARED).total
-        text = f"{size / 2**20:.0f} MiB" if size < GIB else _gib(size)
-        if size >= SHARED_MEMORY:
-            yield Finding(str(SHARED), text)
-        elif torch.cuda.device_count() > 1:
-            text += ", too little for what the ranks of NCCL exchange"
-            advice = "docker run --shm-size=1g, or --ipc=host"
-            yield Finding(str(SHARED), text, "problem", advice)
-        else:
-            text += ", enough for one GPU; several ranks of NCCL need more"
-            yield Finding(str(SHARED), text, "note")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    if soft == unlimited or soft >= OPEN_FILES[0]:
-        yield Finding("open files", "unlimited" if soft == unlimited else str(soft))
+def shared_memory() -> Iterator[Finding]:
+    """What the ranks of NCCL exchange goes through it."""
+    if not SHARED.is_dir():
         return
-    text = f"{soft} (up to {'any number' if hard == unlimited else hard} may be asked for)"
-    if soft >= OPEN_FILES[1]:
-        yield Finding("open files", text, "note")
+    size = shutil.disk_usage(SHARED).total
+    text = f"{size / 2**20:.0f} MiB" if size < GIB else _gib(size)
+    if size >= SHARED_MEMORY:
+        yield Finding(str(SHARED), text)
+    elif torch.cuda.device_count() > 1:
+        advice = "docker run --shm-size=1g, or --ipc=host"
+        yield Finding(str(SHARED), f"{text}, too little for several ranks", "problem", advice)
     else:
-        yield Finding("open files", text, "problem", "ulimit -n 4096")
+        yield Finding(str(SHARED), f"{text}, too little for several ranks on GPUs", "note")

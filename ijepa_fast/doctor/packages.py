@@ -3,17 +3,15 @@ is imported to find out.
 """
 
 import importlib
-import importlib.util
 import platform
 import re
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 
 import ijepa_fast
 from ijepa_fast.doctor.findings import Finding
 
-__all__ = ["versions", "wrong_packages"]
+__all__ = ["dali", "versions"]
 
 # distribution -> the extra that brings it ("": every install), and what goes on without it
 PACKAGES = {
@@ -54,11 +52,11 @@ def versions() -> Iterator[Finding]:
     yield Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}")
     oldest = _oldest()
     for name, (extra, without) in PACKAGES.items():
-        brings = f"{f'the extra [{extra}]' if extra else 'every install'} brings it"
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            absent = f"not installed; {brings}"
+            brings = f"the extra [{extra}]" if extra else "every install"
+            absent = f"not installed; {brings} brings it"
             if without:
                 yield Finding(name, f"{absent} ({without})", "note")
             else:
@@ -73,32 +71,8 @@ def versions() -> Iterator[Finding]:
             yield Finding(name, version)
 
 
-def wrong_packages() -> list[Finding]:
-    """Packages that are not what their name promises, or not for this machine."""
-    try:
-        cuda = importlib.import_module("torch").version.cuda
-    except Exception:  # noqa: BLE001  # whatever is wrong with torch is said elsewhere
-        cuda = None
-    return [_apex(), _dali(cuda)]
-
-
-def _apex() -> Finding:
-    try:
-        spec = importlib.util.find_spec("apex")
-    except ValueError:  # a half-made module
-        spec = None
-    if spec is None:
-        return Finding("apex", "not installed, not needed")
-    # NVIDIA's has fused optimisers; the package of that name on PyPI is a web toolkit
-    folders = [Path(place) for place in spec.submodule_search_locations or []]
-    if importlib.util.find_spec("amp_C") or any((f / "optimizers").is_dir() for f in folders):
-        return Finding("apex", "NVIDIA's, used by benchmarks only")
-    text = "not NVIDIA's but the unrelated package of that name on PyPI"
-    return Finding("apex", text, "problem", "pip uninstall apex (nothing here needs either)")
-
-
-def _dali(cuda: str | None) -> Finding:
-    """The one DALI, if it is for torch's CUDA version; None decodes on the CPU."""
+def dali() -> list[Finding]:
+    """The one DALI, if it is for torch's CUDA version."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
@@ -106,7 +80,11 @@ def _dali(cuda: str | None) -> Finding:
             found[name] = distribution.version
     if not found:
         text = "not installed; the extra [train] brings it (Pillow decodes)"
-        return Finding("DALI", text, "note")
+        return [Finding("DALI", text, "note")]
+    try:
+        cuda = importlib.import_module("torch").version.cuda
+    except Exception:  # noqa: BLE001  # whatever is wrong with torch is said elsewhere
+        cuda = None
     major = cuda.partition(".")[0] if cuda else None
     name = min(found)
     match = DALI.fullmatch(name)
@@ -120,6 +98,6 @@ def _dali(cuda: str | None) -> Finding:
         wrong = f"{name} is for CUDA {theirs}, torch for CUDA {major}"
     else:
         fits = f"as torch's {cuda}" if major else "torch has no CUDA: it decodes on the CPU"
-        return Finding("DALI", f"{found[name]} ({name}): for CUDA {theirs}, {fits}")
+        return [Finding("DALI", f"{found[name]} ({name}): for CUDA {theirs}, {fits}")]
     right = f"pip install nvidia-dali-cuda{major or 13}0"
-    return Finding("DALI", wrong, "problem", f"pip uninstall {' '.join(sorted(found))}; {right}")
+    return [Finding("DALI", wrong, "problem", f"pip uninstall {' '.join(sorted(found))}; {right}")]

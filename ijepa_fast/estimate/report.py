@@ -47,16 +47,7 @@ def report(
     *,
     local_world: int | None = None,
 ) -> str:
-    """What `--dry-run` prints.
-
-    Args:
-        config: the configuration.
-        world: number of ranks.
-        device: the training device.
-        memory: bytes of one rank.
-        images: of the data set, or None to leave the hours out.
-        local_world: ranks of one machine, if not all of them.
-    """
+    """What `--dry-run` prints; without `images` no hours. Arguments as of `device_batch`."""
     try:
         batch = device_batch(config, world=world, memory=memory, local_world=local_world)
         fits = ""

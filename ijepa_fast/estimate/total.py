@@ -123,35 +123,25 @@ def _state(
     rounded = matrices + sum(_parameters(layer) for layer in matrix_layers(predictor))
     # the target encoder: float32 averages, and the matrices once more, rounded
     target = 4 * own + (2 * matrices if half and config.path == "fast" else 0)
-    tables = 4 * sum(
-        b.numel() for b in (*encoder.buffers(), *encoder.buffers(), *predictor.buffers())
-    )
-    if ways is not None:
-        size = 2 if half else 4
-        block = max(
-            _parameters(m)
-            for n in (encoder, predictor)
-            for m in n.modules()
-            if isinstance(m, Block)
-        )
-        # weights and moments; gathered weights stay until the backward pass; one block's gradients
-        # on their way, as computed and as sent
-        fixed = (12 * trained + target) / ways + size * trained + (size + 4) * block + tables
-        return {
-            "fixed_bytes": fixed,
-            "gradient_bytes": 4 * trained / ways,
-            "accumulation_bytes": 4 * trained,
-            "update_bytes": 0,
-        }
-    # rounded copies, the optimiser's or autocast's
-    fixed = 12 * trained + target + (2 * rounded if half else 0) + tables
-    # the bucket of the reduction; the reference's EMA computes into a temporary copy
-    update = 4 * min(trained, BUCKET_ELEMENTS) if world > 1 else 0
-    if config.path == "reference":
-        update = max(update, 4 * own)
+    buffers = [2 * b.numel() for b in encoder.buffers()] + [b.numel() for b in predictor.buffers()]
+    fixed: float = 12 * trained + target
+    if ways is None:
+        # rounded copies, the optimiser's or autocast's
+        fixed += 2 * rounded if half else 0
+        # the bucket of the reduction; the reference's EMA computes into a temporary copy
+        update = 4 * min(trained, BUCKET_ELEMENTS) if world > 1 else 0
+        if config.path == "reference":
+            update = max(update, 4 * own)
+    else:
+        size, update = 2 if half else 4, 0
+        blocks = (m for n in (encoder, predictor) for m in n.modules() if isinstance(m, Block))
+        # gathered weights stay until the backward pass; one block's gradients on their way, as
+        # computed and as sent
+        passing = size * trained + (size + 4) * max(_parameters(block) for block in blocks)
+        fixed = fixed / ways + passing
     return {
-        "fixed_bytes": fixed,
-        "gradient_bytes": 4 * trained,
+        "fixed_bytes": fixed + 4 * sum(buffers),
+        "gradient_bytes": 4 * trained / (ways or 1),
         "accumulation_bytes": 4 * trained,
         "update_bytes": update,
     }

@@ -93,7 +93,7 @@ def extract(
     parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
     labels = []
     side = _pixel_side(training_images)
-    for images, label in split.batches():
+    for images, label, _ in split.batches():
         labels.append(label)
         for name in names:
             if name in encoders:

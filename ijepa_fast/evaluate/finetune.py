@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast.errors import UsageError
-from ijepa_fast.evaluate.labelled import Images
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.schedules import Schedules
@@ -28,7 +27,7 @@ from ijepa_fast.weights import Encoder
 
 __all__ = ["Batches", "Classifier", "FinetuneResult", "FinetuneSettings", "finetune"]
 
-Batches = Callable[[int], Iterator[Images]]
+Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 """Epoch, from 0 -> batches, their labels in 0..C-1."""
 
 HEAD_STD = 0.01
@@ -125,7 +124,7 @@ def finetune(
     encoder: Encoder,
     classes: int,
     train: Batches,
-    test: Iterator[Images],
+    test: Iterator[tuple[Tensor, Tensor]],
     settings: FinetuneSettings,
     *,
     steps_per_epoch: int,

@@ -39,10 +39,13 @@ _logger = logging.getLogger(__name__)
 
 
 class Images(NamedTuple):
-    """Decoded images uint8 (n, height, width, 3) and their labels int64 (n,)."""
+    """Decoded images uint8 (n, height, width, 3), their labels int64 (n,) and their rows in the
+    index.
+    """
 
     images: Tensor
     labels: Tensor
+    rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,9 @@ class Split:
         """All of it at once, on the CPU: for small sets."""
         parts = list(self.batches())
         return Images(
-            torch.cat([p.images.cpu() for p in parts]), torch.cat([p.labels for p in parts])
+            torch.cat([p.images.cpu() for p in parts]),
+            torch.cat([p.labels for p in parts]),
+            np.concatenate([p.rows for p in parts]),
         )
 
     @property
@@ -106,7 +111,8 @@ class Split:
                 )
                 if len(rows):
                     found = True
-                    yield Images(images, torch.from_numpy(self.index.label[rows].astype(np.int64)))
+                    labels = torch.from_numpy(self.index.label[rows].astype(np.int64))
+                    yield Images(images, labels, rows)
         finally:
             decoder.close()
         if not found:

@@ -130,11 +130,11 @@ def finetune_scores(
     title = settings.title
     say(f"{title}: {len(rows)} images, {settings.epochs} epochs of {steps} steps")
 
-    def renumbered(images: Images) -> Images:
+    def renumbered(images: Images) -> tuple[Tensor, Tensor]:
         places = [number.get(int(label), len(known)) for label in images.labels]
-        return Images(images.images, torch.tensor(places))
+        return images.images, torch.tensor(places)
 
-    def batches(epoch: int) -> Iterator[Images]:
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         return map(renumbered, subset.random_batches(epoch, batch=batch, seed=seed))
 
     train_pixels, test_pixels = (

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from ijepa_fast._torch import (
     flash_attention,
     flash_attention_backward,
 )
+from ijepa_fast.config import AttentionName
 from ijepa_fast.model import attend
 
 __all__ = ["BACKENDS", "Attention", "Backend", "Pair", "Sequences", "choose_attention"]
@@ -152,11 +153,17 @@ class Backend(NamedTuple):
             (R, H, E) and what else the backward pass needs.
         backward: the output's gradient, the output, what was kept, and the pair: to the gradients
             of q, k and v.
+        package: that it needs beside PyTorch.
+        activated: the name by which PyTorch gives its flash op this package's kernel.
+        obstacle: why `auto` leaves it out although it is installed, or None.
     """
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, Pair, bool], tuple[Tensor, Kept]]
     backward: Callable[[Tensor, Tensor, Kept, Pair], Grads]
+    package: str | None = None
+    activated: str | None = None
+    obstacle: Callable[[], str | None] = lambda: None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, pair: Pair, grad: bool) -> tuple[Tensor, Kept]:
@@ -242,16 +249,33 @@ def _xformers_backward(dout: Tensor, out: Tensor, kept: Kept, pair: Pair) -> Gra
     return grads.dq[0], grads.dk[0], grads.dv[0]
 
 
+def _other_cuda() -> str | None:
+    """Why xformers brings nothing here, or None: read from its files, without importing it."""
+    spec = importlib.util.find_spec("xformers")
+    assert spec is not None
+    for folder in spec.submodule_search_locations or ():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            built = json.loads((Path(folder) / "cpp_lib.json").read_text())["version"]["cuda"]
+            theirs = f"{built // 100}.{built % 100}"
+            if theirs != torch.version.cuda:
+                mine = torch.version.cuda
+                return f"its library is built for CUDA {theirs}, this torch has {mine}"
+    return None
+
+
 CUDNN = Backend("cudnn", _cudnn, _cudnn_backward)
+# `auto` takes the first that runs, unless a later one is faster
 BACKENDS = {
-    "xformers": Backend("xformers", _xformers, _xformers_backward),
-    "varlen": Backend("varlen", _varlen, _varlen_backward),
-    "fa3": Backend("fa3", _varlen, _varlen_backward),
-    "fa4": Backend("fa4", _varlen, _varlen_backward),
-    "sdpa": Backend("sdpa", _sdpa, _sdpa_backward),
+    backend.name: backend
+    for backend in (
+        Backend("varlen", _varlen, _varlen_backward),
+        Backend("fa3", _varlen, _varlen_backward, "flash_attn_interface", activated="FA3"),
+        Backend("fa4", _varlen, _varlen_backward, "flash_attn.cute", activated="FA4"),
+        Backend("xformers", _xformers, _xformers_backward, "xformers", obstacle=_other_cuda),
+        Backend("sdpa", _sdpa, _sdpa_backward),
+    )
 }
-# the package that each needs beside PyTorch
-_PACKAGES = {"xformers": "xformers", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
+assert {"auto", *BACKENDS} == set(get_args(AttentionName))
 
 
 class Attention(NamedTuple):
@@ -289,28 +313,12 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _other_cuda() -> str | None:
-    """Why xformers brings nothing here, or None: read from its files, without importing it."""
-    spec = importlib.util.find_spec("xformers")
-    assert spec is not None
-    for folder in spec.submodule_search_locations or ():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            built = json.loads((Path(folder) / "cpp_lib.json").read_text())["version"]["cuda"]
-            theirs = f"{built // 100}.{built % 100}"
-            if theirs != torch.version.cuda:
-                mine = torch.version.cuda
-                return f"its library is built for CUDA {theirs}, this torch has {mine}"
-    return None
-
-
 def _activate(backend: Backend) -> bool:
     """Gives aten's flash op the kernel of the back end's package, if it has one."""
-    if backend.name not in {"fa3", "fa4"}:
-        return False
-    importlib.import_module("torch.nn.attention").activate_flash_attention_impl(
-        backend.name.upper()
-    )
-    return True
+    if backend.activated:
+        attention = importlib.import_module("torch.nn.attention")
+        attention.activate_flash_attention_impl(backend.activated)
+    return backend.activated is not None
 
 
 @contextlib.contextmanager
@@ -379,9 +387,8 @@ def _usable(
     backend: Backend, device: torch.device, shapes: Sequence[tuple[int, int, int]]
 ) -> str | None:
     """Why a back end cannot be used here, or None."""
-    package = _PACKAGES.get(backend.name)
-    if package and not _installed(package):
-        return f"{package} is not installed"
+    if backend.package and not _installed(backend.package):
+        return f"{backend.package} is not installed"
     try:
         with _active(backend):
             for _, heads, head_dim in shapes:
@@ -453,13 +460,15 @@ def choose_attention(
             raise ValueError(f"attention must be usable here, got {requested}: {reason}")
         _activate(backend)
         return Attention(backend, backend, "as asked for")
-    notes: list[str] = []
-    names = ["varlen", *(name for name in ("fa3", "fa4") if _installed(_PACKAGES[name]))]
-    if _installed("xformers"):
-        reason = _other_cuda()
-        names += [] if reason else ["xformers"]
-        notes += [f"xformers: {reason}"] if reason else []
-    packed = _pick([BACKENDS[name] for name in names], device, shapes, notes)
+    candidates, notes = [], []
+    for backend in BACKENDS.values():
+        if backend is sdpa or (backend.package and not _installed(backend.package)):
+            continue
+        if reason := backend.obstacle():
+            notes.append(f"{backend.name}: {reason}")
+        else:
+            candidates.append(backend)
+    packed = _pick(candidates, device, shapes, notes)
     if packed is None:
         return Attention(sdpa, sdpa, "; ".join(notes))
     dense: Backend | None = packed

@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from ijepa_fast.config import OptimConfig, run_command
+from ijepa_fast.config import AttentionName, OptimConfig, run_command
 from ijepa_fast.errors import UsageError
 from ijepa_fast.fast import FastStep, Memory
 from ijepa_fast.model import Predictor, VisionTransformer
@@ -212,7 +212,7 @@ class ParityArgs:
     """bfloat16 runs matrix products in it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto is CUDA where there is one."""
-    attention: Literal["auto", "xformers", "varlen", "fa3", "fa4", "sdpa"] = "auto"
+    attention: AttentionName = "auto"
     """Back end of attention on the fast path; auto chooses."""
     memory: Memory = "none"
     """What the fast path recomputes in the backward pass: nothing but norms and GELUs, or whole

@@ -5,7 +5,7 @@ Both use the target encoder, as evaluation does (paper, section 4).
 
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast.visualize.figure import panel, pyplot, save
+from ijepa_fast.visualize.figure import Frame, Panel, draw_sheet
 from ijepa_fast.visualize.inputs import ShownImages
 from ijepa_fast.weights import Encoder
 
@@ -93,28 +93,17 @@ def draw_pca(path: Path, pictures: ShownImages, colours: NDArray[np.float64], ti
         colours: (n, rows, columns, 3) in 0..1.
         title: above everything.
     """
-    plt = pyplot()
-    count = len(pictures.images)
-    pairs = min(4, max(1, math.ceil(math.sqrt(count / 2))))
-    lines = -(-count // pairs)
-    # a narrow empty column between two pairs
-    ratios = ([1, 1, 0.12] * pairs)[:-1]
-    side = 1.5
-    figure, axes = plt.subplots(
-        lines,
-        len(ratios),
-        figsize=(side * sum(ratios), (side + 0.16) * lines + 0.35),
-        squeeze=False,
-        gridspec_kw={"width_ratios": ratios},
-    )
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for number in range(count):
-        line, pair = divmod(number, pairs)
-        panel(axes[line, 3 * pair], pictures.images[number].numpy(), pictures.label(number))
-        panel(axes[line, 3 * pair + 1], colours[number])
-    _finish(figure, title)
-    save(figure, path, dpi=120)
+    cells = [
+        (Panel(image.numpy(), pictures.label(number)), Panel(colours[number]))
+        for number, image in enumerate(pictures.images)
+    ]
+    columns = min(4, math.ceil(math.sqrt(len(cells) / 2)))
+    rows: list[list[Panel | None]] = []
+    for start in range(0, len(cells), columns):
+        # an empty column between two pairs
+        row = [part for pair in cells[start : start + columns] for part in (*pair, None)]
+        rows.append(row[:-1])
+    draw_sheet(path, rows, title, side=1.5)
 
 
 class Neighbours(NamedTuple):
@@ -157,38 +146,13 @@ def draw_neighbours(
         found: of these queries.
         title: above everything.
     """
-    plt = pyplot()
-    lines, k = found.rows.shape
-    ratios = [1, 0.12, *[1] * k]
-    side = 1.25
-    figure, axes = plt.subplots(
-        lines,
-        k + 2,
-        figsize=(side * sum(ratios), (side + 0.3) * lines + 0.4),
-        squeeze=False,
-        gridspec_kw={"width_ratios": ratios},
-    )
-    for line, query in enumerate(queries):
-        label = pictures.label(int(query))
-        panel(axes[line, 0], pictures.images[query].numpy(), f"query\n{label}".strip())
-        axes[line, 1].set_axis_off()
-        for column in range(k):
-            row, axis = int(found.rows[line, column]), axes[line, column + 2]
-            words = f"{found.cosines[line, column]:.3f}\n{pictures.label(row)}".strip()
-            panel(axis, pictures.images[row].numpy(), words)
-            if label:
-                axis.set_axis_on()
-                axis.set_xticks([])
-                axis.set_yticks([])
-                same = pictures.label(row) == label
-                for spine in axis.spines.values():
-                    spine.set_edgecolor("#1a9850" if same else "#d73027")
-                    spine.set_linewidth(2)
-    _finish(figure, title)
-    save(figure, path, dpi=110)
-
-
-def _finish(figure: Any, title: str) -> None:
-    height = figure.get_figheight()
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.3 / height))
-    figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top")
+    rows: list[list[Panel | None]] = []
+    for query, near, cosines in zip(queries, found.rows, found.cosines, strict=True):
+        own = pictures.label(int(query))
+        rows.append([Panel(pictures.images[query].numpy(), f"query\n{own}".strip()), None])
+        for number, cosine in zip(near.tolist(), cosines, strict=True):
+            image, label = pictures.images[number].numpy(), pictures.label(number)
+            colour = "#1a9850" if label == own else "#d73027"
+            frames = [Frame((0, 0, *image.shape[:2]), colour)] if own else []
+            rows[-1].append(Panel(image, f"{cosine:.3f}\n{label}".strip(), frames))
+    draw_sheet(path, rows, title, side=1.25)

@@ -1,15 +1,20 @@
-"""Matplotlib without a display, and PNG files."""
+"""Matplotlib without a display, and PNG files: sheets of panels."""
 
 import os
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_fast.errors import UsageError
 
-__all__ = ["check_out", "faded", "panel", "patch_pixels", "pyplot", "save"]
+__all__ = ["Frame", "Panel", "check_out", "draw_sheet", "faded", "patch_pixels", "pyplot", "save"]
+
+# inches: between panels, of an empty column, and of a line of text
+SPACE, GAP, LINE = 0.08, 0.14, 0.15
 
 
 def pyplot() -> Any:
@@ -49,12 +54,68 @@ def save(figure: Any, path: Path, *, dpi: int) -> None:
         pyplot().close(figure)
 
 
-def panel(axis: Any, image: NDArray[np.generic], title: str = "") -> None:
-    """An image without ticks, pixels as they are."""
-    axis.imshow(image, interpolation="nearest")
+class Frame(NamedTuple):
+    """A rectangle over a panel: top, left, height and width in pixels of its image."""
+
+    box: Sequence[float]
+    colour: str
+
+
+class Panel(NamedTuple):
+    """An image (height, width, 3), uint8 or 0..1, what stands above it, and frames on it."""
+
+    image: NDArray[np.generic]
+    words: str = ""
+    frames: Sequence[Frame] = ()
+
+
+def draw_sheet(
+    path: Path, rows: Sequence[Sequence[Panel | None]], title: str, *, side: float
+) -> None:
+    """Writes a PNG of panels in rows; their pixels stay squares of one colour.
+
+    Args:
+        path: the PNG file.
+        rows: None is an empty panel, and makes a narrow column where it stands in the first row.
+        title: above everything; it is broken into lines.
+        side: width of a panel, inches.
+    """
+    from matplotlib.patches import Rectangle
+
+    plt = pyplot()
+    widths = [side if panel else GAP for panel in rows[0]]
+    width = sum(widths) + SPACE * (len(widths) + 1)
+    lines = textwrap.wrap(title, int(14 * width))
+    panels = [panel for row in rows for panel in row if panel]
+    words = max(len(panel.words.splitlines()) for panel in panels)
+    shape = panels[0].image.shape
+    height = side * shape[0] / shape[1]
+    top = SPACE + LINE * len(lines)
+    step = LINE * words + height + SPACE
+    figure = plt.figure(figsize=(width, top + step * len(rows)))
+    # one for all: each costs more than an image
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-    if title:
-        axis.set_title(title, fontsize=8)
+    for number, row in enumerate(rows):
+        y = top + step * number + LINE * words
+        x = SPACE
+        for panel, column in zip(row, widths, strict=False):
+            if panel:
+                extent = (x, x + side, y + height, y)
+                axis.imshow(panel.image, interpolation="nearest", extent=extent, aspect="auto")
+                style: dict[str, Any] = {"ha": "center", "va": "bottom", "linespacing": 1.1}
+                short = [textwrap.shorten(line, int(18 * side)) for line in panel.words.split("\n")]
+                axis.text(x + side / 2, y - 0.02, "\n".join(short), fontsize=8, **style)
+                scale = side / panel.image.shape[1]
+                for frame in panel.frames:
+                    down, right, tall, wide = (scale * length for length in frame.box)
+                    style = {"fill": False, "ec": frame.colour, "lw": 1.6}
+                    axis.add_patch(Rectangle((x + right, y + down), wide, tall, **style))
+            x += column + SPACE
+    axis.set(xlim=(0, width), ylim=(top + step * len(rows), 0))
+    style = {"ha": "center", "va": "top", "linespacing": 1.1}
+    axis.text(width / 2, SPACE / 2, "\n".join(lines), fontsize=9, **style)
+    save(figure, path, dpi=120)
 
 
 def patch_pixels(visible: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:

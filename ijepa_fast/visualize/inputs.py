@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,34 +12,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast import evaluate
-from ijepa_fast.config import (
-    Config,
-    DataConfig,
-    as_dict,
-    parse,
-)
-from ijepa_fast.data import DecodeError, make_decoder
+from ijepa_fast.config import Config, DataConfig, as_dict, parse
 from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.state import load_latest
-from ijepa_fast.weights import Encoder, read_weights
-from ijepa_fast.weights import encoder as encoder_module
+from ijepa_fast.weights import Encoder, load_encoder, read_weights
 
 __all__ = [
     "Networks",
     "ShownImages",
     "choose",
     "device",
-    "load_encoder",
     "load_networks",
     "load_pictures",
     "open_parts",
+    "open_weights",
     "read_config",
     "untrained_networks",
 ]
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +93,9 @@ def read_config(path: Path | None, preset: str | None) -> Config:
     return parse(["--config", str(path)]).config
 
 
-def load_encoder(source: Path) -> tuple[Encoder, DataConfig, str | None, str]:
-    """The target encoder that RUN_OR_WEIGHTS names, how images are made for it, the data set to
-    show where none is named, and what it is in words.
+def open_weights(source: Path) -> tuple[Encoder, DataConfig, Config | None, str]:
+    """The target encoder that RUN_OR_WEIGHTS names, how images are made for it, the run's
+    configuration, and what it is in words.
 
     Raises:
         UsageError: no such weights, or no checkpoint.
@@ -113,11 +103,9 @@ def load_encoder(source: Path) -> tuple[Encoder, DataConfig, str | None, str]:
     """
     weights = read_weights(source)
     config = weights.config
-    encoder = encoder_module.load_encoder(weights).to(device())
-    own = config.eval.data or next(iter(config.data.sources), None) if config else None
     data = replace(config.data if config else DataConfig(), crop=weights.shape.image_size)
     name = source.name if weights.step is None else f"{source.name}, step {weights.step}"
-    return encoder, data, own, name
+    return load_encoder(weights).to(device()), data, config, name
 
 
 def load_networks(run: Path) -> Networks:
@@ -193,33 +181,11 @@ def load_pictures(part: evaluate.Split, limit: int, *, seed: int = 0) -> ShownIm
     Raises:
         ValueError: not one image can be decoded.
     """
-    rows = part.rows[choose(len(part.rows), limit, seed=seed)]
-    index = part.index
-    decoder, _ = make_decoder(part.data, part.device, max_batch=evaluate.BATCH)
-    images, decoded = [], []
-    try:
-        for start in range(0, len(rows), evaluate.BATCH):
-            wanted = rows[start : start + evaluate.BATCH]
-            while len(wanted):
-                windows = evaluate.central_windows(index, wanted, part.data.crop_size)
-                encoded = [index.read(int(row)) for row in wanted]
-                try:
-                    images.append(decoder.decode(encoded, windows, index.plain[wanted]).cpu())
-                    decoded.append(wanted)
-                    break
-                except DecodeError as error:
-                    for row, reason in error.failures.items():
-                        name = index.name(int(wanted[row]))
-                        _logger.warning("left out %s: %s", name, reason)
-                    wanted = np.delete(wanted, list(error.failures))
-    finally:
-        decoder.close()
-    if not images:
-        raise ValueError(f"data must hold images that can be decoded, got none in {index.roots[0]}")
-    kept = np.concatenate(decoded)
+    drawn = replace(part, rows=part.rows[choose(len(part.rows), limit, seed=seed)])
+    found, index = drawn.load(), part.index
     return ShownImages(
-        images=torch.cat(images),
-        labels=torch.from_numpy(index.label[kept].astype(np.int64)),
+        images=found.images,
+        labels=found.labels,
         classes=index.classes,
-        names=tuple(index.name(int(row)) for row in kept),
+        names=tuple(index.name(int(row)) for row in found.rows),
     )

@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.masks import Masks, check_masks, mean_tokens, sample_masks
-from ijepa_fast.visualize.figure import faded, panel, pyplot, save
+from ijepa_fast.visualize.figure import Frame, Panel, draw_sheet, faded
 
-__all__ = ["draw_geometries", "draw_masks", "outline"]
+__all__ = ["draw_geometries", "draw_masks"]
 
 GEOMETRIES: tuple[Literal["published", "unbiased"], ...] = ("published", "unbiased")
 COLOURS = ("#e6194b", "#ffb000", "#00d27a", "#2f7bff", "#d455ff", "#00d7e6")
@@ -48,41 +48,24 @@ def draw_masks(
         grid: rows and columns of patches.
         rows: images shown.
     """
-    plt = pyplot()
-    rows = min(rows, len(images))
-    num_targets = masks.target_index.shape[1]
     patches = grid[0] * grid[1]
-    figure, axes = plt.subplots(
-        rows, 2 + num_targets, figsize=(1.6 * (2 + num_targets), 1.7 * rows), squeeze=False
-    )
-    for row in range(rows):
+    sheet = []
+    for row, image in enumerate(images[:rows]):
         context, targets = _of_image(masks, row, patches)
-        shown = [(np.arange(patches), "image"), (context, f"context ({len(context)})")]
+        shown = [(context, f"context ({len(context)})")]
         shown += [(t, f"target {n + 1} ({len(t)})") for n, t in enumerate(targets)]
-        for axis, (kept, title) in zip(axes[row], shown, strict=True):
-            axis.imshow(faded(images[row], _visible(kept, grid)))
-            axis.set_title(title, fontsize=8)
-            axis.set_axis_off()
-    figure.tight_layout(pad=0.4)
-    save(figure, path, dpi=130)
+        parts = [Panel(faded(image, _visible(kept, grid)), words) for kept, words in shown]
+        sheet.append([Panel(image, "image"), *parts])
+    draw_sheet(path, sheet, "", side=1.5)
 
 
-def outline(axis: Any, box: tuple[int, int, int, int], colour: str, *, inset: float = 0.0) -> None:
-    """Draws the edge of a block: top, left, height, width in pixels, `inset` pixels inside it."""
-    from matplotlib.patches import Rectangle
-
-    top, left, height, width = box
-    # pixel centres have whole coordinates
-    corner = (left - 0.5 + inset, top - 0.5 + inset)
-    size = (width - 2 * inset, height - 2 * inset)
-    axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=1.6))
-
-
-def _box(block: NDArray[np.int64], grid: tuple[int, int], patch: int) -> tuple[int, int, int, int]:
+def _frame(
+    block: NDArray[np.int64], grid: tuple[int, int], patch: int, colour: str, inset: float
+) -> Frame:
     rows, columns = np.divmod(block, grid[1])
-    top, left = int(rows.min()), int(columns.min())
-    height, width = int(rows.max()) + 1 - top, int(columns.max()) + 1 - left
-    return top * patch, left * patch, height * patch, width * patch
+    top, left = patch * int(rows.min()), patch * int(columns.min())
+    height, width = patch * int(np.ptp(rows) + 1), patch * int(np.ptp(columns) + 1)
+    return Frame((top + inset, left + inset, height - 2 * inset, width - 2 * inset), colour)
 
 
 def draw_geometries(
@@ -110,69 +93,42 @@ def draw_geometries(
     """
     patches = grid[0] * grid[1]
     patch = images.shape[1] // grid[0]
-    drawn, headings = [], []
+    group, title = config.truncation_group, f"grid {grid[0]}x{grid[1]}, "
+    title += "contexts whole" if group == 1 else f"contexts cut to the shortest of {group}"
+    sheet = [[Panel(image, "image")] for image in images]
     for geometry in GEOMETRIES:
         settings = replace(config, geometry=geometry)
         check_masks(settings, grid)
         positions = np.arange(len(images))
         whole, cut = (
             sample_masks(
-                replace(settings, truncation_group=group),
+                replace(settings, truncation_group=size),
                 grid=grid,
                 seed=seed,
                 step=step,
                 positions=positions,
             )
-            for group in (1, config.truncation_group)
+            for size in (1, group)
         )
-        drawn.append((whole, cut))
         mean = mean_tokens(settings, grid, seed=seed)
-        headings.append(
-            f"{geometry}: on average {mean.context:.1f} of {patches} patches\n"
-            f"in a context, {mean.target:.1f} in a target block"
+        title += (
+            f"; {geometry}: on average {mean.context:.1f} of {patches} patches in a context, "
+            f"{mean.target:.1f} in a target block"
         )
-    plt = pyplot()
-    side = 1.75
-    figure, axes = plt.subplots(
-        len(images), 5, figsize=(5 * side, (side + 0.2) * len(images) + 0.75), squeeze=False
-    )
-    for row, image in enumerate(images):
-        panel(axes[row, 0], image, f"image {image.shape[0]}x{image.shape[1]}")
-        for number, (whole, cut) in enumerate(drawn):
+        for row, image in enumerate(images):
+            edge = Frame((0, 0, *image.shape[:2]), "#c8c8c8")
             before, _ = _of_image(whole, row, patches)
             context, targets = _of_image(cut, row, patches)
-            left, right = axes[row, 1 + 2 * number], axes[row, 2 + 2 * number]
             seen = faded(image, _visible(context, grid), _visible(before, grid))
             of = f" of {len(before)}" if len(before) > len(context) else ""
-            panel(left, seen, f"context: {len(context)}{of}")
-            panel(
-                right,
-                faded(image, _visible(targets, grid)),
-                f"targets: {len(targets)} x {targets.shape[1]}",
-            )
-            for index, block in enumerate(targets):
-                # blocks overlap: each a little further inside
-                inset = 0.012 * image.shape[0] * (0.5 + index % 3)
-                outline(right, _box(block, grid, patch), COLOURS[index % len(COLOURS)], inset=inset)
-            for axis in (left, right):
-                outline(axis, (0, 0, *image.shape[:2]), "#c8c8c8")
-    height = figure.get_figheight()
-    figure.tight_layout(pad=0.4, rect=(0, 0, 1, 1 - 0.72 / height))
-    for number, heading in enumerate(headings):
-        boxes = [axes[0, column].get_position() for column in (1 + 2 * number, 2 + 2 * number)]
-        middle = (boxes[0].x0 + boxes[1].x1) / 2
-        figure.text(middle, 1 - 0.4 / height, heading, ha="center", va="center", fontsize=10)
-    group = config.truncation_group
-    note = (
-        "contexts whole" if group == 1 else f"contexts cut to\nthe shortest of {group} (rest pale)"
-    )
-    where = axes[0, 0].get_position()
-    figure.text(
-        (where.x0 + where.x1) / 2,
-        1 - 0.4 / height,
-        f"grid {grid[0]}x{grid[1]}, {note}",
-        ha="center",
-        va="center",
-        fontsize=8,
-    )
-    save(figure, path, dpi=110)
+            sheet[row].append(Panel(seen, f"{geometry}\ncontext: {len(context)}{of}", [edge]))
+            # blocks overlap: each a little further inside
+            insets = (0.012 * image.shape[0] * (0.5 + n % 3) for n in range(len(targets)))
+            frames = [
+                _frame(block, grid, patch, COLOURS[n % len(COLOURS)], inset)
+                for n, (block, inset) in enumerate(zip(targets, insets, strict=True))
+            ]
+            words = f"{geometry}\ntargets: {len(targets)} x {targets.shape[1]}"
+            hidden = faded(image, _visible(targets, grid))
+            sheet[row].append(Panel(hidden, words, [*frames, edge]))
+    draw_sheet(path, sheet, title, side=1.75)

@@ -37,15 +37,15 @@ def at_least(low: float, **values: float | None) -> None:
             raise UsageError(f"{name} must be at least {low:g}, got {value:g}")
 
 
-def source_of(data: str | None, own: Config | str | None) -> str:
+def source_of(data: str | None, config: Config | None) -> str:
     """The data set to show: as given, else the run's labelled one, else its own.
 
     Raises:
         UsageError: there is none.
     """
-    if isinstance(own, Config):
-        own = own.eval.data or next(iter(own.data.sources), None)
-    named = data or own
+    named = data
+    if config and not data:
+        named = config.eval.data or next(iter(config.data.sources), None)
     if named is None:
         raise UsageError("data must be given (--data DIR): the configuration names none")
     return named
@@ -83,18 +83,12 @@ class MaskPicture(Picture):
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images)
         config = inputs.read_config(self.config, self.preset)
-        root = self.data or source_of(next(iter(config.data.sources), None), config)
+        root = source_of(self.data or next(iter(config.data.sources), None), config)
         pictures = inputs.load_pictures(
             inputs.open_parts(root, config.data)[1], self.images, seed=self.seed
         )
-        masks.draw_geometries(
-            self.out,
-            pictures.images.numpy(),
-            config.masks,
-            config.grid,
-            seed=self.seed,
-            step=self.step,
-        )
+        images, keys = pictures.images.numpy(), {"seed": self.seed, "step": self.step}
+        masks.draw_geometries(self.out, images, config.masks, config.grid, **keys)
         print(f"{self.out}: masks of {len(pictures.images)} images of {root}")
 
 
@@ -111,7 +105,7 @@ class CurvePicture(Picture):
         if not self.runs:
             raise UsageError("RUN must be given: at least one folder of a run")
         runs = curves.read_runs(self.runs)
-        titles = curves.draw_runs(self.out, runs)
+        titles = curves.draw_curves(self.out, runs)
         print(f"{self.out}: {', '.join(titles)} of {', '.join(runs)}")
 
 
@@ -135,13 +129,13 @@ class PcaPicture(Picture):
         """Draws the picture and writes `out`."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images, size=self.size)
-        encoder, data, own, name = inputs.load_encoder(self.run)
+        encoder, data, config, name = inputs.open_weights(self.run)
         height, width = data.crop_size
         patch = encoder.patch_size
         if self.size:
             other = patch * max(1, round(self.size * width / height / patch))
             data = replace(data, crop=(self.size, other))
-        root = source_of(self.data, own)
+        root = source_of(self.data, config)
         pictures = inputs.load_pictures(
             inputs.open_parts(root, data)[1], self.images, seed=self.seed
         )
@@ -175,8 +169,8 @@ class NeighbourPicture(Picture):
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, queries=self.queries, k=self.k)
         at_least(2, pool=self.pool)
-        encoder, data, own, name = inputs.load_encoder(self.run)
-        root = source_of(self.data, own)
+        encoder, data, config, name = inputs.open_weights(self.run)
+        root = source_of(self.data, config)
         pictures = inputs.load_pictures(inputs.open_parts(root, data)[1], self.pool, seed=self.seed)
         found = feature_pictures.pooled_features(encoder, pictures.images)
         queries = inputs.choose(len(found), self.queries, seed=self.seed + 1)

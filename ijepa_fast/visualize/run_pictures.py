@@ -40,8 +40,8 @@ class Pictures:
     def curves(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The metrics so far."""
         # a copy: more rows come while a thread draws
-        rows = list(rows)
-        self._draw("curves.png", lambda v, path: v.draw_curves(path, rows))
+        runs = {self.folder.name if self.folder else "": list(rows)}
+        self._draw("curves.png", lambda v, path: v.draw_curves(path, runs))
 
     def curves_at_times(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The same every few minutes, if there is time for it."""
@@ -59,6 +59,6 @@ class Pictures:
             draw(visualize, self.folder / name)
         except ModuleNotFoundError as error:
             _logger.warning("%s is not drawn: %s (pip install 'ijepa-fast[viz]')", name, error)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             # a picture is no reason to lose a run
             _logger.warning("%s is not drawn: %s", name, error)

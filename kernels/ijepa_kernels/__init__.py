@@ -30,3 +30,5 @@ __all__ = [
     "quantize_rows",
     "scatter_tokens",
 ]
+
+__version__ = "0.1.0"

@@ -244,7 +244,7 @@ def add_layer_norm_bwd(
     with_normed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Gradient of the sum; the same in `low_dtype`, the same tensor if that is its own; the
-    normalised rows; float32 (2, D) or (3, D): gradients of weight and bias, column sums of the
+    normalised rows; float32 (2 * D,) or (3 * D,): gradients of weight and bias, column sums of the
     first.
     """
     # what is not there is not read
@@ -275,4 +275,4 @@ def add_layer_norm_bwd(
         BLOCK_D=block_d,
         num_warps=warps,
     )
-    return grad, low if with_low else None, normed, add_up(partial).view(sums, width)
+    return grad, low if with_low else None, normed, add_up(partial)

@@ -141,7 +141,7 @@ def _bwd_cpu(
     if with_normed:
         hat = (summed.to(dtype) - mean).mul_(rstd)
         normed = hat.mul_(weight).add_(bias.to(dtype)).to(low_dtype)
-    return grad, low if with_low else None, normed, torch.stack(sums)
+    return grad, low if with_low else None, normed, torch.cat(sums)
 
 
 def _for_autograd(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,7 +154,7 @@ def _for_autograd(backward: Callable[..., Any]) -> Callable[..., Any]:
         summed, weight = tensors[2], tensors[5]
         separate = x_dtype != summed.dtype
         grad, grad_x, _, sums = backward(*tensors, weight, x_dtype, separate, False, False)
-        return grad, grad_x if separate else grad.new_empty(0, dtype=x_dtype), sums
+        return grad, grad_x if separate else grad.new_empty(0, dtype=x_dtype), sums.view(2, -1)
 
     return bwd
 
@@ -397,5 +397,5 @@ def add_layer_norm_backward(
     """
     tensors = (grad_normed, grad_sum, summed, mean, rstd, weight, bias)
     grad, low, normed, sums = _bwd_raw(tensors, low_dtype, with_low, with_low_sums, with_normed)
-    grad_weight, grad_bias, *low_sums = sums.unbind()
+    grad_weight, grad_bias, *low_sums = sums.chunk(3 if with_low_sums else 2)
     return grad, low, low_sums[0] if low_sums else None, normed, grad_weight, grad_bias

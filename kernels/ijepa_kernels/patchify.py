@@ -124,7 +124,7 @@ def _constants(sizes: tuple[int, ...], byte_images: bool, out_itemsize: int) -> 
         "C": channels,
         "PH": ph,
         "PW": pw,
-        "GRID_W": width // pw,
+        "PATCHES_ACROSS": width // pw,
         "N": (height // ph) * (width // pw),
         "STRIDE_C": stride_c,
         "STRIDE_Y": stride_y,
@@ -166,7 +166,7 @@ def _patchify_fwd_kernel(
     C: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
-    GRID_W: tl.constexpr,
+    PATCHES_ACROSS: tl.constexpr,
     N: tl.constexpr,
     STRIDE_C: tl.constexpr,
     STRIDE_Y: tl.constexpr,
@@ -205,7 +205,9 @@ def _patchify_fwd_kernel(
         ok = mask
     source = tl.where(ok, source, 0).to(tl.int32).to(tl.uint32, bitcast=True)
     patch = source % N
-    corner = (patch // GRID_W) * (PH * STRIDE_Y) + (patch % GRID_W) * (PW * STRIDE_X)
+    corner = (patch // PATCHES_ACROSS) * (PH * STRIDE_Y) + (patch % PATCHES_ACROSS) * (
+        PW * STRIDE_X
+    )
     pixel = images_ptr + ((source // N).to(tl.int64) * (N * K) + corner.to(tl.int64))
     position = group * BLOCK_V
     x = position % PW

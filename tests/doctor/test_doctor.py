@@ -20,8 +20,8 @@ from ijepa_fast.doctor.findings import Finding, clean, first_line
 
 ROOT = Path(__file__).parents[2]
 PATHS = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-SECTIONS = ["versions", "machine", "back ends", "packages", "room", "self test"]
-MARKS = ("hans-marker", "tokenmarker0123456789", "homemarker", "secretmarker", "pathmarker")
+SECTIONS = ["versions", "machine", "back ends", "room", "self test"]
+MARKS = "hans-marker", "tokenmarker", "homemarker", "secretmarker", "pathmarker", "hostmarker"
 
 
 def _process(arguments, folder, code=None, **environment):
@@ -53,7 +53,7 @@ def private_run(tmp_path_factory) -> dict[str, Any]:
         HOME=str(home),
         USER="hans-marker",
         LOGNAME="hans-marker",
-        HF_TOKEN="tokenmarker0123456789",
+        HF_TOKEN="tokenmarker",
         AWS_SECRET_ACCESS_KEY="secretmarker",
         HOSTNAME="hostmarker",
     )
@@ -64,14 +64,11 @@ def private_run(tmp_path_factory) -> dict[str, Any]:
     return data
 
 
-def test_the_report_is_safe_to_paste(private_run):
+def test_the_whole_report_is_safe_to_paste(private_run):
     shown = json.dumps(private_run)
-    names = {platform.node(), *MARKS, "hostmarker"}
+    names = {platform.node(), *MARKS}
     assert not [name for name in names if name and name in shown]
     assert not re.search(r"\d+\.\d+\.\d+\.\d+", shown)
-
-
-def test_the_report_has_all_its_parts(private_run):
     assert list(dict.fromkeys(f["section"] for f in private_run["findings"])) == SECTIONS
     assert private_run["problems"] == 0
     texts = {f["name"]: f["text"] for f in private_run["findings"]}
@@ -111,22 +108,11 @@ def test_names_homes_and_addresses_are_taken_out(monkeypatch):
 # --- packages ------------------------------------------------------------------------------------
 
 
-def _install(folder: Path, name: str, version="1.0", files=(), needs="") -> None:
+def _install(folder: Path, name: str, version="1.0", needs="") -> None:
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
     (info / "METADATA").write_text(text)
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text("raise ImportError('must not be imported')\n")
-
-
-def test_the_two_packages_called_apex_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    _install(tmp_path, "apex", files=["apex/__init__.py", "apex/ext/pyramid.py"])
-    assert _named(packages.wrong_packages(), "apex").level == "problem"
-    (tmp_path / "apex" / "optimizers").mkdir()
-    assert _named(packages.wrong_packages(), "apex").level == "ok"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +132,7 @@ def test_a_wrong_dali_is_named(installed, cuda, level, words, tmp_path, monkeypa
         _install(tmp_path, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    finding = _named(packages.wrong_packages(), "DALI")
+    (finding,) = packages.dali()
     assert finding.level == level
     assert words in f"{finding.text} {finding.advice}"
 
@@ -209,7 +195,7 @@ def test_every_gpu_has_its_line(monkeypatch):
     # Docker's 64 MiB, and two ranks
     usage = type("Usage", (), {"total": 64 * 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert _named(machine.limits(), "/dev/shm").level == "problem"
+    assert _named(machine.shared_memory(), "/dev/shm").level == "problem"
 
 
 @pytest.mark.parametrize(
@@ -223,12 +209,6 @@ def test_room_is_judged(free, level, tmp_path, monkeypatch):
     assert str(tmp_path) not in out.text
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert _named(machine.room(tmp_path), "folder of --out").level == "problem"
-
-
-@pytest.mark.parametrize(("soft", "level"), [(200, "problem"), (512, "note"), (4096, "ok")])
-def test_open_files_are_judged(soft, level, monkeypatch):
-    monkeypatch.setattr("resource.getrlimit", lambda which: (soft, 8192))
-    assert _named(machine.limits(), "open files").level == level
 
 
 def test_every_attention_back_end_is_used_or_says_why_not():
@@ -258,16 +238,15 @@ def test_a_self_test_that_dies_or_hangs_is_a_finding(monkeypatch):
     def late(*_, **__):
         raise subprocess.TimeoutExpired([], 1, output=line)
 
-    for run, level, words in (
-        (ended(-signal.SIGSEGV), "problem", "signal 11: boom"),
-        (ended(1), "problem", "exit code 1: boom"),
-        (ended(-signal.SIGALRM), "note", "not finished in 20 s"),
-        (late, "problem", "ended after 120 s"),
+    for run, words in (
+        (ended(-signal.SIGSEGV), "signal 11: boom"),
+        (ended(1), "exit code 1: boom"),
+        (late, "ended after 120 s"),
     ):
         monkeypatch.setattr(subprocess, "run", run)
         first, last = self_test.child()
         assert first == Finding("steps", "fine")
-        assert last.level == level
+        assert last.level == "problem"
         assert words in last.text
 
 
@@ -285,7 +264,7 @@ def test_it_runs_where_a_package_cannot_be_imported(missing, tmp_path):
     assert "Traceback" not in result.stderr
     assert result.returncode == 1, result.stdout
     assert result.stdout.count(f"import of {missing} halted") == 1
-    assert "apex" in result.stdout
+    assert "DALI" in result.stdout
 
 
 def test_wrong_usage_is_exit_code_2(tmp_path, capsys):
@@ -308,5 +287,5 @@ def test_a_part_that_fails_does_not_end_the_report(monkeypatch, capsys):
     at = lines.index("  problem  processor: cannot be looked at: KeyError: 'MemTotal'")
     assert lines[at - 1] == "machine"
     assert lines[at + 1] == "           -> the lines above may say why"
-    assert any(line.startswith("  ok       open files: ") for line in lines)
+    assert any(line.startswith("  ok       attention of the fast path: ") for line in lines)
     assert lines[-1].startswith("1 problem, ")

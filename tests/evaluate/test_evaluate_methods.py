@@ -65,7 +65,7 @@ def test_features_belong_to_their_labels_and_layers(run, data, parts):
     config = read_weights(run).config
     assert config
     split = labelled_data(str(data), config.data, CPU)[1]
-    images, labels = split.load()
+    images, labels, _ = split.load()
     assert torch.equal(labels, test.labels)
     for row in (0, 11, 23):
         x = encoder.normalise(images[row : row + 1])

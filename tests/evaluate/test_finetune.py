@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_fast.evaluate.finetune import FinetuneSettings, finetune
-from ijepa_fast.evaluate.labelled import Images
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, initialise
 from ijepa_fast.weights import Encoder
@@ -41,7 +40,7 @@ def batches(pixels, labels, size=12):
         order = np.random.default_rng(number).permutation(len(pixels))
         for start in range(0, len(pixels), size):
             rows = torch.from_numpy(order[start : start + size])
-            yield Images(pixels[rows], labels[rows])
+            yield pixels[rows], labels[rows]
 
     return epoch
 

@@ -49,6 +49,9 @@ class Op(NamedTuple):
     names: tuple[str, ...]
     dtypes: tuple[tuple[torch.dtype, ...], ...]
 
+    def __str__(self):
+        return self.name
+
     def call(self, function, leaves, case, **options):
         if self is GATHER:
             return function(leaves["x"], case["index"], leaves.get("table"), **options)

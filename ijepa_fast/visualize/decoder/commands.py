@@ -17,7 +17,6 @@ from ijepa_fast.visualize.decoder.conditions import block_side, conditions
 from ijepa_fast.visualize.decoder.decoder import (
     Budget,
     Decoder,
-    Progress,
     check_free,
     load_decoder,
     require_match,
@@ -52,10 +51,6 @@ def _train(
         "%d blocks of %d images of %s, painted at %dx%d pixels",
         *(len(given), len(pictures.images), root, side, side),
     )
-
-    def report(line: Progress) -> None:
-        _logger.info("step %d (%.0f %%): loss %.4f", line.step, 100 * line.done, line.loss)
-
     about = {
         "run": run,
         "step": networks.step,
@@ -65,7 +60,7 @@ def _train(
         "passes": passes,
         "width": width,
     }
-    return train_decoder(given, budget, about=about, seed=seed, width=width, report=report)
+    return train_decoder(given, budget, about=about, seed=seed, width=width)
 
 
 def _named(root: str) -> str:

@@ -6,12 +6,14 @@ patches, and the block's place. I-JEPA is frozen. What differs between samples i
 prediction leaves open; what stays is what it holds.
 """
 
+import copy
 import json
+import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,13 +35,14 @@ from ijepa_fast.visualize.inputs import Networks, device
 __all__ = [
     "Budget",
     "Decoder",
-    "Progress",
     "check_free",
     "load_decoder",
     "require_match",
     "save_decoder",
     "train_decoder",
 ]
+
+_logger = logging.getLogger(__name__)
 
 FORMAT = "ijepa-fast decoder"
 VERSION = 1
@@ -74,14 +77,6 @@ class Budget(NamedTuple):
         return min(1.0, max(shares))
 
 
-class Progress(NamedTuple):
-    """A line about training: steps done, share of the budget, mean loss since the last line."""
-
-    step: int
-    done: float
-    loss: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
     """A trained decoder.
@@ -102,10 +97,6 @@ class Decoder:
         """Side of the squares, pixels."""
         return self.denoiser.side
 
-    def told(self, given: Conditions) -> Told:
-        """What the denoiser is told about some blocks."""
-        return _told(given, self.mean, self.std)
-
     @torch.no_grad()
     def sample(
         self, given: Conditions, *, seed: int, steps: int = 30, guidance: float = 1.0
@@ -123,7 +114,7 @@ class Decoder:
             uint8 (n, side, side, 3), on the CPU.
         """
         where = self.mean.device
-        told = Told(*(part.to(where) for part in self.told(given)))
+        told = Told(*(part.to(where) for part in _told(given, self.mean, self.std)))
         generator = torch_generator(seed, Stream.SAMPLE)
         shape = (len(given), 3, self.side, self.side)
         noise = torch.randn(shape, generator=generator).to(where)
@@ -158,9 +149,8 @@ def train_decoder(
     about: Mapping[str, Any],
     seed: int = 0,
     width: int = 32,
-    report: Callable[[Progress], None] | None = None,
 ) -> Decoder:
-    """Trains a decoder on blocks of training images.
+    """Trains a decoder on blocks of training images; the loss is logged now and then.
 
     Args:
         given: the blocks.
@@ -168,16 +158,14 @@ def train_decoder(
         about: kept in the decoder's file, with steps, last loss and seed added.
         seed: of initial weights, batches, times and noise.
         width: of the denoiser.
-        report: called now and then.
     """
     where = device()
     generator = torch_generator(seed, Stream.DECODER)
     side = given.pixels.shape[1]
     denoiser = Denoiser(side=side, vector=given.pooled.shape[1], width=width)
     denoiser.initialise(generator)
-    average = Denoiser(side=side, vector=given.pooled.shape[1], width=width)
-    average.load_state_dict(denoiser.state_dict())
-    denoiser, average = denoiser.to(where), average.to(where).requires_grad_(False)
+    denoiser = denoiser.to(where)
+    average = copy.deepcopy(denoiser).requires_grad_(False)
     mean = given.pooled.double().mean(dim=0).float()
     std = given.pooled.double().std(dim=0).clamp_min(_SMALLEST_STD).float()
     told = _told(given, mean, std)
@@ -206,13 +194,10 @@ def train_decoder(
         with torch.no_grad():
             foreach_lerp_(averaged, parameters, 1 - decay)
         losses.append(loss.detach())
-        if report and time.monotonic() - reported > REPORT_SECONDS:
-            reported, last = time.monotonic(), float(torch.stack(losses).mean())
-            losses = []
-            report(Progress(step, budget.done(started, step), last))
+        if time.monotonic() - reported > REPORT_SECONDS:
+            reported, last, losses = time.monotonic(), float(torch.stack(losses).mean()), []
+            _logger.info("step %d (%.0f %%): loss %.4f", step, 100 * done, last)
     last = float(torch.stack(losses).mean()) if losses else last
-    if report:
-        report(Progress(step, 1.0, last))
     return Decoder(
         denoiser=average,
         mean=mean.to(where),

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from ijepa_fast.visualize.decoder.conditions import Conditions, conditions, paste
-from ijepa_fast.visualize.figure import panel, patch_pixels, pyplot, save
+from ijepa_fast.visualize.figure import Frame, Panel, draw_sheet, patch_pixels
 from ijepa_fast.visualize.inputs import Networks, ShownImages
-from ijepa_fast.visualize.masks import outline
 
 __all__ = ["FIRST_STEP", "draw_predictor", "held_out", "spread"]
 
@@ -44,37 +43,18 @@ def draw_predictor(
         patch_size: side of a patch, pixels.
         title: above everything.
     """
-    plt = pyplot()
-    count, seeds = len(pictures.images), len(completions)
     box = given.box * patch_size
     pasted = [paste(pictures.images, box, pixels).numpy() for pixels in completions]
-    side = 1.35
-    ratios = [1, 1, 0.12, *[1] * seeds]
-    figure, axes = plt.subplots(
-        count,
-        seeds + 3,
-        figsize=(side * sum(ratios), (side + 0.06) * count + 0.75),
-        squeeze=False,
-        gridspec_kw={"width_ratios": ratios},
-    )
     seen = given.context.view(-1, *given.grid).numpy()
-    for row in range(count):
-        image = pictures.images[row].numpy()
-        context = np.where(patch_pixels(seen[row], image.shape), image, np.uint8(GREY))
-        heads = ["original", "context", *(f"seed {number}" for number in range(seeds))]
-        shown = [image, context, *(images[row] for images in pasted)]
-        axes[row, 2].set_axis_off()
-        top, left, height, width = box[row].tolist()
-        for axis, head, drawn in zip(
-            axes[row, [0, 1, *range(3, seeds + 3)]], heads, shown, strict=True
-        ):
-            panel(axis, drawn, head if row == 0 else "")
-            if head != "original":
-                outline(axis, (top, left, height, width), "#00e060")
-    total = figure.get_figheight()
-    figure.tight_layout(pad=0.3, rect=(0, 0, 1, 1 - 0.5 / total))
-    figure.suptitle(title, fontsize=8, y=1 - 0.08 / total, va="top")
-    save(figure, path, dpi=120)
+    sheet = []
+    for row, original in enumerate(pictures.images.numpy()):
+        context = np.where(patch_pixels(seen[row], original.shape), original, np.uint8(GREY))
+        frame = [Frame(box[row].tolist(), "#00e060")]
+        painted = [Panel(images[row], f"seed {n}", frame) for n, images in enumerate(pasted)]
+        sheet.append(
+            [Panel(original, "original"), Panel(context, "context", frame), None, *painted]
+        )
+    draw_sheet(path, sheet, title, side=1.35)
 
 
 def spread(completions: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""kNN scores of a run's features, and pictures whose pixels say what they should."""
+"""`python -m ijepa_fast.evaluate`: its data, scores and refusals."""
 
 import json
 import re
@@ -10,13 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast import evaluate, visualize
+from ijepa_fast import evaluate
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import build_index
 from ijepa_fast.evaluate import central_windows, labelled_data
 from ijepa_fast.evaluate.features import pixels
-from ijepa_fast.masks import Masks
-from ijepa_fast.visualize import figure
 from ijepa_fast.weights import read_weights
 from ijepa_fast.weights.encoder import load_encoder
 from tests.trainer import tiny
@@ -45,16 +43,6 @@ def split_data(tmp_path_factory):
     tiny.write_images(root / "train", count=32, classes=4)
     tiny.write_images(root / "test", count=12, classes=4)
     return root
-
-
-def _error(capsys):
-    text = capsys.readouterr().err
-    assert text.startswith("error: ")
-    assert text.count("\n") == 1
-    return text
-
-
-# --- evaluate ------------------------------------------------------------------------------------
 
 
 def test_json(run, split_data, capsys):
@@ -178,15 +166,26 @@ def test_an_undecodable_image_is_left_out(data, tmp_path):
     assert [line for line in lines if "left out class1/bad.png" in line]
 
 
-def test_not_a_run(tmp_path, data, capsys):
-    assert evaluate.main([str(tmp_path), "--data", str(data)]) == 2
-    assert "weights must be a run's folder, a checkpoint" in _error(capsys)
-
-
-def test_a_run_without_checkpoint(run, tmp_path, data, capsys):
-    shutil.copy(run / "config.yaml", tmp_path)
-    assert evaluate.main([str(tmp_path), "--data", str(data)]) == 2
-    assert "RUN must have a checkpoint" in _error(capsys)
+def test_inputs_that_are_refused(run, split_data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "untrained", ignore=shutil.ignore_patterns("checkpoints"))
+    tiny.write_images(tmp_path / "one", count=10, classes=1)
+    tiny.write_images(tmp_path / "other" / "train", count=8, classes=2)
+    tiny.write_images(tmp_path / "other" / "test", count=9, classes=3)
+    for argv, message in (
+        ([tmp_path, "--data", split_data], "weights must be a run's folder, a checkpoint"),
+        ([tmp_path / "untrained", "--data", split_data], "RUN must have a checkpoint"),
+        ([run], "data must be given"),
+        ([run, "--data", tmp_path / "none"], "data.root must be an existing folder"),
+        ([run, "--data", tmp_path / "one"], "data must have at least 2 classes (sub-folders), got"),
+        ([run, "--data", tmp_path / "other"], "classes of train and test part must be the same"),
+        ([run, "--data", split_data, "--k", "0"], "got 0"),
+        ([run, "--data", split_data, "--k", "33"], "got 33"),
+    ):
+        assert evaluate.main([str(word) for word in argv]) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1
+        assert message in text
 
 
 def test_damaged_checkpoints(run, tmp_path, data, capsys):
@@ -195,32 +194,6 @@ def test_damaged_checkpoints(run, tmp_path, data, capsys):
         file.write_bytes(b"")
     assert evaluate.main([str(tmp_path / "run"), "--data", str(data)]) == 3
     assert "error: all 2 checkpoints" in capsys.readouterr().err
-
-
-def test_no_data(run, tmp_path, capsys):
-    assert evaluate.main([str(run)]) == 2
-    assert "data must be given" in _error(capsys)
-    assert evaluate.main([str(run), "--data", str(tmp_path / "none")]) == 2
-    assert "data.root must be an existing folder" in _error(capsys)
-
-
-def test_one_class(run, tmp_path, capsys):
-    tiny.write_images(tmp_path / "data", count=10, classes=1)
-    assert evaluate.main([str(run), "--data", str(tmp_path / "data")]) == 2
-    assert "data must have at least 2 classes (sub-folders), got 1" in _error(capsys)
-
-
-def test_other_classes_in_the_test_part(run, tmp_path, capsys):
-    tiny.write_images(tmp_path / "train", count=8, classes=2)
-    tiny.write_images(tmp_path / "test", count=9, classes=3)
-    assert evaluate.main([str(run), "--data", str(tmp_path)]) == 2
-    assert "classes of train and test part must be the same" in _error(capsys)
-
-
-@pytest.mark.parametrize("k", [0, 33])
-def test_k_out_of_range(run, split_data, capsys, k):
-    assert evaluate.main([str(run), "--data", str(split_data), "--k", str(k)]) == 2
-    assert f"got {k}" in _error(capsys)
 
 
 def test_nothing_decodable_is_an_error(run, tmp_path, capsys):
@@ -264,157 +237,6 @@ def test_pixels():
     assert result.shape == (300, 3 * 64 * 64)
     means = large.float().view(300, 64, 2, 64, 3).mean(dim=2)
     torch.testing.assert_close(result.view(300, 3, 64, 64), means.permute(0, 3, 1, 2))
-
-
-# --- visualize -----------------------------------------------------------------------------------
-
-GRID = (4, 6)
-PATCHES = 24
-
-
-def _scene():
-    """Two images of plain colours, every patch its own; two target blocks, one context each."""
-    rng = np.random.default_rng(0)
-    colours = rng.integers(0, 160, (2, *GRID, 3), dtype=np.uint8)
-    # no grey: a faded patch is, and so is the background
-    colours[..., 0] = 200
-    images = colours.repeat(8, axis=1).repeat(8, axis=2)
-    context = [[0, 1, 2, 6, 7, 8], [9, 10, 11, 15]]
-    masks = Masks(
-        context_index=torch.tensor(context[0] + [PATCHES + p for p in context[1]]).int(),
-        context_cu=torch.tensor([0, 6, 10]).int(),
-        max_context=6,
-        target_index=torch.tensor([[[4, 5, 10, 11], [18, 19, 12, 13]], [[0, 1, 6, 7]] * 2]).int(),
-    )
-    shown = [
-        [range(PATCHES), context[0], [4, 5, 10, 11], [18, 19, 12, 13]],
-        [range(PATCHES), context[1], [0, 1, 6, 7], [0, 1, 6, 7]],
-    ]
-    return colours, images, masks, shown
-
-
-def _panels(picture, count):
-    """Cuts a picture into its panels: rows of pixels that are not white, below the titles."""
-    # panels hold no pixel as light as the background
-    inside = (picture < 253).any(axis=2)
-    columns = inside.mean(axis=0) > 0.3
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], columns, [False]]).astype(int)))
-    assert len(edges) == 2 * count
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def test_masks_keep_the_colours_of_what_is_visible(tmp_path, monkeypatch):
-    """What is handed to the axes: exact."""
-    colours, images, masks, shown = _scene()
-    pyplot = figure.pyplot()
-    drawn, titles = [], []
-    monkeypatch.setattr(pyplot.Axes, "imshow", lambda _axis, image: drawn.append(image))
-    monkeypatch.setattr(pyplot.Axes, "set_title", lambda _axis, text, **_: titles.append(text))
-    visualize.draw_masks(tmp_path / "masks.png", images, masks, GRID)
-    assert len(drawn) == 8
-    expected = ["image", "context (6)", "target 1 (4)", "target 2 (4)"]
-    assert titles == [*expected, expected[0], "context (4)", *expected[2:]]
-    for number, image in enumerate(drawn):
-        row, column = divmod(number, 4)
-        for patch in range(PATCHES):
-            y, x = divmod(patch, GRID[1])
-            block = image[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].reshape(-1, 3)
-            if patch in shown[row][column]:
-                assert (block == colours[row, y, x]).all()
-            else:
-                assert block.min() >= 235
-                assert (block == block[0, 0]).all()
-    assert not pyplot.get_fignums()
-
-
-def test_masks_on_paper(tmp_path):
-    """What the PNG shows, patch by patch."""
-    colours, images, masks, shown = _scene()
-    # 16 rows would not fit a screen: only as many as asked for
-    visualize.draw_masks(tmp_path / "masks.png", images, masks, GRID, rows=1)
-    with Image.open(tmp_path / "masks.png") as file:
-        picture = np.asarray(file.convert("RGB")).astype(int)
-    panels = _panels(picture, 4)
-    lines = (picture[:, panels[0][0] : panels[0][1]] < 253).any(axis=2).mean(axis=1) > 0.95
-    top, bottom = np.flatnonzero(lines)[[0, -1]]
-    for (left, right), visible in zip(panels, shown[0], strict=True):
-        for patch in range(PATCHES):
-            y, x = divmod(patch, GRID[1])
-            at_y = int(top + (y + 0.5) * (bottom + 1 - top) / GRID[0])
-            at_x = int(left + (x + 0.5) * (right - left) / GRID[1])
-            pixel = picture[at_y, at_x]
-            if patch in visible:
-                assert abs(pixel - colours[0, y, x]).max() <= 3
-            else:
-                assert pixel.min() >= 230
-
-
-def _rows(count=6):
-    rows = [{"step": 0, "knn": {"raw pixels": 0.25}}]
-    for step in range(1, count + 1):
-        row = {"step": 10 * step, "loss": 1.0 / step, "lr": 0.1 * step, "weight_decay": 0.04}
-        row |= {"momentum": 0.99 + step / 1000, "feature_std": 0.5}
-        rows.append({**row, "timing": {"images_per_second": 100.0 + step}})
-    return [*rows, {"step": 60, "knn": {"target encoder, step 60": 0.5}}]
-
-
-def test_curves_draw_the_rows(tmp_path, monkeypatch):
-    pyplot = figure.pyplot()
-    lines, texts = {}, []
-    plot, text = pyplot.Axes.plot, pyplot.Figure.text
-
-    def record(axis, x, y, **options):
-        lines[axis] = (list(x), list(y))
-        return plot(axis, x, y, **options)
-
-    def record_text(figure, x, y, words, **options):
-        texts.append(words)
-        return text(figure, x, y, words, **options)
-
-    monkeypatch.setattr(pyplot.Axes, "plot", record)
-    monkeypatch.setattr(pyplot.Figure, "text", record_text)
-    rows = _rows()
-    visualize.draw_curves(tmp_path / "curves.png", rows)
-    curves = {axis.get_title(): line for axis, line in lines.items()}
-    training = rows[1:-1]
-    for title, key in (("loss", "loss"), ("learning rate", "lr"), ("weight decay", "weight_decay")):
-        assert curves[title] == ([r["step"] for r in training], [r[key] for r in training])
-    assert curves["images/s"][1] == [r["timing"]["images_per_second"] for r in training]
-    assert len(curves) == 6
-    assert texts == ["kNN: step 0: raw pixels 25.0 %   step 60: target encoder, step 60 50.0 %"]
-    assert not pyplot.get_fignums()
-
-
-def _blue(path):
-    """Where the picture has the curves' colour."""
-    with Image.open(path) as file:
-        picture = np.asarray(file.convert("RGB")).astype(int)
-    return (abs(picture - np.array([31, 119, 180])) < 40).all(axis=2)
-
-
-def test_curves_on_paper(tmp_path):
-    visualize.draw_curves(tmp_path / "curves.png", _rows())
-    blue = _blue(tmp_path / "curves.png")
-    height, width = blue.shape
-    for row in range(2):
-        for column in range(3):
-            part = blue[
-                row * height // 2 : (row + 1) * height // 2,
-                column * width // 3 : (column + 1) * width // 3,
-            ]
-            assert part.any(axis=0).sum() > 0.5 * part.shape[1]
-    # the loss falls, the learning rate rises
-    loss = blue[: height // 2, : width // 3]
-    rate = blue[: height // 2, width // 3 : 2 * width // 3]
-    for part, falls in ((loss, True), (rate, False)):
-        columns = np.flatnonzero(part.any(axis=0))
-        first, last = (np.flatnonzero(part[:, c]).mean() for c in (columns[2], columns[-3]))
-        assert (first < last) == falls
-
-
-def test_curves_without_rows(tmp_path):
-    visualize.draw_curves(tmp_path / "curves.png", [])
-    assert not _blue(tmp_path / "curves.png").any()
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from ijepa_fast.data.sets.named import NAMES
-from ijepa_fast.visualize import __main__ as command_line
 from ijepa_fast.visualize import inputs
 from ijepa_fast.visualize.decoder import commands as decoder_commands
 from ijepa_fast.visualize.decoder import proof
 from ijepa_fast.visualize.decoder.conditions import Conditions
-from ijepa_fast.visualize.decoder.decoder import load_decoder
 from tests.trainer import tiny
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -142,40 +140,21 @@ def test_a_painter_that_ignores_its_condition(classifier):
 # --- command line --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("split")
-    tiny.write_images(root / "train", count=32, classes=4)
-    tiny.write_images(root / "test", count=12, classes=4)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "run"
-    assert tiny.run(data / "train", out, max_steps=3) == 0
-    return out
-
-
-def _main(*argv):
-    return command_line.main([str(a) for a in argv])
-
-
-def test_prove_command(run, data, tmp_path, capsys, monkeypatch):
+def test_prove_command(run, split, tmp_path, command, monkeypatch):
     painter, control, out = tmp_path / "d", tmp_path / "c", tmp_path / "p.json"
-    short = ("--data", data, "--steps", "2", "--passes", "1", "--width", "8")
-    assert _main("train-decoder", run, *short, "--out", painter) == 0
-    assert _main("train-decoder", run, *short, "--untrained", "--out", control) == 0
-    prove = ("prove", run, "--data", data, "--decoder", painter, "--out", out)
+    short = ("--data", split, "--steps", "2", "--passes", "1", "--width", "8")
+    command("train-decoder", run, *short, "--out", painter)
+    command("train-decoder", run, *short, "--untrained", "--out", control)
+    prove = ("prove", run, "--data", split, "--decoder", painter, "--out", out)
     few = ("--sampling-steps", "2", "--seeds", "2")
-    assert _main(*prove, *few, "--control", control) == 0
+    command(*prove, *few, "--control", control)
     result = json.loads(out.read_text())
-    assert (result["blocks"], result["seeds"], result["step"]) == (12, 2, 3)
+    assert (result["blocks"], result["seeds"], result["step"]) == (12, 2, 4)
     assert result["classes"] == [f"class{n}" for n in range(4)]
     assert result["real_crops"] == 32 * 6  # images x target blocks
-    assert result["control"]["step"] == 0
-    assert result["decoder"]["step"] == 3
-    assert result["control"]["digest"] != result["decoder"]["digest"]
+    assert (result["control"]["step"], result["decoder"]["step"]) == (0, 4)
+    untrained = inputs.untrained_networks(inputs.read_config(run, None)).digest
+    assert result["control"]["digest"] == untrained != result["decoder"]["digest"]
     assert set(result["accuracy"]) == {
         "real blocks",
         "prediction",
@@ -183,34 +162,24 @@ def test_prove_command(run, data, tmp_path, capsys, monkeypatch):
         "untrained network",
     }
     # the control trained on the spot is the same
-    assert _main(*prove, *few, "--overwrite") == 0
+    command(*prove, *few, "--overwrite")
     assert json.loads(out.read_text())["accuracy"] == result["accuracy"]
-    capsys.readouterr()
-
-    def fails(*argv):
-        assert _main(*argv) == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    assert "out must not exist" in fails(*prove)
-    assert "out must end in .json" in fails(*prove[:-1], tmp_path / "p.png")
-    assert "blocks must be at least 2, got 1" in fails(*prove, "--blocks", "1", "--overwrite")
-    assert "decoder must belong to this checkpoint" in fails(
-        *prove, "--control", painter, "--overwrite"
-    )
     other = tmp_path / "other"
-    assert _main("train-decoder", run, *short, "--untrained", "--seed", "1", "--out", other) == 0
-    assert "control must be trained as the decoder was (seed 0), got 1" in fails(
-        *prove, "--control", other, "--overwrite"
-    )
+    command("train-decoder", run, *short, "--untrained", "--seed", "1", "--out", other)
+    wrong, again = tiny.write_images(tmp_path / "wrong", classes=2), "--overwrite"
+    for message, argv in (
+        ("out must not exist", prove),
+        ("out must end in .json", (*prove[:-1], tmp_path / "p.png")),
+        ("blocks must be at least 2, got 1", (*prove, "--blocks", "1", again)),
+        ("decoder must belong to this checkpoint", (*prove, "--control", painter, again)),
+        (
+            "control must be trained as the decoder was (seed 0), got 1",
+            (*prove, "--control", other, again),
+        ),
+        ("data must be what the decoder was trained on", (*prove, "--data", wrong, again)),
+    ):
+        assert message in command(*argv, code=2)
     # named sets are the same wherever the command runs, a folder is not
     monkeypatch.chdir(tmp_path)
     assert [decoder_commands._named(name) for name in NAMES] == list(NAMES)
     assert decoder_commands._named("photos") == str(tmp_path / "photos")
-    wrong = tiny.write_images(tmp_path / "wrong", classes=2)
-    assert "data must be what the decoder was trained on" in fails(
-        "prove", run, "--data", wrong, "--decoder", painter, "--out", tmp_path / "q.json"
-    )
-    assert (
-        load_decoder(control).about["digest"]
-        == inputs.untrained_networks(inputs.read_config(run, None)).digest
-    )

@@ -14,9 +14,8 @@ from PIL import Image
 
 from ijepa_fast.errors import UsageError
 from ijepa_fast.masks import sample_masks
-from ijepa_fast.reference import normalise, predict
-from ijepa_fast.visualize import __main__ as command_line
-from ijepa_fast.visualize import figure, inputs
+from ijepa_fast.reference import normalise
+from ijepa_fast.visualize import inputs
 from ijepa_fast.visualize.decoder import conditions as module
 from ijepa_fast.visualize.decoder import decoder, diffusion, predictor
 from ijepa_fast.visualize.decoder.conditions import Conditions, block_pixels, block_side, paste
@@ -25,36 +24,14 @@ from tests.trainer import tiny
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("split")
-    tiny.write_images(root / "train", count=32, classes=4)
-    tiny.write_images(root / "test", count=12, classes=4)
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "run"
-    assert tiny.run(data / "train", out, max_steps=4) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
 def networks(run):
     return inputs.load_networks(run)
 
 
 @pytest.fixture(scope="module")
-def images(data, networks):
-    part = inputs.open_parts(str(data), networks.config.data)[0]
+def images(split, networks):
+    part = inputs.open_parts(str(split), networks.config.data)[0]
     return inputs.load_pictures(part, 7).images
-
-
-def _fails(capsys, *argv):
-    assert command_line.main([str(a) for a in argv]) == 2
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: ")
-    return message
 
 
 # --- conditions ----------------------------------------------------------------------------------
@@ -107,42 +84,20 @@ def test_conditions_against_one_sequence_at_a_time(networks, images, monkeypatch
                     number += 1
 
 
-@torch.no_grad()
-def test_conditions_are_the_training_computation(networks, images):
-    """`reference.predict` on the padded batch; masks without truncation."""
-    config = networks.config
-    found = module.conditions(networks, images, side=8, first_step=2, blocks=[2, 0])
-    masks = sample_masks(
-        replace(config.masks, truncation_group=1),
-        grid=(4, 4),
-        seed=config.seed,
-        step=2,
-        positions=np.arange(7),
-    )
-    mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
-    x = normalise(images, mean, std)
-    everything = predict(networks.encoder, networks.predictor, x, masks)
-    expected = everything[:, 0].mean(dim=2)
-    torch.testing.assert_close(found.pooled.view(7, 2, -1)[:, 0], expected[2])
-    torch.testing.assert_close(found.pooled.view(7, 2, -1)[:, 1], expected[0])
+def test_some_blocks_of_images_of_the_crops_size(networks, images):
+    every = module.conditions(networks, images, side=8, first_step=2)
+    some = module.conditions(networks, images, side=8, first_step=2, blocks=[2, 0])
+    for name in ("pooled", "box", "pixels"):
+        values = getattr(every, name).view(7, 4, -1)[:, [2, 0]]
+        assert torch.equal(getattr(some, name).view(7, 2, -1), values)
     with pytest.raises(ValueError, match=r"training crop's size \(32, 32\), got \(16, 32\)"):
         module.conditions(networks, images[:, :16], side=8)
 
 
 def test_conditions_hold_the_blocks_own_pixels(networks, images):
     found = module.conditions(networks, images, side=16, first_step=1)
-    seen = 0
-    for number in range(len(found)):
-        top, left, height, width = (found.box[number] * 8).tolist()
-        crop = images[found.image[number], top : top + height, left : left + width]
-        if (height, width) == (16, 16):
-            assert torch.equal(found.pixels[number], crop)
-            seen += 1
-        else:
-            ours, own = found.pixels[number].float(), crop.float()
-            assert abs(ours.mean(dim=(0, 1)) - own.mean(dim=(0, 1))).max() < 4
-    sizes = {tuple(box[2:]) for box in found.box.tolist()}
-    assert seen or (2, 2) not in sizes
+    own = block_pixels(images[found.image], found.box * 8, 16)
+    assert torch.equal(found.pixels, own)
     # target blocks of 2 to 3 patches of 8 pixels
     assert block_side(networks.config) in (8, 12, 16)
 
@@ -151,6 +106,8 @@ def test_blocks_are_cut_out_and_pasted_back(images):
     box = torch.tensor([[8, 16, 16, 16], [0, 0, 8, 24]] + [[8, 8, 16, 16]] * 5)
     crops = block_pixels(images, box, 16)
     assert torch.equal(crops[0], images[0, 8:24, 16:32])
+    strip = images[1, :8, :24].float().mean(dim=(0, 1))
+    assert abs(crops[1].float().mean(dim=(0, 1)) - strip).max() < 4
     painted = torch.full_like(crops, 77)
     pasted = paste(images, box, painted)
     for row, (top, left, height, width) in enumerate(box.tolist()):
@@ -292,18 +249,12 @@ def _toy(count, seed):
 
 @pytest.fixture(scope="module")
 def painter():
-    lines: list[decoder.Progress] = []
     about = {"run": "somewhere", "step": 9, "digest": "abc"}
     given, _, _ = _toy(512, seed=0)
-    made = train_decoder(given, Budget(None, 220), about=about, width=16, report=lines.append)
-    assert lines[-1].step == 220
-    assert made.about == {
-        **about,
-        "steps": 220,
-        "loss": lines[-1].loss,
-        "seed": 0,
-        "blocks": 512,
-    }
+    made = train_decoder(given, Budget(None, 220), about=about, width=16)
+    loss = made.about["loss"]
+    assert 0 < loss < 1
+    assert made.about == {**about, "steps": 220, "loss": loss, "seed": 0, "blocks": 512}
     return made
 
 
@@ -402,7 +353,7 @@ def test_damaged_decoders(painter, tmp_path):
     assert "of format" in damaged(lambda header, _: header.update(version=2))
 
 
-def test_a_decoder_belongs_to_one_checkpoint(run, data, networks, tmp_path):
+def test_a_decoder_belongs_to_one_checkpoint(networks, tmp_path):
     given, _, _ = _toy(64, seed=5)
     mine = train_decoder(given, Budget(None, 1), about={"digest": networks.digest}, width=8)
     decoder.require_match(mine, networks, tmp_path)
@@ -429,28 +380,25 @@ def test_a_decoder_belongs_to_one_checkpoint(run, data, networks, tmp_path):
 # --- command line --------------------------------------------------------------------------------
 
 
-def test_from_run_to_picture(run, data, tmp_path, capsys):
+def test_from_run_to_picture(run, split, tmp_path, command):
     folder, out = tmp_path / "decoder", tmp_path / "p.png"
-    argv = ["train-decoder", str(run), "--data", str(data), "--out", str(folder)]
-    assert command_line.main([*argv, "--steps", "2", "--passes", "1", "--width", "8"]) == 0
-    assert "2 steps, loss" in capsys.readouterr().out
+    train = ("train-decoder", run, "--data", split, "--out", folder)
+    assert "2 steps, loss" in command(*train, "--steps", "2", "--passes", "1", "--width", "8")
     about = load_decoder(folder).about
-    assert (about["step"], about["blocks"], about["data"]) == (4, 32 * 4, str(data))
-    assert "out must not exist" in _fails(capsys, *argv)
-    draw = ["predictor", run, "--data", data, "--decoder", folder, "--out", out]
-    few = ["--images", "2", "--seeds", "2", "--sampling-steps", "2"]
-    assert command_line.main([str(a) for a in [*draw, *few]]) == 0
+    assert (about["step"], about["blocks"], about["data"]) == (4, 32 * 4, str(split))
+    assert "out must not exist" in command(*train, code=2)
+    draw = ["predictor", run, "--data", split, "--decoder", folder, "--out", out]
+    few = ("--images", "2", "--seeds", "2", "--sampling-steps", "2")
+    assert "2 blocks" in command(*draw, *few)
     with Image.open(out) as file:
         assert file.format == "PNG"
-    assert "2 blocks" in capsys.readouterr().out
-    assert "out must not exist" in _fails(capsys, *draw)
-    assert "seeds must be at least 1" in _fails(capsys, *draw, "--seeds", "0", "--overwrite")
+    assert "out must not exist" in command(*draw, code=2)
+    assert "seeds must be at least 1" in command(*draw, "--seeds", "0", "--overwrite", code=2)
     # the same run, trained further
-    further = tmp_path / "further"
-    shutil.copytree(run, further)
-    assert tiny.run(data / "train", further, max_steps=5) == 0
-    draw[1] = further
-    assert "decoder must belong to this checkpoint (step 5" in _fails(capsys, *draw, "--overwrite")
+    draw[1] = shutil.copytree(run, tmp_path / "further")
+    assert tiny.run(split / "train", draw[1], max_steps=5) == 0
+    message = command(*draw, "--overwrite", code=2)
+    assert "decoder must belong to this checkpoint (step 5" in message
 
 
 @pytest.mark.parametrize(
@@ -464,17 +412,13 @@ def test_from_run_to_picture(run, data, tmp_path, capsys):
         (["--out", "/no/such/folder"], "out must be in an existing folder"),
     ],
 )
-def test_train_decoder_refuses(run, tmp_path, capsys, flags, message):
-    argv = ["train-decoder", run, "--data", "none", "--out", tmp_path / "d", *flags]
-    assert message in _fails(capsys, *argv)
+def test_train_decoder_refuses(run, tmp_path, command, flags, message):
+    argv = ("train-decoder", run, "--data", "none", "--out", tmp_path / "d", *flags)
+    assert message in command(*argv, code=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_picture_shows_context_and_completions(networks, images, tmp_path, monkeypatch):
-    pyplot = figure.pyplot()
-    drawn, boxes = [], []
-    monkeypatch.setattr(pyplot.Axes, "imshow", lambda _, image, **__: drawn.append(image))
-    monkeypatch.setattr(pyplot.Axes, "add_patch", lambda _, patch: boxes.append(patch))
+def test_the_picture_shows_context_and_completions(networks, images, tmp_path, sheets):
     pictures = inputs.ShownImages(
         images=images[:2], labels=torch.tensor([-1, -1]), classes=(), names=("a", "b")
     )
@@ -485,21 +429,21 @@ def test_the_picture_shows_context_and_completions(networks, images, tmp_path, m
     predictor.draw_predictor(
         tmp_path / "p.png", pictures, given, painted, patch_size=8, title="title"
     )
-    assert len(drawn) == 2 * 4
-    for row in range(2):
-        original, context, first, second = drawn[4 * row : 4 * row + 4]
-        assert (original == images[row].numpy()).all()
-        seen = given.context[row].view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
-        assert (context[seen.numpy()] == original[seen.numpy()]).all()
-        assert (context[~seen.numpy()] == 128).all()
-        top, left, height, width = (given.box[row] * 8).tolist()
+    ((rows, _),) = sheets
+    for number, row in enumerate(rows):
+        original, context, gap, *completions = row
+        assert gap is None
+        assert (original.image == images[number].numpy()).all()
+        seen = given.context[number].view(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1)
+        assert (context.image[seen.numpy()] == original.image[seen.numpy()]).all()
+        assert (context.image[~seen.numpy()] == 128).all()
+        top, left, height, width = (given.box[number] * 8).tolist()
         block = np.zeros((32, 32), dtype=bool)
         block[top : top + height, left : left + width] = True
         # no pixel of the block is in the context
         assert not (block & seen.numpy()).any()
-        for shown, value in ((first, 3), (second, 250)):
-            assert (shown[block] == value).all()
-            assert (shown[~block] == original[~block]).all()
-        edges = [patch.get_bbox() for patch in boxes[3 * row : 3 * row + 3]]
-        assert all((e.x0, e.y0) == (left - 0.5, top - 0.5) for e in edges)
-        assert all((e.width, e.height) == (width, height) for e in edges)
+        for shown, value in zip(completions, (3, 250), strict=True):
+            assert (shown.image[block] == value).all()
+            assert (shown.image[~block] == original.image[~block]).all()
+        for shown in (context, *completions):
+            assert shown.frames[0].box == [top, left, height, width]
