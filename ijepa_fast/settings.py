@@ -35,6 +35,8 @@ from ijepa_fast.weights import read_weights
 
 __all__ = ["settle"]
 
+_logger = logging.getLogger(__name__)
+
 # with fewer labelled images an accuracy says nothing
 MIN_LABELLED, MIN_OF_A_CLASS = 100, 5
 
@@ -63,6 +65,7 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
             assert isinstance(old, dict), "no released trainer's file"
             lines.append(f"settings that are not given are those of {recorded}")
             return {key: old[key] for key in invocation.open_ if key in old}
+        _logger.info("looking at the images in %s", ", ".join(config.data.sources))
         facts = _facts(config, ranks)
         images = facts.images
         choices = choose(facts, invocation.given, invocation.open_)
