@@ -33,6 +33,7 @@ EXTRAS = {
         "psutil>=6.0",
         "scikit-image>=0.25",
         "scikit-learn>=1.6",
+        "setuptools>=77",
         "mypy>=1.14",
         "ruff>=0.9",
         "transformers>=5.0",

@@ -91,7 +91,7 @@ def table(results: Iterable[Result]) -> str:
     ]
 
     def cell(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.1f}"
+        return "-" if value is None else f"{value:.1f}"
 
     for r in sorted(results, key=lambda r: (r.op, r.shape, r.direction)):
         reference = plain.get((r.op, r.shape, r.direction))

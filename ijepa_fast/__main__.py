@@ -4,6 +4,7 @@ Exit codes: those of the named command; 2 for wrong input, 5 where stdout cannot
 after Ctrl-C, 141 where what reads stdout has gone.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -92,10 +93,14 @@ def main(argv: Sequence[str]) -> int:
             # not for the doctor, who finds what is missing
             from ijepa_fast.config import parse
 
-            invocation = parse(rest)
-            if invocation.print_config:
-                print(invocation.as_yaml(), end="")
+            asked = parse(rest)
+            if asked.print_config and not asked.open_:
+                print(asked.as_yaml(), end="")
                 return 0
+            if not (asked.print_config or asked.dry_run) and os.environ.get("RANK", "0") == "0":
+                # a run goes on without a stdout that is full
+                with contextlib.suppress(OSError):
+                    print(f"ijepa-fast {__version__}: loading PyTorch", flush=True)
         found = importlib.util.find_spec(f"ijepa_fast.{name}") if name in COMMANDS else None
         if found is None:
             raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")

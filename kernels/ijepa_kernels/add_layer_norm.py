@@ -136,12 +136,13 @@ def _bwd_cpu(
         wide.add_(grad_sum)
     if with_low_sums:
         sums.append(wide.sum(0))
-    grad, normed = wide.to(summed.dtype), None
-    low = grad if low_dtype == summed.dtype else wide.to(low_dtype)
+    grad, low, normed = wide.to(summed.dtype), None, None
+    if with_low:
+        low = grad if low_dtype == summed.dtype else wide.to(low_dtype)
     if with_normed:
         hat = (summed.to(dtype) - mean).mul_(rstd)
         normed = hat.mul_(weight).add_(bias.to(dtype)).to(low_dtype)
-    return grad, low if with_low else None, normed, torch.cat(sums)
+    return grad, low, normed, torch.cat(sums)
 
 
 def _for_autograd(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,13 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_kernels._checks import (
-    check_dtype,
-    check_index,
-    check_range,
-    check_shape,
-    debugging,
-)
+from ijepa_kernels._checks import check_dtype, check_index, check_range, check_shape, debugging
 from ijepa_kernels._launch import run
 from ijepa_kernels._op import define
 

@@ -14,14 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_kernels._checks import check_dtype, check_shape
-from ijepa_kernels._float8 import (
-    FLOAT8,
-    Float8Rows,
-    _rounded,
-    empty_rows,
-    round_rows,
-    row_tile,
-)
+from ijepa_kernels._float8 import FLOAT8, Float8Rows, _rounded, empty_rows, round_rows, row_tile
 from ijepa_kernels._launch import contiguous, run
 from ijepa_kernels._op import raw
 

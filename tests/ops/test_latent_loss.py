@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ijepa_kernels import debug_checks
-from ijepa_kernels.latent_loss import (
-    latent_loss,
-    latent_loss_bytes,
-    latent_loss_ref,
-)
+from ijepa_kernels.latent_loss import latent_loss, latent_loss_bytes, latent_loss_ref
 from ijepa_kernels.testing import assert_not_worse
 from tests.ops.conftest import INTERPRETED
 

@@ -104,6 +104,7 @@ def test_ema_copy(device):
             torch.testing.assert_close(a, b.to(BF16), rtol=2**-7 if INTERPRETED else 0, atol=0)
         assert ema(x).dtype == BF16
 
+    assert_copy()
     _shake(model)
     ema.update(model)
     assert_copy()
