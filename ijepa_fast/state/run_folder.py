@@ -75,6 +75,7 @@ class Console(logging.StreamHandler[Any]):
     """A terminal or pipe that may go or fill up: the run goes on, and its log with it."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Of an error that is not the stream's own, what logging does."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
