@@ -286,7 +286,7 @@ def options() -> set[str]:
     names = ("train", "data", "doctor", "embed", "evaluate", "export", "parity", "replay")
     asked = [[f"ijepa_fast.{name}"] for name in (*names, "visualize")] + [["benchmarks"]]
     asked += [list(key) for key in RUN if key[0] == "ijepa_fast.visualize"]
-    text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN_OPTIONS)
+    text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN)
     with mock.patch.dict(os.environ, {"COLUMNS": "400"}):
         text += "".join(_run(_module(name), [*rest, "--help"]) for name, *rest in asked)
     return {name.replace("_", "-") for name in re.findall(r"--[a-z][\w.-]*", text)}
