@@ -24,7 +24,7 @@ FLOORS = (
     ("step",),
     ("evaluate",),
     ("visualize",),
-    ("run",),
+    ("run", "settings"),
     ("verify", "doctor"),
     ("train", "embed", "export", "parity", "replay"),
 )
