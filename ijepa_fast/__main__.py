@@ -92,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
             # not for the doctor, who finds what is missing
             from ijepa_fast.config import parse
 
-            parse(rest)
+            asked = parse(rest)
+            if not (asked.print_config or asked.dry_run) and os.environ.get("RANK", "0") == "0":
+                print(f"ijepa-fast {__version__}: loading PyTorch", flush=True)
         found = importlib.util.find_spec(f"ijepa_fast.{name}") if name in COMMANDS else None
         if found is None:
             raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")

@@ -3,6 +3,7 @@ on.
 """
 
 import logging
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -151,12 +152,12 @@ class Run:
     def _load_latest(self) -> checkpoint.State | None:
         assert self.folder is not None
         state = checkpoint.load_latest(self.folder.checkpoints)
-        digest = state.meta.get("data") if state else self.digest
-        if digest != self.digest and not self.config.allow_changed_recipe:
+        digest = str(state.meta.get("data")) if state else self.digest
+        if not self.index.matches(digest) and not self.config.allow_changed_recipe:
             names = ", ".join(self.config.data.sources)
             raise UsageError(
                 f"the images in {names} differ from those that the run was started with "
-                f"(digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
+                f"(digest {digest[:12]} -> {self.digest[:12]}); restore them, train into "
                 "another --out, or add --allow-changed-recipe"
             )
         return state
@@ -166,43 +167,29 @@ class Run:
         """Of the step that was done last, from 0."""
         return (self.step - 1) // self.schedules.steps_per_epoch
 
-    def announce(self, *, looks: bool) -> None:
-        """Says what is about to run.
-
-        Args:
-            looks: whether the features are evaluated first.
-        """
+    def announce(self) -> None:
+        """Says what is about to run."""
         config, ranks = self.config, self.ranks
         accumulation = config.batch.global_ // (self.device_batch * ranks.world)
         _logger.info(
-            "%d images in %d classes; %d steps of %d images (%d ranks x %d on the device x %d "
-            "accumulated), %s on %s",
-            len(self.index),
-            len(self.index.classes),
-            self.end,
-            config.batch.global_,
-            ranks.world,
-            self.device_batch,
-            accumulation,
-            config.optim.precision,
-            ranks.device,
+            "%d images in %d classes; %d steps of %d images",
+            *(len(self.index), len(self.index.classes), self.end, config.batch.global_),
         )
-        _logger.info("%s", self.training.describe())
+        _logger.info(
+            "%s on %s, %d ranks x %d on the device x %d accumulated",
+            *(config.optim.precision, ranks.device, ranks.world, self.device_batch, accumulation),
+        )
+        for text in self.training.describe().splitlines():
+            for line in textwrap.wrap(text, 100, subsequent_indent="  "):
+                _logger.info("%s", line)
         if config.optim.precision == "bfloat16" and distributed.slow_bfloat16(ranks.device):
             _logger.warning(
-                "this CPU emulates bfloat16 products (no AVX-512 BF16 or AMX): many times as slow "
+                "this CPU emulates bfloat16 products (no AVX-512 BF16 or AMX): many times as slow\n"
                 "as --optim.precision float32"
             )
         reference, total = config.optim.lr_reference_batch, config.batch.global_
         if total != reference:
             _logger.info(
-                "batch.global is %d, the learning rates belong to %d: optim.lr_scaling=%s makes "
-                "the peak %g",
-                total,
-                reference,
-                config.optim.lr_scaling,
-                self.schedules.lr,
+                "learning rates are for batches of %d; optim.lr_scaling=%s makes the peak %g",
+                *(reference, config.optim.lr_scaling, self.schedules.lr),
             )
-        if self.step < self.end:
-            look = "a look at the features, " if looks and not self.step else ""
-            _logger.info("preparing the first step: %sdecoder, first batch", look)

@@ -42,9 +42,13 @@ EXAMPLES = [path for path in sorted((ROOT / "examples").iterdir()) if path.suffi
 # commands that run here, and what makes them quick
 RUN = {
     ("ijepa_fast.data", ""): (),
+    ("ijepa_fast.embed", ""): ("--decoder", "pillow"),
     ("ijepa_fast.export", ""): (),
     ("ijepa_fast.evaluate", "knn"): ("--decoder", "pillow", "--linear-epochs", "1"),
-    **{("ijepa_fast.visualize", name): () for name in ("masks", "curves", "pca", "neighbours")},
+    **{
+        ("ijepa_fast.visualize", name): ()
+        for name in ("masks", "curves", "report", "pca", "neighbours")
+    },
     ("ijepa_fast.visualize", "train-decoder"): ("--steps=2", "--images=16", "--width=8"),
     ("ijepa_fast.visualize", "predictor"): ("--sampling-steps=2", "--seeds=2"),
     ("ijepa_fast.visualize", "prove"): ("--sampling-steps=2", "--blocks=8", "--seeds=2"),
@@ -168,7 +172,8 @@ def _module(name: str, argv: Sequence[str], parse_only: bool = False) -> str:
 
 def _train(argv: Sequence[str]) -> None:
     """The whole configuration is valid, and has data."""
-    asked = cli.parse([word for word in argv if word != "$@"])
+    whole = ["--preset", "demo"]
+    asked = cli.parse([w for word in argv for w in (whole if word == "$@" else [word])])
     if not asked.config.data.root:
         raise ValueError("--data is missing")
 
@@ -287,8 +292,8 @@ def wrong_commands(path: Path) -> list[str]:
 @functools.cache
 def options() -> set[str]:
     """Every option of every command, and torchrun's; with hyphens."""
-    names = ("train", "data", "doctor", "evaluate", "export", "parity", "replay", "visualize")
-    asked = [[f"ijepa_fast.{name}"] for name in names] + [["benchmarks"]]
+    names = ("train", "data", "doctor", "embed", "evaluate", "export", "parity", "replay")
+    asked = [[f"ijepa_fast.{name}"] for name in (*names, "visualize")] + [["benchmarks"]]
     asked += [list(key) for key in RUN if key[0] == "ijepa_fast.visualize"]
     text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN)
     with mock.patch.dict(os.environ, {"COLUMNS": "400"}):

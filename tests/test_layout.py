@@ -24,9 +24,9 @@ FLOORS = (
     ("step",),
     ("evaluate",),
     ("visualize",),
-    ("run",),
+    ("run", "settings"),
     ("verify", "doctor"),
-    ("train", "export", "parity", "replay"),
+    ("train", "embed", "export", "parity", "replay"),
 )
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
@@ -128,7 +128,7 @@ def test_arrows_point_down(path):
 
 
 # commands of three lines
-THRESHOLDS = {"export", "parity", "replay"}
+THRESHOLDS = {"embed", "export", "parity", "replay"}
 
 
 @pytest.mark.parametrize("path", TRAINER, ids=_ids(TRAINER))

@@ -200,9 +200,12 @@ class DataConfig:
     prefetch: int = 3
     """Batches decoded ahead of the step."""
     timeout: float = 25.0
-    """The run stops after so many seconds without a batch, and says which files it waits for."""
+    """The run stops after so many seconds without a batch, and says which files it waits for; an
+    image that takes longer to decode is left out."""
     max_bad_share: float = 0.001
     """The run stops once more than this share of the files (and more than one file) is unusable."""
+    allow_missing: bool = False
+    """Train on what is left where a tar shard is damaged or a folder cannot be listed."""
 
     def __post_init__(self) -> None:
         _require_choices("data.", self)
@@ -354,24 +357,32 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Looks at the features, at the start, the end and in between: kNN accuracy on labelled images,
-    and monitors that need no labels. None without either field.
+    """Evaluation of the features, at the start, the end and in between: kNN accuracy on labelled
+    images, and monitors that need no labels. None without `data` or `every`.
     """
 
     data: str | None = None
     """A folder with one sub-folder a class, or the name of a set, for the kNN accuracy."""
     every: int | None = None
-    """Steps between two looks; by default as often as a small part of a percent of the run pays
-    for.
+    """Steps between two evaluations; by default as often as a small part of a percent of the run
+    pays for.
     """
     whole: bool = False
-    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs;
-    otherwise, and in between, it is of 2,048 training and 512 test images.
+    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs,
+    and end with a table of kNN and ridge regression; otherwise, and in between, kNN is of at most
+    2,048 training and 512 test images.
+    """
+    seconds: float = 10.0
+    """The most seconds of an evaluation on a part of the images, which gets smaller where it would
+    take longer. A run whose steps take less than this is not evaluated, unless `every` asks for it;
+    0 is no limit.
     """
 
     def __post_init__(self) -> None:
         _require_counts("eval.", self, "every")
         _require_path("eval.data", self.data or "")
+        finite = 0 <= self.seconds < math.inf
+        require(finite, "eval.seconds", "at least 0 and finite", self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
