@@ -30,7 +30,7 @@ from ijepa_fast.data import Index, named_data, open_index
 from ijepa_fast.evaluate import labelled_data
 from ijepa_fast.masks import check_masks
 from ijepa_fast.ranks import distributed
-from ijepa_fast.state import checkpoint_folders
+from ijepa_fast.state import Console, checkpoint_folders
 from ijepa_fast.weights import read_weights
 
 __all__ = ["settle"]
@@ -87,7 +87,7 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
 @contextlib.contextmanager
 def _shown(stream: Any) -> Iterator[None]:
     """Shows what the package logs before a run's folder does: a large data set takes minutes."""
-    logger, handler = logging.getLogger("ijepa_fast"), logging.StreamHandler(stream)
+    logger, handler = logging.getLogger("ijepa_fast"), Console(stream)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
