@@ -7,6 +7,7 @@ SIGTERM, SIGINT or SIGUSR1 (a checkpoint is saved, and the same command goes on 
 
 import logging
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -359,6 +360,10 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except MainRankError as error:
         return exit_code(error)
+    except KeyboardInterrupt:
+        # a run that has begun takes signals itself
+        print("stopped before the run began", file=sys.stderr)
+        return 128 + signal.SIGINT
     except OSError as error:
         return _fail(error, 5)
     except (RuntimeError, ValueError, ImportError) as error:

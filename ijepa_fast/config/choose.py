@@ -224,11 +224,11 @@ def describe(facts: Facts, chosen: Mapping[str, Any]) -> list[str]:
     """
     if chosen.keys() <= set(EVALUATION):
         return [f"eval.data {facts.labelled}: the preset's is of other images"]
-    cores = f"a CPU with {facts.cores} cores and" if facts.device == "cpu" else "a GPU with"
-    ranks = f" on each of {facts.world} ranks" if facts.world > 1 else ""
+    device = "GPU" if facts.device != "cpu" else f"CPU, {facts.cores} cores"
+    ranks = f", for each of {facts.world} ranks" if facts.world > 1 else ""
     why = (
-        f"{facts.images:,} images of about {facts.width} x {facts.height} pixels, {cores} "
-        f"{facts.memory / 2**30:.0f} GiB{ranks}; no preset, so chosen:"
+        f"{facts.images:,} images of about {facts.width} x {facts.height} pixels; {device}, "
+        f"{facts.memory / 2**30:.0f} GiB{ranks}. No preset, so chosen:"
     )
     settings = ", ".join(f"{key} {_text(chosen[key])}" for key in _SHOWN if key in chosen)
     # a setting and its value stay on one line

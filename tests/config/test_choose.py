@@ -148,7 +148,7 @@ def test_a_folder_trains_and_resumes_with_what_was_chosen(tmp_path, monkeypatch,
     argv = ["--data", str(data), "--out", str(out), *FAST]
     assert tiny._main([*argv, "--max-steps", "2"], pictures=False) == 0
     said = capsys.readouterr().out
-    assert "27 images of about 40 x 37 pixels, a CPU with" in said
+    assert "27 images of about 40 x 37 pixels; CPU, " in said
     assert "batch.global 4" in said
     assert "27 images: expect little" in said
     config = yaml.safe_load((out / "config.yaml").read_text())
