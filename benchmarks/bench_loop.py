@@ -124,7 +124,7 @@ class Clock:
                 stack.enter_context(mock.patch.object(FastStep, name, timed))
             for owner, names in (
                 (saves.Saves, {"save": "saves", "finish": "saves"}),
-                (ScheduledEvaluation, {"look": "looks"}),
+                (ScheduledEvaluation, {"evaluate": "evaluations"}),
                 (pictures.Pictures, {"masks": "pictures", "curves": "pictures"}),
             ):
                 for name, kind in names.items():
@@ -154,7 +154,7 @@ def measure(folder: Path, steps_an_epoch: int) -> dict[str, float]:
     assert code == 0, code
     assert clock.steps == STEPS
     # what is looked at is there
-    assert clock.beside.keys() == {"saves", "pictures", "looks"}
+    assert clock.beside.keys() == {"saves", "pictures", "evaluations"}
     whole = clock.ahead + time.perf_counter() - started
     bare = clock.inside / (STEPS - 1)
     return {
@@ -167,7 +167,7 @@ def measure(folder: Path, steps_an_epoch: int) -> dict[str, float]:
 
 def line(steps_an_epoch: int, found: dict[str, float]) -> str:
     """One run for a person."""
-    kinds = ", ".join(f"{k} {100 * found[k]:.2f} %" for k in ("saves", "pictures", "looks"))
+    kinds = ", ".join(f"{k} {100 * found[k]:.2f} %" for k in ("saves", "pictures", "evaluations"))
     return (
         f"{steps_an_epoch} steps an epoch: bare step {found['bare_ms']:.0f} ms of processor time, "
         f"{100 * found['overhead']:.2f} % more for masks, layout, loader and metrics; "

@@ -124,12 +124,14 @@ def main() -> None:
             kept = {k: t for k, t in state.tensors.items() if k.startswith("target_encoder.")}
             plain = plain or kept
             encoder = untrained(own)
-            start = {f"target_encoder.{k}": t for k, t in encoder.state_dict().items()}
+            start = {f"target_encoder.{k}": t for k, t in encoder.network.state_dict().items()}
             cosines = [
                 value for weights in (start, plain) for value in cosine(own, name, weights, images)
             ]
-            encoder.load_state_dict({k.partition(".")[2]: t for k, t in kept.items()})
-            knn = knn_scores({name: encoder}, parts, own, with_pixels=False)[name]
+            encoder.network.load_state_dict({k.partition(".")[2]: t for k, t in kept.items()})
+            knn = knn_scores(
+                {name: encoder}, parts, precision=own.optim.precision, with_pixels=False
+            )[name]
             rows[name].append([*cosines, 100 * knn])
             print(f"seed {seed}, {name}: {' '.join(f'{v:.5f}' for v in rows[name][-1])}")
     print("| variant | cosine at the start, mean, least | after | kNN % by seed, mean |")

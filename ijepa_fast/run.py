@@ -3,6 +3,7 @@ on.
 """
 
 import logging
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,49 @@ import torch
 from ijepa_fast.config import Config
 from ijepa_fast.data import Quarantine, steps_per_epoch
 from ijepa_fast.errors import UsageError
+from ijepa_fast.evaluate import labelled_data
 from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.masks import check_masks
 from ijepa_fast.model import build_models
 from ijepa_fast.ranks import distributed, load_index
 from ijepa_fast.schedules import Schedules
-from ijepa_fast.state import Preparation, RunFolder, checkpoint
+from ijepa_fast.state import Preparation, RunFolder, checkpoint, checkpoint_folders
 from ijepa_fast.step import make_step
 from ijepa_fast.weights import start_weights
 
-__all__ = ["Run"]
+__all__ = ["Run", "check_data", "check_start"]
 
 _logger = logging.getLogger(__name__)
+
+
+def check_start(config: Config) -> None:
+    """What can be refused before anything is read or written; training and `--dry-run` ask it.
+
+    Raises:
+        ValueError: masks do not fit the grid, the folder cannot be had, or `init` is missing.
+    """
+    check_masks(config.masks, config.grid)
+    RunFolder.check(config)
+    # what is resumed needs them no more
+    started = checkpoint_folders(Path(config.out) / "checkpoints")
+    if config.init is not None and not started and not Path(config.init).exists():
+        raise UsageError(f"init must name weights, got {config.init}, which is missing")
+
+
+def check_data(config: Config, images: int, device: torch.device) -> None:
+    """What can be refused once the table of the data is there; likewise.
+
+    Raises:
+        ValueError: there are fewer images than a batch, or the labelled data cannot be used.
+    """
+    steps_per_epoch(images, config.batch.global_)
+    if config.eval.data:
+        try:
+            labelled_data(config.eval.data, config.data, device)
+        except (ValueError, OSError) as error:
+            raise UsageError(
+                f"eval.data must be labelled images, got {config.eval.data}: {error}"
+            ) from None
 
 
 class Run:
@@ -59,6 +92,7 @@ class Run:
         self.device_batch = device_batch
         preparation.begin("table of the data")
         self.index = load_index(config, ranks)
+        distributed.on_main(ranks, lambda: check_data(config, len(self.index), ranks.device))
         self.digest = self.index.digest()
         self.schedules = Schedules.of(
             config.optim,
@@ -118,12 +152,12 @@ class Run:
     def _load_latest(self) -> checkpoint.State | None:
         assert self.folder is not None
         state = checkpoint.load_latest(self.folder.checkpoints)
-        digest = state.meta.get("data") if state else self.digest
-        if digest != self.digest and not self.config.allow_changed_recipe:
+        digest = str(state.meta.get("data")) if state else self.digest
+        if not self.index.matches(digest) and not self.config.allow_changed_recipe:
             names = ", ".join(self.config.data.sources)
             raise UsageError(
                 f"the images in {names} differ from those that the run was started with "
-                f"(digest {str(digest)[:12]} -> {self.digest[:12]}); restore them, train into "
+                f"(digest {digest[:12]} -> {self.digest[:12]}); restore them, train into "
                 "another --out, or add --allow-changed-recipe"
             )
         return state
@@ -133,43 +167,29 @@ class Run:
         """Of the step that was done last, from 0."""
         return (self.step - 1) // self.schedules.steps_per_epoch
 
-    def announce(self, *, looks: bool) -> None:
-        """Says what is about to run.
-
-        Args:
-            looks: whether the features are evaluated first.
-        """
+    def announce(self) -> None:
+        """Says what is about to run."""
         config, ranks = self.config, self.ranks
         accumulation = config.batch.global_ // (self.device_batch * ranks.world)
         _logger.info(
-            "%d images in %d classes; %d steps of %d images (%d ranks x %d on the device x %d "
-            "accumulated), %s on %s",
-            len(self.index),
-            len(self.index.classes),
-            self.end,
-            config.batch.global_,
-            ranks.world,
-            self.device_batch,
-            accumulation,
-            config.optim.precision,
-            ranks.device,
+            "%d images in %d classes; %d steps of %d images",
+            *(len(self.index), len(self.index.classes), self.end, config.batch.global_),
         )
-        _logger.info("%s", self.training.describe())
+        _logger.info(
+            "%s on %s, %d ranks x %d on the device x %d accumulated",
+            *(config.optim.precision, ranks.device, ranks.world, self.device_batch, accumulation),
+        )
+        for text in self.training.describe().splitlines():
+            for line in textwrap.wrap(text, 100, subsequent_indent="  "):
+                _logger.info("%s", line)
         if config.optim.precision == "bfloat16" and distributed.slow_bfloat16(ranks.device):
             _logger.warning(
-                "this CPU emulates bfloat16 products (no AVX-512 BF16 or AMX): many times as slow "
+                "this CPU emulates bfloat16 products (no AVX-512 BF16 or AMX): many times as slow\n"
                 "as --optim.precision float32"
             )
         reference, total = config.optim.lr_reference_batch, config.batch.global_
         if total != reference:
             _logger.info(
-                "batch.global is %d, the learning rates belong to %d: optim.lr_scaling=%s makes "
-                "the peak %g",
-                total,
-                reference,
-                config.optim.lr_scaling,
-                self.schedules.lr,
+                "learning rates are for batches of %d; optim.lr_scaling=%s makes the peak %g",
+                *(reference, config.optim.lr_scaling, self.schedules.lr),
             )
-        if self.step < self.end:
-            look = "a look at the features, " if looks and not self.step else ""
-            _logger.info("preparing the first step: %sdecoder, first batch", look)

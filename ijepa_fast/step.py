@@ -61,7 +61,7 @@ class TrainingStep(HasState, Protocol):
         """Reduces gradients over ranks, updates weights and averages, or skips a bad step."""
 
     def describe(self) -> str:
-        """How the step runs, in one line."""
+        """How the step runs, in lines for a person."""
 
 
 def one_device(config: Config) -> Config:

@@ -2,13 +2,20 @@
 
 Exit codes: 0 done, 2 wrong input, 3 no usable checkpoint, 4 too many bad files or non-finite
 gradients, 5 a file that cannot be read or written, 6 another rank is gone, 128 + signal after
-SIGTERM, SIGINT or SIGUSR1 (a checkpoint is saved, and the same command goes on from there).
+SIGTERM, SIGINT, SIGUSR1 or SIGHUP (a checkpoint is saved, and the same command goes on from there).
 """
+
+import sys
+
+if __name__ == "__main__":
+    # parses the arguments before torch is imported, which takes seconds
+    from ijepa_fast.__main__ import enter
+
+    enter("train")
 
 import logging
 import os
 import signal
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,14 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ijepa_fast import estimate
+from ijepa_fast import __version__, estimate
 from ijepa_fast.config import Config, Invocation, as_dict, dump_yaml, parse
-from ijepa_fast.data import Loader, default_threads, positions
+from ijepa_fast.data import Loader, default_threads, make_decoder, positions
 from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code
 from ijepa_fast.evaluate import ScheduledEvaluation
-from ijepa_fast.masks import check_masks, sample_masks
+from ijepa_fast.masks import sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
-from ijepa_fast.run import Run
+from ijepa_fast.run import Run, check_data, check_start
 from ijepa_fast.settings import settle
 from ijepa_fast.state import (
     Allowance,
@@ -39,7 +46,6 @@ from ijepa_fast.state import (
     Saves,
     Watch,
     checkpoint,
-    checkpoint_folders,
     id_hash,
     peak_flops,
 )
@@ -64,11 +70,14 @@ class _Beside:
             interval = config.log.interval if unfinished else 1
             metrics = MetricsFile(path / "metrics.jsonl", step=run.step, interval=interval)
             events = path / "tensorboard" if config.log.tensorboard else None
-            reporter = Reporter(last_step=run.end, tensorboard=events, step=run.step)
+            reporter = Reporter(
+                last_step=run.end, epochs=config.optim.epochs, tensorboard=events, step=run.step
+            )
         self.preparation = preparation
         self.journal = Journal(metrics, reporter)
-        allowance = Allowance()
-        self.pictures = Pictures(run.folder.path if run.folder else None, allowance)
+        allowance = Allowance(doing=self._doing)
+        folder = run.folder.path if run.folder else None
+        self.pictures = Pictures(folder, allowance, whole=config.eval.whole)
         self.evaluation = ScheduledEvaluation(
             config,
             run.index,
@@ -99,10 +108,16 @@ class _Beside:
             if config.log.samples:
                 self.samples = SampleLog(path / f"samples-rank{run.ranks.rank}.jsonl", run.step)
 
-    def curves(self) -> None:
-        """Draws the metrics so far."""
+    def _doing(self, kind: str) -> None:
+        """Names what stands between the steps."""
+        self.preparation.begin(kind)
+        if self.journal.reporter:
+            self.journal.reporter.doing(kind or "training")
+
+    def report(self, status: str, *, done: bool) -> None:
+        """Draws what the run has brought, and writes its report."""
         if self.journal.file:
-            self.pictures.curves(self.journal.file.rows)
+            self.pictures.at_end(self.journal.file.rows, status, done=done)
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written; closes the metrics and the progress bar."""
@@ -147,21 +162,21 @@ def train(run: Run, beside: _Beside, signals: Signals) -> int:
             training.update(values)
             run.step += 1
             if not beside.preparation.done:
-                numbers[0].item()  # waits for the first step
-                beside.preparation.finish()
+                first = numbers.clone()
+                distributed.all_reduce_sum_([first])
+                beside.preparation.finish(float(first[0]))  # waits for the first step
             ends, skipped = run.step == run.end, training.skipped
             broken = watch.check(run.step, skipped, last=ends)
             if run.step % config.log.interval == 0 or ends or broken:
                 distributed.all_reduce_sum_([numbers])
                 distributed.all_reduce_sum_([ids_hash])
-                row = {
-                    "step": run.step,
-                    "epoch": run.epoch,
-                    **asdict(values),
-                    "ids_hash": f"{int(ids_hash) & (2**64 - 1):016x}",
-                    "timing": meter.read(run.step, loader.wait_seconds, run.end),
-                }
-                journal.queue(row, numbers, skipped)
+                journal.queue(
+                    {"step": run.step, "epoch": run.epoch, **asdict(values)},
+                    numbers,
+                    skipped,
+                    ids_hash=f"{int(ids_hash) & (2**64 - 1):016x}",
+                    timing=meter.read(run.step, loader.wait_seconds, run.end),
+                )
             journal.poll(run.step)
             if broken:
                 journal.flush()
@@ -171,12 +186,12 @@ def train(run: Run, beside: _Beside, signals: Signals) -> int:
                 int(saves.wanted(run.step + agreement.delay)),
                 int(ranks.is_main and evaluation.refused()),
             ]
-            received, save, no_look = agreement.exchange(wishes)
+            received, save, refused = agreement.exchange(wishes)
             last = bool(received or ends)
             if last or (save and saves.due(run.step, agreement.delay)):
                 saves.save(run.step, last=last)
             if evaluation.due(run.step) and not last:
-                evaluation.between(run.step, refused=bool(no_look))
+                evaluation.between(run.step, refused=bool(refused))
                 meter.restart(run.step, loader.wait_seconds)
         agreement.finish()
     saves.finish()
@@ -220,9 +235,9 @@ def _forward_backward(
             config.masks, grid=config.grid, seed=config.seed, step=run.step, positions=own
         )
         if run.step == micro_step == 0:
-            beside.preparation.begin("masks.png")
             beside.pictures.masks(batch, masks, config.grid)
-        beside.preparation.begin("first step")
+        if not beside.preparation.done:
+            beside.preparation.begin("first step")
         elements = masks.elements(config.batch.global_, config.model.architecture.width)
         prepared, last = training.prepare(masks), micro_step == total - 1
         loss, std = training.accumulate(batch.images, prepared, elements, last=last)
@@ -239,11 +254,7 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
     def decide() -> tuple[RunFolder, int]:
         if not config.data.sources:
             raise UsageError("data.root must be given: --data DIR")
-        check_masks(config.masks, config.grid)
-        # what is resumed needs them no more
-        started = checkpoint_folders(Path(config.out) / "checkpoints")
-        if config.init is not None and not started and not Path(config.init).exists():
-            raise UsageError(f"init must name weights, got {config.init}, which is missing")
+        check_start(config)
         memory = estimate.device_memory(ranks.device, ranks.local_world)
         batch = estimate.device_batch(
             config, world=ranks.world, memory=memory, local_world=ranks.local_world
@@ -260,6 +271,7 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
     """Everything after the arguments are known to be right; returns the exit code."""
     config = invocation.config
     folder, device_batch = _agree(config, ranks)
+    _logger.info("ijepa-fast %s, training into %s", __version__, config.out)
     for note in invocation.notes:
         _logger.info("%s", note)
     try:
@@ -282,12 +294,10 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
 def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
     """The first evaluation, training, and the last one; returns the exit code."""
     evaluation, received = beside.evaluation, 0
-    run.announce(looks=bool(evaluation.every))
+    run.announce()
     _advise_graphs(run)
     if run.step == 0:
-        if evaluation.every:
-            beside.preparation.begin("first look")
-        evaluation.look(0, ends=True)
+        evaluation.evaluate(0, ends=True)
         distributed.barrier()
     if run.step == run.end:
         _logger.info("the run is complete at step %d: nothing to train", run.end)
@@ -299,12 +309,13 @@ def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
             raise name_samples(run, error) from error
         _logger.info("trained for %.0f s", time.perf_counter() - started)
     if received:
-        beside.curves()
-        _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
+        status = f"stopped by signal {received}, saved at step {run.step}"
+        beside.report(f"{status} of {run.end}; the same command goes on", done=False)
+        _logger.warning("%s", status)
         return 128 + received
-    evaluation.look(run.step, ends=True)
+    evaluation.evaluate(run.step, ends=True)
     evaluation.summary(run.step)
-    beside.curves()
+    beside.report(f"done at step {run.step}", done=True)
     _logger.info("done: %s", Path(run.config.out))
     return 0
 
@@ -316,15 +327,18 @@ def _advise_graphs(run: Run) -> None:
     peak = peak_flops(device, config.optim.precision)
     if graphs_would_pay(estimate.estimate(config).flops * run.device_batch, peak):
         _logger.info(
-            "the device needs less time for such a step than the host: --graphs on captures it "
-            "(by default the target encoder alone, until a GPU has shown that it is right)"
+            "the device is faster than the host: --graphs on captures the whole step, not only\n"
+            "the target encoder"
         )
 
 
 def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
     config = invocation.config
-    check_masks(config.masks, config.grid)
+    distributed.on_main(ranks, lambda: check_start(config))
     images = len(load_index(config, ranks)) if config.data.sources else None
+    make_decoder(config.data, ranks.device, max_batch=1)[0].close()
+    if images is not None:
+        distributed.on_main(ranks, lambda: check_data(config, images, ranks.device))
     memory = estimate.device_memory(ranks.device, ranks.local_world)
     if ranks.is_main:
         text = estimate.report(
@@ -390,7 +404,3 @@ def _fail(error: Exception, code: int) -> int:
     elif dist.is_initialized():
         print(f"error on rank {rank}: {error}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    distributed.leave(main())

@@ -5,7 +5,9 @@ trainer's YAML.
 from ijepa_fast.config.choose import Facts, choose, describe
 from ijepa_fast.config.cli import (
     Invocation,
+    TrainArguments,
     as_dict,
+    completed,
     dump_yaml,
     flatten,
     from_tree,
@@ -46,8 +48,10 @@ __all__ = [
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",
+    "TrainArguments",
     "as_dict",
     "choose",
+    "completed",
     "describe",
     "dump_yaml",
     "flatten",

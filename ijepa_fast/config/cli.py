@@ -6,23 +6,27 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 import yaml
 
+from ijepa_fast import __version__
 from ijepa_fast.config.choose import CHOSEN, EVALUATION, EXAMPLE, choose
 from ijepa_fast.config.command import parse_arguments
-from ijepa_fast.config.presets import PRESETS, preset
+from ijepa_fast.config.presets import preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
 from ijepa_fast.config.schema import Config, DataConfig
 from ijepa_fast.errors import UsageError
 
 __all__ = [
     "Invocation",
+    "TrainArguments",
     "as_dict",
+    "completed",
     "dump_yaml",
     "from_tree",
     "load_yaml",
@@ -30,25 +34,53 @@ __all__ = [
     "read_yaml",
 ]
 
-DESCRIPTION = f"""Trains I-JEPA.
-
---data DIR ...     train on these images, short for --data.root DIR ...; without --preset the
-                   settings are chosen to fit the images and the machine, and printed
---preset NAME      start from a named recipe: {", ".join(PRESETS)}
---config FILE      YAML with the same nested names as the flags, or one of the released trainer's
-                   files, whose keys are converted and reported; flags win over it
---print-config     print the whole configuration as YAML and stop
---dry-run          print parameters, FLOPs, token counts, memory and hours, and stop"""
-
-
 # read before the configuration's own flags
 _LONGEST_YAML = 1 << 20
 _DEEPEST_YAML = 20
+# Settings that are younger than version 0.1.0 and whose default is not what was done before: a file
+# without them means these values. One whose default changes nothing needs no line here.
+BEFORE: dict[str, Any] = {}
 # fitted to the global batch where it is not given
 GROUP = "masks.truncation_group"
+# what other trainers call them
+SHORT = {
+    "data": "data.root",
+    "model": "model.name",
+    "batch_size": "batch.global",
+    "epochs": "optim.epochs",
+    "lr": "optim.lr",
+    "workers": "data.threads",
+    "num_workers": "data.threads",
+}
+DESCRIPTION = "Trains I-JEPA. Short names: " + ", ".join(
+    f"--{short.replace('_', '-')} for --{name}" for short, name in SHORT.items()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """The options of `train` that are no settings, and the settings."""
+
+    preset: str | None = None
+    """Start from a named recipe; without one the settings that are not given are chosen to fit the
+    images and the machine, and printed."""
+    config: Path | None = None
+    """YAML with the same nested names as the flags, or one of the released trainer's files, whose
+    keys are converted and reported; flags win over it."""
+    resume: Path | None = None
+    """Go on with the run in this folder: short for --config RUN/config.yaml --out RUN."""
+    print_config: bool = False
+    """Print the whole configuration as YAML and stop."""
+    dry_run: bool = False
+    """Print parameters, FLOPs, token counts, memory and hours, and stop."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+OWN = tuple(
+    option.name for option in dataclasses.fields(TrainArguments) if option.name != "settings"
+)
 # where no preset is named: the published recipe, and data that must be given
 _WITHOUT = Config(data=DataConfig(root=""))
-OWN_OPTIONS = ("preset", "config", "data", "print-config", "dry-run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +126,40 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dump_yaml(config: Config) -> str:
-    """The configuration as YAML that `--config` reads back."""
-    return yaml.safe_dump(as_dict(config), sort_keys=False, default_flow_style=None, width=100)
+    """The configuration as YAML that `--config` reads back, with the version that wrote it."""
+    tree = {"version": __version__, **as_dict(config)}
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
+
+
+def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings of a whole configuration that some version wrote: what did not exist then keeps
+    the behaviour of then.
+    """
+    return {**_known(), **BEFORE, **_flat(tree)}
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flatten(dict(tree))
+    flat.pop("version", None)
+    # of version 0.1: blocks are not compiled any more, and what was selective is the rule
+    flat.pop("compile", None)
+    if flat.get("memory") == "selective":
+        flat["memory"] = "none"
+    return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """A key that stands twice is an error, not its last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                again = f"{key.value!r} again in line {key.start_mark.line + 1}"
+                if key.value in seen:
+                    raise yaml.YAMLError(f"a key must stand once, got {again}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def load_yaml(text: str) -> Any:
@@ -103,7 +167,7 @@ def load_yaml(text: str) -> Any:
 
     Raises:
         ValueError: it is no YAML, has aliases (few bytes of them stand for gigabytes), or is longer
-            or deeper than any configuration.
+            or deeper than any configuration, or has a key twice.
     """
     if len(text) > _LONGEST_YAML:
         raise ValueError(f"at most {_LONGEST_YAML} characters, got {len(text)}")
@@ -116,7 +180,7 @@ def load_yaml(text: str) -> Any:
             depth -= isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST_YAML:
                 raise ValueError(f"at most {_DEEPEST_YAML} levels")
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None
 
@@ -158,15 +222,16 @@ def read_yaml(path: Path, *, batch_given: bool = False) -> dict[str, Any] | Conv
 
 
 def _checked(tree: dict[str, Any], path: Path | str) -> dict[str, Any]:
-    flat = flatten(tree)
-    # of version 0.1: blocks are not compiled any more, and what was selective is the rule
-    flat.pop("compile", None)
-    if flat.get("memory") == "selective":
-        flat["memory"] = "none"
+    version = tree.get("version")
+    flat = _flat(tree) if version is None else completed(tree)
     if None in (flat.get("out", ""), flat.get("data.root", "")):
         raise UsageError(f"{path}: out and data.root must be paths, got nothing")
+    known = _known()
     for key in flat:
-        _check_known(str(key), f"{path}: unknown key {key}")
+        if key not in known:
+            other = version not in (None, __version__)
+            by = f" (of version {version}, this is {__version__})" if other else ""
+            raise UsageError(f"{path}: unknown key {key}{by}{_nearest(str(key), known)}")
     return flat
 
 
@@ -178,23 +243,20 @@ def from_tree(tree: object) -> Config:
     """
     if not isinstance(tree, dict):
         raise UsageError(f"a configuration must be a mapping, got {type(tree).__name__}")
-    return _parse_config(Config(), _as_arguments(_checked(tree, "the configuration")))
+    arguments = _as_arguments(_checked(tree, "the configuration"))
+    return parse_arguments(Config, arguments, "train", default=Config())
 
 
 def _known() -> dict[str, Any]:
     return flatten(as_dict(Config()))
 
 
-def _check_known(key: str, complaint: str, also: Sequence[str] = ()) -> None:
-    known = _known()
-    if key in known:
-        return
+def _nearest(key: str, known: Collection[str], form: Callable[[str], str] = str) -> str:
     # a section or a bare field name is as near as a misspelt full name
-    near = difflib.get_close_matches(key, [*known, *also], n=1, cutoff=0.6) or [
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
         name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]
     ]
-    hint = f"; did you mean {near[0]}?" if near else "; see --help for the valid ones"
-    raise UsageError(complaint + hint)
+    return f"; did you mean {form(near[0])}?" if near else "; see --help for the valid ones"
 
 
 def _as_arguments(flat: dict[str, Any]) -> list[str]:
@@ -211,17 +273,34 @@ def _as_arguments(flat: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def _check_flags(arguments: Sequence[str]) -> None:
-    known = _known()
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _canonical(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Arguments with short names written out, and the names of all flags.
+
+    Raises:
+        UsageError: a flag is unknown.
+    """
+    known, written, names = _known(), [], set()
     for argument in arguments:
-        if not argument.startswith("--"):
+        if argument in ("-h", "--help"):
+            names.add("help")
+        elif argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            name = flag[2:].replace("-", "_")
+            name = SHORT.get(name, name)
+            head, _, tail = name.rpartition(".")
+            positive = f"{head}{'.' if head else ''}{tail.removeprefix('no_')}"
+            if name not in known and name not in OWN and not isinstance(known.get(positive), bool):
+                near = _nearest(name, [*SHORT, *known, *OWN], _flag)
+                raise UsageError(f"unknown option {flag}{near}")
+            names.add(name)
+            written.append(f"{_flag(name)}{equals}{value}")
             continue
-        name = argument[2:].partition("=")[0].replace("-", "_")
-        head, _, tail = name.rpartition(".")
-        positive = f"{head}{'.' if head else ''}{tail.removeprefix('no_')}"
-        if isinstance(known.get(positive), bool) or name == "help":
-            continue
-        _check_known(name, f"unknown option {argument.partition('=')[0]}", also=OWN_OPTIONS)
+        written.append(argument)
+    return written, names
 
 
 def _given(arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -273,41 +352,39 @@ def parse(
         UsageError: an unknown or contradictory value, in one line.
         SystemExit: after `--help`.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, names = _canonical(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
     first.add_argument("--config", type=Path)
-    first.add_argument("--data", nargs="+")
-    first.add_argument("--print-config", action="store_true")
-    first.add_argument("--dry-run", action="store_true")
+    first.add_argument("--resume", type=Path)
     try:
-        known, rest = first.parse_known_args(arguments)
-        start = preset(known.preset) if known.preset else _WITHOUT
-        group = start.masks.truncation_group
+        files, _ = first.parse_known_args(arguments)
+        start = preset(files.preset) if files.preset else _WITHOUT
     except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from None
+    group = start.masks.truncation_group
+    if files.resume:
+        _check_resume(files)
+        files.config = files.resume / "config.yaml"
     notes: tuple[str, ...] = ()
-    batch_given = "batch.global" in _given(rest)
-    read = read_yaml(known.config, batch_given=batch_given) if known.config else {}
-    if isinstance(read, Conversion):
-        if known.preset:
-            raise UsageError(
-                f"--preset must be left out, got {known.preset}: {known.config} is a released "
-                "trainer's file, which is a whole recipe"
-            )
-        start = replace(_WITHOUT, out=f"runs/{known.config.stem}")
-        settings, notes = dict(read.settings), read.notes
-        # of its GPUs' batch, and as little asked for by the user as a preset's
-        group = settings.pop(GROUP, start.masks.truncation_group)
-    else:
-        settings = read
-    _check_flags(rest)
-    shorthand = [] if known.data is None else ["--data.root", *known.data]
-    given = _given([*_as_arguments(settings), *shorthand, *rest])
-    helps = not {"-h", "--help"}.isdisjoint(rest)
-    open_ = _open(known.preset, start, given) if not (helps or isinstance(read, Conversion)) else ()
+    settings: dict[str, Any] = {}
+    released = False
+    if files.config:
+        read = read_yaml(files.config, batch_given="batch.global" in names)
+        if isinstance(read, Conversion):
+            _refuse_preset(files, "a released trainer's file, which is a whole recipe")
+            start = replace(_WITHOUT, out=f"runs/{files.config.stem}")
+            settings, notes, released = dict(read.settings), read.notes, True
+            # of its GPUs' batch, and as little asked for by the user as a preset's
+            group = settings.pop(GROUP, start.masks.truncation_group)
+        else:
+            settings = read
+    if files.resume:
+        settings |= {"out": str(files.resume), "allow_changed_recipe": False}
+    given, helps = _given([*_as_arguments(settings), *arguments]), "help" in names
+    open_ = () if helps or released else _open(files.preset, start, given)
     roots = given.get("data.root", ())
-    if open_ and roots and not known.preset:
+    if open_ and roots and not files.preset:
         start = replace(start, out=_own_folder(roots))
     if choices is None:
         choices = choose(EXAMPLE, given, open_) if open_ else {}
@@ -315,10 +392,15 @@ def parse(
     # fitted when the batch is known; until then the group is 1, which divides any
     fits = GROUP not in {*given, *chosen} and not helps
     start = replace(start, masks=replace(start.masks, truncation_group=1 if fits else group))
-    config = _parse_config(
-        start, [*_as_arguments(chosen), *_as_arguments(settings), *shorthand, *rest]
+    parsed: TrainArguments = parse_arguments(
+        TrainArguments,
+        [*_as_arguments(chosen), *_as_arguments(settings), *arguments],
+        "train",
+        default=TrainArguments(settings=start),
+        description=DESCRIPTION,
     )
-    if not (known.preset or isinstance(read, Conversion) or any(config.data.sources)):
+    config = parsed.settings
+    if not (files.preset or released or any(config.data.sources)):
         raise UsageError(
             "--data must name images where no --preset brings its own (as demo does), got neither"
         )
@@ -333,13 +415,23 @@ def parse(
             )
     return Invocation(
         config=config,
-        print_config=known.print_config,
-        dry_run=known.dry_run,
+        print_config=parsed.print_config,
+        dry_run=parsed.dry_run,
         notes=notes,
         open_=open_,
         given=given,
     )
 
 
-def _parse_config(start: Config, arguments: list[str]) -> Config:
-    return parse_arguments(Config, arguments, "train", default=start, description=DESCRIPTION)
+def _refuse_preset(files: argparse.Namespace, what: str) -> None:
+    if files.preset:
+        raise UsageError(f"--preset must be left out, got {files.preset}: {files.config} is {what}")
+
+
+def _check_resume(files: argparse.Namespace) -> None:
+    for name in ("preset", "config"):
+        value = getattr(files, name)
+        if value:
+            raise UsageError(f"--{name} must be left out with --resume, got {value}")
+    if not (files.resume / "config.yaml").is_file():
+        raise UsageError(f"--resume must name the folder of a run, got {files.resume}")

@@ -14,8 +14,36 @@ from ijepa_fast.errors import UsageError, exit_code
 __all__ = ["parse_arguments", "run_command"]
 
 
+# tyro's words (of 1.0) in ours; what it words otherwise stays as it is
+WORDS = (
+    (
+        r"Error parsing (-\S+): invalid literal for int\(\) .*: (.+)",
+        r"\1 must be a whole number, got \2",
+    ),
+    (
+        r"Error parsing (-\S+): could not convert string to float: (.+)",
+        r"\1 must be a number, got \2",
+    ),
+    (
+        r"Error parsing (-\S+): no type matching (?:{None}\|)?(.+) could be .* \[(.*)\]\.",
+        r"\1 must be \2, got \3",
+    ),
+    (r"Error parsing (-\S+): Could not parse .*\[(.*)\] into .*\[(.*)\]", r"\1 must be \3, got \2"),
+    (r"invalid choice (.+) for argument '(.+)'\. .*\((.+)\)\.", r"\2 must be one of \3, got \1"),
+    (
+        r"Missing value for argument '(.+)'\. Expected (\d+) .*",
+        r"\1 must be followed by \2 value(s), got fewer",
+    ),
+    (r"Missing from [^:]+: (.+)", r"what is required must be given: \1"),
+    (r"Unrecognized options: (-[^,]+).*", r"unknown option \1"),
+    (r"Unrecognized options: (.+)", r"unexpected argument \1"),
+    # rules of the dataclass itself
+    (r"Error parsing [\w.]+: (.+)", r"\1"),
+)
+
+
 def parse_arguments(kind: Any, argv: Sequence[str] | None, name: str, **options: Any) -> Any:
-    """The arguments of `python -m ijepa_fast.NAME` as a `kind`; options are `tyro.cli`'s.
+    """The arguments of `ijepa-fast NAME` as a `kind`; options are `tyro.cli`'s.
 
     Raises:
         UsageError: an argument is wrong, in one line.
@@ -24,26 +52,27 @@ def parse_arguments(kind: Any, argv: Sequence[str] | None, name: str, **options:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=argv, prog=f"python -m ijepa_fast.{name}", **options)
+            return tyro.cli(kind, args=argv, prog=f"ijepa-fast {name}", **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-    message = _first_paragraph(errors.getvalue())
-    raise UsageError(re.sub(r"^Error parsing [\w.]+: ", "", message))
+    raise UsageError(_in_one_line(errors.getvalue()))
 
 
-def _first_paragraph(box: str) -> str:
-    """What is wrong, in one line: tyro prints a title, rules and paragraphs, in a box where the
-    output is UTF-8 and with dashes elsewhere.
+def _in_one_line(box: str) -> str:
+    """What is wrong: tyro prints a title, rules and paragraphs, in a box where the output is UTF-8
+    and with dashes elsewhere.
     """
-    words: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip(" │")
-        if text.strip("─-╰╯"):
-            words += text.split()
-        elif words:
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]
+    lines = [line if line.strip("─-╰╯") else "" for line in lines]
+    first, _, rest = "\n".join(lines).strip("\n").partition("\n\n")
+    text = " ".join(first.split())
+    for theirs, ours in WORDS:
+        if re.fullmatch(theirs, text):
+            text = re.sub(theirs, ours, text)
             break
-    return " ".join(words)
+    near = re.search(r"Perhaps you meant:\s+(-\S+)", rest)
+    return f"{text}; did you mean {near[1]}?" if near else text
 
 
 def run_command(
@@ -59,9 +88,14 @@ def run_command(
     Args:
         kind, argv, name, options: as of `parse_arguments`.
         work: takes the arguments; returns the exit code, or nothing for 0.
+
+    Raises:
+        BrokenPipeError: what reads stdout has gone.
     """
     try:
         return work(parse_arguments(kind, argv, name, **options)) or 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
         # what is not ours keeps its traceback
         if isinstance(error, RuntimeError) and not hasattr(error, "exit_code"):

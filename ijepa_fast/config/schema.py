@@ -54,13 +54,30 @@ ARCHITECTURES = {
 }
 
 
-def _require_at_least(low: int, section: str, config: object, *names: str) -> None:
-    """Of numbers that may also be None, which is a default."""
+# what Python or torch counts in 32 bits somewhere
+_MANY = 2**31 - 1
+# masks of a whole group are drawn together: as of a GPU's batch
+_LARGEST_GROUP = 65_536
+# seconds: more than a machine's timers take
+_LONGEST_WAIT = 1_000_000
+# of networks and crops larger than any machine's, whose sizes alone take minutes to work out
+_DEEPEST, _WIDEST, _LONGEST_SIDE, _MOST_PATCHES, _MOST_BLOCKS = 256, 65_536, 16_384, 16_384, 16
+
+
+def _require_counts(section: str, config: object, *names: str, high: int = _MANY) -> None:
+    """Whole numbers from 1 on, or None, which is a default."""
     for name in names:
         value = getattr(config, name)
-        require(
-            value is None or value >= low, f"{section}{name.rstrip('_')}", f"at least {low}", value
-        )
+        if value is not None:
+            full = f"{section}{name.rstrip('_')}"
+            require(value >= 1, full, "at least 1", value)
+            require(value <= high, full, f"at most {high}", value)
+
+
+def _require_path(name: str, value: str) -> None:
+    """Every file that names it is UTF-8, and no file system has NUL in names."""
+    known = "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
+    require(known, name, "text in UTF-8 without NUL", value)
 
 
 def _require_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:
@@ -101,13 +118,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_choices("model.", self)
-        _require_at_least(1, "model.", self, "patch_size")
+        _require_counts("model.", self, "patch_size", high=_LONGEST_SIDE)
         a = self.architecture
-        _require_at_least(1, "model.", a, *vars(a))
+        _require_counts("model.", a, "depth", "predictor_depth", high=_DEEPEST)
+        _require_counts("model.", a, "width", "heads", high=_WIDEST)
+        _require_counts("model.", a, "mlp_hidden", high=16 * _WIDEST)
         for name, width in (("width", a.width), ("predictor_width", self.predictor_width)):
-            require(
-                width % 4 == 0 and width > 0, f"model.{name}", "a positive multiple of 4", width
-            )
+            full, rule = f"model.{name}", f"a positive multiple of 4, at most {_WIDEST}"
+            require(width % 4 == 0 and 0 < width <= _WIDEST, full, rule, width)
             rule = f"divisible by the number of heads ({a.heads})"
             require(width % a.heads == 0, f"model.{name}", rule, width)
 
@@ -148,8 +166,9 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         _require_choices("masks.", self)
-        _require_at_least(1, "masks.", self, "num_targets", "num_contexts", "truncation_group")
-        _require_at_least(0, "masks.", self, "min_keep")
+        _require_counts("masks.", self, "num_targets", "num_contexts", high=_MOST_BLOCKS)
+        _require_counts("masks.", self, "truncation_group", high=_LARGEST_GROUP)
+        require(self.min_keep >= 0, "masks.min_keep", "at least 0", self.min_keep)
         for name in ("target_scale", "context_scale"):
             _require_range(f"masks.{name}", getattr(self, name), 0.0, 1.0)
         for name in ("target_aspect", "context_aspect"):
@@ -181,21 +200,30 @@ class DataConfig:
     prefetch: int = 3
     """Batches decoded ahead of the step."""
     timeout: float = 25.0
-    """The run stops after so many seconds without a batch, and says which files it waits for."""
+    """The run stops after so many seconds without a batch, and says which files it waits for; an
+    image that takes longer to decode is left out."""
     max_bad_share: float = 0.001
     """The run stops once more than this share of the files (and more than one file) is unusable."""
+    allow_missing: bool = False
+    """Train on what is left where a tar shard is damaged or a folder cannot be listed."""
 
     def __post_init__(self) -> None:
         _require_choices("data.", self)
+        require(self.root != (), "data.root", "a path or several", self.root)
+        for root in self.sources:
+            _require_path("data.root", root)
         require(min(self.crop_size) >= 1, "data.crop", "at least 1 pixel", self.crop)
+        rule = f"at most {_LONGEST_SIDE} pixels"
+        require(max(self.crop_size) <= _LONGEST_SIDE, "data.crop", rule, self.crop)
         _require_range("data.scale", self.scale, 0.0, 1.0)
         _require_range("data.ratio", self.ratio, 0.0, 100.0)
         for value in self.mean:
             require(math.isfinite(value), "data.mean", "finite", self.mean)
         for value in self.std:
             require(0 < value < math.inf, "data.std", "positive and finite", self.std)
-        _require_at_least(1, "data.", self, "threads", "prefetch")
-        require(self.timeout > 0, "data.timeout", "positive", self.timeout)
+        _require_counts("data.", self, "threads", "prefetch", high=4096)
+        rule = f"positive and at most {_LONGEST_WAIT} seconds"
+        require(0 < self.timeout <= _LONGEST_WAIT, "data.timeout", rule, self.timeout)
         share = self.max_bad_share
         require(0 <= share <= 1, "data.max_bad_share", "between 0 and 1", share)
 
@@ -261,7 +289,7 @@ class OptimConfig:
         half = self.precision == "bfloat16" or self.residual == "float32"
         rule = "float32 where optim.precision is float32"
         require(half, "optim.residual", rule, self.residual)
-        _require_at_least(1, "optim.", self, "epochs", "lr_reference_batch")
+        _require_counts("optim.", self, "epochs", "lr_reference_batch")
         for name in ("lr", "start_lr", "final_lr", "weight_decay", "final_weight_decay", "warmup"):
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"optim.{name}", "at least 0", value)
@@ -289,9 +317,9 @@ class BatchConfig:
     the largest that the memory estimate allows."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, "batch.", self, "global_")
+        _require_counts("batch.", self, "global_")
         if self.device != "auto":
-            _require_at_least(1, "batch.", self, "device")
+            _require_counts("batch.", self, "device")
             rule = f"a divisor of batch.global ({self.global_})"
             require(self.global_ % self.device == 0, "batch.device", rule, self.device)
 
@@ -308,7 +336,7 @@ class LogConfig:
     """Also write which samples every step took, into OUT/samples-rank<r>.jsonl."""
 
     def __post_init__(self) -> None:
-        _require_at_least(1, "log.", self, "interval")
+        _require_counts("log.", self, "interval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,28 +352,37 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         require(self.minutes > 0, "checkpoint.minutes", "positive", self.minutes)
-        _require_at_least(1, "checkpoint.", self, "keep", "keep_every")
+        _require_counts("checkpoint.", self, "keep", "keep_every")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Looks at the features, at the start, the end and in between: kNN accuracy on labelled images,
-    and monitors that need no labels. None without either field.
+    """Evaluation of the features, at the start, the end and in between: kNN accuracy on labelled
+    images, and monitors that need no labels. None without `data` or `every`.
     """
 
     data: str | None = None
     """A folder with one sub-folder a class, or the name of a set, for the kNN accuracy."""
     every: int | None = None
-    """Steps between two looks; by default as often as a small part of a percent of the run pays
-    for.
+    """Steps between two evaluations; by default as often as a small part of a percent of the run
+    pays for.
     """
     whole: bool = False
-    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs;
-    otherwise, and in between, it is of 2,048 training and 512 test images.
+    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs,
+    and end with a table of kNN and ridge regression; otherwise, and in between, kNN is of at most
+    2,048 training and 512 test images.
+    """
+    seconds: float = 10.0
+    """The most seconds of an evaluation on a part of the images, which gets smaller where it would
+    take longer. A run whose steps take less than this is not evaluated, unless `every` asks for it;
+    0 is no limit.
     """
 
     def __post_init__(self) -> None:
-        _require_at_least(1, "eval.", self, "every")
+        _require_counts("eval.", self, "every")
+        _require_path("eval.data", self.data or "")
+        finite = 0 <= self.seconds < math.inf
+        require(finite, "eval.seconds", "at least 0 and finite", self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,11 +447,17 @@ class Config:
         _require_choices("", self)
         require(0 <= self.seed < 2**63, "seed", "in 0..2**63-1", self.seed)
         require(bool(self.out), "out", "a folder", self.out)
-        _require_at_least(1, "", self, "max_steps")
-        require(self.rank_timeout >= 1, "rank_timeout", "at least 1 second", self.rank_timeout)
+        _require_path("out", self.out)
+        _require_path("init", self.init or "")
+        _require_counts("", self, "max_steps")
+        rule = f"between 1 and {_LONGEST_WAIT} seconds"
+        require(1 <= self.rank_timeout <= _LONGEST_WAIT, "rank_timeout", rule, self.rank_timeout)
         for side in self.data.crop_size:
             rule = f"a multiple of model.patch_size ({self.model.patch_size})"
             require(side % self.model.patch_size == 0, "data.crop", rule, side)
+        height, width = self.grid
+        rule = f"of at most {_MOST_PATCHES} patches"
+        require(height * width <= _MOST_PATCHES, "data.crop", rule, self.data.crop)
         if self.path == "reference":
             self._check_reference()
         if self.target_precision == "fp8":

@@ -3,7 +3,7 @@
 Pillow and DALI are imported where they are first used, never by importing this package.
 """
 
-from ijepa_fast.data.build import build_index
+from ijepa_fast.data.build import build_index, source_names
 from ijepa_fast.data.cache import load_table, open_index, save_table
 from ijepa_fast.data.crops import crop_windows
 from ijepa_fast.data.dali_decoder import DaliDecoder
@@ -13,6 +13,7 @@ from ijepa_fast.data.loader import Batch, Loader, known_bad
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
 from ijepa_fast.data.quarantine import Quarantine
+from ijepa_fast.data.reading import decode_usable
 from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.sets.named import NAMES, named_data
 
@@ -29,6 +30,7 @@ __all__ = [
     "build_index",
     "cache_folder",
     "crop_windows",
+    "decode_usable",
     "default_threads",
     "epoch_order",
     "index_from_arrays",
@@ -40,6 +42,7 @@ __all__ = [
     "open_index",
     "positions",
     "save_table",
+    "source_names",
     "steps_per_epoch",
     "usable_ids",
 ]

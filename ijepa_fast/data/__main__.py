@@ -1,16 +1,19 @@
 """`python -m ijepa_fast.data DIR ...`: what a data set consists of, before a run depends on it.
 
-Exit codes: 0 fine, 1 more unusable files than allowed, 2 wrong input.
+Exit codes: 0 fine, 1 more unusable files than allowed, a damaged shard or a folder that cannot be
+listed, 2 wrong input, 130 interrupted.
 """
 
 import json
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
+from ijepa_fast.__main__ import enter
 from ijepa_fast.config import run_command
 from ijepa_fast.data.cache import open_index
 from ijepa_fast.data.report import as_text, summary
@@ -26,7 +29,8 @@ class Arguments:
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders, list files (.txt, .tsv) or tar shards (also train-{0000..0099}.tar)."""
+    """Folders, list files (.txt, .tsv), tar shards (also train-{0000..0099}.tar) or a name
+    (fashion_mnist_10k, fashion_mnist)."""
     verify: bool = False
     """Decode every image wholly, once: finds damage between header and end."""
     json: bool = False
@@ -47,18 +51,26 @@ def _check_data(arguments: Arguments) -> int:
     share, threads = arguments.max_bad_share, arguments.threads
     require(0 <= share <= 1, "--max-bad-share", "between 0 and 1", share)
     require(threads is None or threads >= 1, "--threads", "at least 1", threads)
-    index, path = open_index(
-        arguments.sources, threads=threads, verify=arguments.verify, compare_all=True
-    )
-    found = summary(index, max_bad_share=share, threads=threads or 8)
+    try:
+        index, path = open_index(
+            arguments.sources,
+            threads=threads,
+            verify=arguments.verify,
+            compare_all=True,
+            allow_missing=True,
+        )
+        found = summary(index, max_bad_share=share, threads=threads or 8)
+    except KeyboardInterrupt:
+        print("interrupted, nothing is kept", file=sys.stderr)
+        return 128 + signal.SIGINT
     found["table"] = str(path) if path else None
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:
         print(as_text(found))
         print(f"table       {found['table'] or 'not kept'}")
-    return int(found["too_many_bad"])
+    return int(found["too_many_bad"] or bool(found["lost"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("data")

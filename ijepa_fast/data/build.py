@@ -6,10 +6,12 @@ table's.
 
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -18,9 +20,20 @@ from numpy.typing import NDArray
 from ijepa_fast.data.headers import Image, Inspected, inspect_file, inspect_shard
 from ijepa_fast.data.index import COLUMNS, Index, Texts, stamp
 from ijepa_fast.data.pixels import EXTENSIONS
+from ijepa_fast.data.reading import thread_pool
+from ijepa_fast.data.sets.named import named_data
 from ijepa_fast.data.sources import SHARDS, Bad, Entry, Source, list_source
+from ijepa_fast.errors import TooManyBadFiles
 
-__all__ = ["NoImages", "Sources", "build_index", "require_size", "source_names"]
+__all__ = [
+    "NoImages",
+    "Sources",
+    "build_index",
+    "lost_parts",
+    "require_size",
+    "require_whole",
+    "source_names",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -72,23 +85,24 @@ def build_index(
         raise ValueError(f"data.root must name every source once, got {twice!r} twice")
     listed = [list_source(source) for source in given]
     threads = threads or min(2 * (os.cpu_count() or 1), 16)
+    stop = threading.Event()
     parts = _Parts()
     total = sum(len(source.entries) for source in listed)
     said, done = time.monotonic(), 0
     # Pillow warns of metadata that is not used here, and of large images, which are refused.
     # The filter is the process's, so it is set once around the threads, not in each.
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads, "ijepa-index") as pool:
+    with warnings.catch_warnings(), thread_pool(threads, "ijepa-index", stop) as pool:
         warnings.simplefilter("ignore")
         for source in listed:
             parts.begin(source)
             known = _Known(older, source, verify=verify) if older else None
-            for inspected in _inspected(pool, source, verify, known):
+            for inspected in _inspected(pool, source, verify, known, stop):
                 parts.add(inspected)
                 done += 1
                 if time.monotonic() - said > _SAID_EVERY:
                     said = time.monotonic()
                     logger.info("looked into %d of %d files", done, total)
-    index = parts.finish()
+    index = replace(parts.finish(), sources=tuple(os.path.abspath(name) for name in given))
     _require_images(given, index)
     counts = f"{len(index)} images in {len(index.classes)} classes, {len(index.bad)} unusable"
     level = logging.INFO if index.bad or index.ignored else logging.DEBUG
@@ -98,23 +112,38 @@ def build_index(
 
 
 def source_names(sources: Sources) -> list[str]:
-    """What the sources are called."""
+    """What the sources are called; for the name of a data set, its folder of training images,
+    which is written where it is not there yet (see `named_data`).
+    """
     if isinstance(sources, str | os.PathLike):
-        return [os.fspath(sources)]
-    return [os.fspath(source) for source in sources]
+        sources = [sources]
+    names = [os.fspath(source) for source in sources]
+    folders = [named_data(name) for name in names]
+    return [
+        str(folder / "train") if folder else name
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def _inspected(
-    pool: ThreadPoolExecutor, source: Source, verify: bool, known: "_Known | None"
+    pool: ThreadPoolExecutor,
+    source: Source,
+    verify: bool,
+    known: "_Known | None",
+    stop: threading.Event,
 ) -> Iterator[Inspected]:
     """Every entry of a source, in order."""
 
     def look(entries: Sequence[Entry]) -> list[Inspected]:
         found = []
         for path, label in entries:
-            inspect = inspect_shard if path.lower().endswith(SHARDS) else inspect_file
             again = known.find(path, label) if known else None
-            found.append(again or inspect(source.root, path, label, verify=verify))
+            if again:
+                found.append(again)
+            elif path.lower().endswith(SHARDS):
+                found.append(inspect_shard(source.root, path, label, verify=verify, stop=stop))
+            else:
+                found.append(inspect_file(source.root, path, label, verify=verify))
         return found
 
     return chain.from_iterable(pool.map(look, _tasks(source.entries)))
@@ -326,4 +355,40 @@ def require_size(index: Index, min_side: int) -> None:
         raise ValueError(
             f"images must be at least {min_side} pixels on each side (the patch size), "
             f"got {first}{others}"
+        )
+
+
+def lost_parts(index: Index) -> dict[str, int]:
+    """Damaged shards, and folders that cannot be listed, among the unusable files.
+
+    Returns:
+        Name -> number of images that are missing, as the other shards let expect; 0: not known.
+    """
+    lost = dict.fromkeys(
+        (name for name, _ in index.bad if name.endswith((os.sep, *SHARDS))),
+        0,
+    )
+    if any(not name.endswith(os.sep) for name in lost):
+        counts = np.bincount(index.file, minlength=len(index.paths))
+        found = {index.file_name(file): int(counts[file]) for file in index.shard_files.tolist()}
+        whole = [count for name, count in found.items() if name not in lost]
+        if whole:
+            usual = int(np.median(whole))
+            for name in lost:
+                if not name.endswith(os.sep):
+                    lost[name] = max(usual - found.get(name, 0), 0)
+    return lost
+
+
+def require_whole(index: Index) -> None:
+    """Raises TooManyBadFiles if a shard is damaged or a folder cannot be listed."""
+    lost = lost_parts(index)
+    if lost:
+        name, reason = next(entry for entry in index.bad if entry[0] in lost)
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        known = sum(lost.values())
+        about = f"; about {known} images are missing" if known else ""
+        raise TooManyBadFiles(
+            f"shards and folders of data.root must be whole, got {name!r}: {reason}{more}{about}; "
+            "mend them, or add --data.allow-missing to use the rest"
         )

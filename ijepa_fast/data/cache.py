@@ -11,13 +11,12 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ijepa_fast.data.build import Sources, build_index, require_size, source_names
+from ijepa_fast.data.build import Sources, build_index, require_size, require_whole, source_names
 from ijepa_fast.data.index import (
     Index,
     index_from_arrays,
@@ -25,6 +24,7 @@ from ijepa_fast.data.index import (
     open_regular,
     stamp,
 )
+from ijepa_fast.data.reading import thread_pool
 from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.table_file import TableError, read_table, write_table
 
@@ -32,7 +32,7 @@ __all__ = ["load_table", "open_index", "save_table"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _COMPARED = 2_000_000
 _CHUNK = 1024
 _THREADS = 16
@@ -46,6 +46,7 @@ def open_index(
     min_side: int = 1,
     verify: bool = False,
     compare_all: bool = False,
+    allow_missing: bool = False,
 ) -> tuple[Index, Path | None]:
     """The table of a data set, from the cache if it is up to date, see `build_index`.
 
@@ -56,20 +57,26 @@ def open_index(
         min_side: smallest width and height of an image, pixels.
         verify: decode every image wholly that has not been verified yet.
         compare_all: compare every image with the table, however many there are.
+        allow_missing: take what is left where a shard is damaged or a folder cannot be listed.
 
     Returns:
         The table, and the file that it was opened from; None if it could not be written.
 
     Raises:
-        ValueError: as `build_index`.
+        ValueError: as `build_index`; an image is smaller than `min_side`.
+        TooManyBadFiles: a shard is damaged or a folder cannot be listed.
     """
     given = source_names(sources)
-    key = json.dumps([_FORMAT, [os.path.abspath(name) for name in given]], ensure_ascii=True)
+    wanted = tuple(os.path.abspath(name) for name in given)
+    key = json.dumps([_FORMAT, wanted], ensure_ascii=True)
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
     path = (cache or cache_folder()) / "ijepa-fast" / "tables" / f"{name}.safetensors"
     older: Index | None = None
     try:
         older = load_table(path)
+        if older.sources != wanted:
+            other, older = older, None
+            raise TableError(f"it is of other data: {', '.join(other.sources)}")
     except FileNotFoundError:
         pass
     except (TableError, OSError) as error:
@@ -85,6 +92,8 @@ def open_index(
             logger.warning(
                 "the table of the data is not kept, the next start makes it anew: %s", error
             )
+    if not allow_missing:
+        require_whole(index)
     require_size(index, min_side)
     # what was opened has a name
     return index, path if index.table else None
@@ -133,7 +142,7 @@ def _up_to_date(index: Index, compare_all: bool) -> bool:
         files = np.arange(len(index.paths)) if compared else index.shard_files
         parts = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
         # stat waits for a server, not for a core
-        with ThreadPoolExecutor(_THREADS, "ijepa-compare") as pool:
+        with thread_pool(_THREADS, "ijepa-compare") as pool:
             for same in pool.map(lambda part: _same(index, part.tolist()), parts):
                 if not same:
                     pool.shutdown(wait=False, cancel_futures=True)

@@ -3,6 +3,7 @@
 import importlib
 import io
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class DaliDecoder:
         threads: int | None = None,
         max_batch: int = 256,
         device: torch.device | str = "cpu",
+        limit: float = math.inf,
     ) -> None:
         """Builds the pipeline.
 
@@ -48,6 +50,7 @@ class DaliDecoder:
             threads: decoder threads; None = `default_threads()`.
             max_batch: largest batch that will be decoded.
             device: where the images go; a CUDA device decodes there ("mixed"), the CPU on the CPU.
+            limit: time to decode one image with Pillow, seconds.
 
         Raises:
             ImportError: DALI is not installed.
@@ -57,7 +60,7 @@ class DaliDecoder:
         self.device = torch.device(device)
         self.max_batch = max_batch
         self._threads = threads or default_threads()
-        self._pillow = PillowDecoder(crop_size, self._threads, device)
+        self._pillow = PillowDecoder(crop_size, self._threads, device, limit)
         self._unexplained = 0
         self.refused: list[int] = []
         self._pipeline: Any = self._build(max_batch)

@@ -23,7 +23,7 @@ def make_decoder(
     """The decoder that `config.decoder` asks for.
 
     Args:
-        config: `decoder`, `crop` and `threads` are used.
+        config: `decoder`, `crop`, `threads` and `timeout` are used.
         device: the training device.
         max_batch: largest batch that will be decoded.
 
@@ -38,13 +38,14 @@ def make_decoder(
     size, threads = config.crop_size, config.threads or default_threads()
 
     def pillow(why: str) -> tuple[ImageDecoder, str]:
-        return PillowDecoder(size, threads, device), f"decoder: Pillow ({threads} threads), {why}"
+        made = PillowDecoder(size, threads, device, config.timeout)
+        return made, f"decoder: Pillow ({threads} threads), {why}"
 
     if config.decoder == "pillow":
         return pillow("as asked")
     try:
         version = importlib.import_module("nvidia.dali").__version__
-        decoder = DaliDecoder(size, threads, max_batch, device)
+        decoder = DaliDecoder(size, threads, max_batch, device, config.timeout)
     except ImportError as error:
         if config.decoder == "dali":
             raise ImportError(

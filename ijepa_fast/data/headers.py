@@ -3,32 +3,32 @@
 Nothing is extracted, unpickled or followed: a member is a byte range, whatever it is called.
 """
 
-import hashlib
 import io
 import json
 import logging
 import os
 import tarfile
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ijepa_fast.data.index import FORMATS, open_regular, stamp
+from ijepa_fast.data.index import FORMATS, MARKED, mark, open_regular, stamp
 from ijepa_fast.data.pixels import (
     EXTENSIONS,
     check_mode,
     check_pixels,
+    check_scans,
     describe,
     is_plain,
     open_image,
 )
-from ijepa_fast.data.sources import Bad, trusted_time
+from ijepa_fast.data.sources import OUT_OF_FILES, Bad, settled
 
 __all__ = ["Image", "Inspected", "inspect_file", "inspect_shard"]
 
 logger = logging.getLogger(__name__)
 
 # A file that ends in its format's end marker is whole; some writers pad or append a little.
-_TAIL = 1024
 _END_MARKER = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _LONGEST = 2**32 - 1
 _LONGEST_LABEL = 1 << 20
@@ -130,6 +130,8 @@ def _open(root: str, path: str) -> tuple[int, os.stat_result] | Inspected:
     try:
         return open_regular(where)
     except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise
         broken = isinstance(error, FileNotFoundError) and os.path.islink(where)
         reason = "a broken symbolic link" if broken else describe(error)
         return Inspected(path, [], [Bad(path, reason)], 0)
@@ -157,15 +159,16 @@ def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image
         width, height = image.size
         check_pixels(width, height)
         check_mode(image)
+        name = "JPEG" if image.format == "MPO" else image.format
         plain = is_plain(image, os.pread(descriptor, min(32, length), offset))
-        size = min(_TAIL, length)
+        size = min(MARKED, length)
         tail = os.pread(descriptor, size, offset + length - size)
         marker = _END_MARKER.get(image.format or "")
         verified = verify or (marker is not None and marker not in tail)
         if verified:
+            if name == "JPEG":
+                check_scans(os.pread(descriptor, length, offset), width, height)
             image.load()
-        name = "JPEG" if image.format == "MPO" else image.format
-    mark = hashlib.blake2b(tail + length.to_bytes(8, "little"), digest_size=8).digest()
     return Image(
         member="",
         label=None,
@@ -176,15 +179,22 @@ def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image
         format=FORMATS.index(name or ""),
         plain=plain,
         verified=verified,
-        mark=int.from_bytes(mark, "little"),
+        mark=mark(tail, length),
     )
 
 
 def _stamp(status: os.stat_result) -> int:
-    return stamp(status) if trusted_time(status) else 0
+    return stamp(status) if settled(status) else 0
 
 
-def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> Inspected:
+def inspect_shard(
+    root: str,
+    path: str,
+    label: str | None,
+    *,
+    verify: bool,
+    stop: threading.Event | None = None,
+) -> Inspected:
     """Lists a tar shard in the WebDataset layout and reads the headers of its images.
 
     A sample is what shares a name up to the first dot behind the last slash; its class is the
@@ -196,6 +206,7 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
         path: relative to it.
         label: class of the samples that do not say one.
         verify: decode the whole images.
+        stop: set when nobody wants the answer any more.
     """
     images: list[Image] = []
     bad: list[Bad] = []
@@ -210,7 +221,7 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
     known = _stamp(status)
     with os.fdopen(descriptor, "rb"):
         members = _members(_Range(descriptor, 0, status.st_size))
-        while True:
+        while not (stop and stop.is_set()):
             try:
                 member = next(members, None)
             # tarfile raises several kinds of errors, and a few by mistake, on a damaged archive.
@@ -230,9 +241,10 @@ def inspect_shard(root: str, path: str, label: str | None, *, verify: bool) -> I
                     bad.append(Bad(full, f"the shard holds the key {key!r} twice"))
                     continue
                 seen.add(key)
-                found: Image | str = "the shard ends before the file does"
-                if member.offset_data + member.size <= status.st_size:
-                    found = _inspect(descriptor, member.offset_data, member.size, verify=verify)
+                if member.offset_data + member.size > status.st_size:
+                    bad.append(Bad(path, f"the shard is damaged: it ends within {member.name!r}"))
+                    break
+                found = _inspect(descriptor, member.offset_data, member.size, verify=verify)
                 if isinstance(found, str):
                     bad.append(Bad(full, found))
                     continue

@@ -5,10 +5,11 @@ Names lie in one block of bytes and columns are plain arrays, so that a table of
 a memory-mapped file that all ranks of a machine share (see `table_file`). `build` makes tables.
 """
 
+import errno
 import hashlib
-import logging
 import os
 import re
+import resource
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +23,15 @@ from numpy.typing import NDArray
 __all__ = [
     "COLUMNS",
     "FORMATS",
+    "MARKED",
     "Index",
     "Texts",
     "index_from_arrays",
     "index_to_arrays",
+    "mark",
     "open_regular",
     "stamp",
 ]
-
-logger = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
 """Formats that are read; the column `format` counts into it."""
@@ -55,9 +56,11 @@ _OTHERS: dict[str, type[np.generic]] = {
     "ignored_in": np.int64,
     "watched_times": np.int64,
 }
-_TEXTS = ("paths", "members", "classes", "roots", "bad", "bad_paths", "watched")
-# Shards stay open while they are read; images that are files of their own do not.
+_TEXTS = ("paths", "members", "classes", "roots", "bad", "bad_paths", "watched", "sources")
+# Shards stay open while they are read, as far as the process may open files.
 _OPEN_SHARDS = 256
+MARKED = 1024
+"""So many bytes at an image's end tell it from another of the same length."""
 _MASK = (1 << 64) - 1
 
 
@@ -115,6 +118,17 @@ def stamp(status: os.stat_result) -> int:
     return (mixed ^ (mixed >> 29)) or 1
 
 
+def mark(encoded: bytes, length: int) -> int:
+    """64 bits of an image's length and its last kilobyte.
+
+    Args:
+        encoded: the image, or its last `MARKED` bytes.
+        length: of the whole image, bytes.
+    """
+    text = encoded[-MARKED:] + length.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
 def open_regular(path: str) -> tuple[int, os.stat_result]:
     """A descriptor and the status of a regular file. A FIFO is refused, never waited for.
 
@@ -146,13 +160,14 @@ class Index:
         format: uint8 (N,), entry in `FORMATS`.
         plain: bool (N,), whether DALI may decode the row; Pillow decodes the others.
         verified: bool (N,), whether the whole image was decoded once.
-        mark: uint64 (N,), hash of length and last kilobyte; images of one content have the same.
+        mark: uint64 (N,), see `mark`; images of one content have the same.
         paths: files (F,), relative to their root; undecodable bytes as surrogate escapes.
         members: names (N,) inside a tar shard, empty for files of their own; none at all without
             shards.
-        stamps: uint64 (F,) of size and time of change, 0 where they were too young to be trusted.
+        stamps: uint64 (F,) of size and time of change, 0 where these were too young to be trusted.
         roots: absolute folders, one for each source.
         root_start: int32 (len(roots),), the first of each root's entries in `paths`.
+        sources: what the table was made of, absolute names.
         classes: names of the labels, sorted (as numbers where all are).
         bad: (name, reason) of what looks like an image and is not usable.
         bad_paths: absolute files that the entries of `bad` are or lie in.
@@ -180,6 +195,7 @@ class Index:
     roots: tuple[str, ...]
     root_start: NDArray[np.int32]
     classes: tuple[str, ...]
+    sources: tuple[str, ...] = ()
     bad: tuple[tuple[str, str], ...] = ()
     bad_paths: tuple[str, ...] = ()
     bad_stamps: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, np.uint64))
@@ -188,9 +204,8 @@ class Index:
     ignored_in: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     watched: Texts = field(default_factory=lambda: Texts.of(()))
     watched_times: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    _shards: dict[int, int] = field(default_factory=dict, repr=False)
+    _shards: dict[int, "_Shard"] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _changed: set[int] = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -250,77 +265,68 @@ class Index:
         """
         file, length = int(self.file[row]), int(self.length[row])
         if self.members is not None and self.members.raw(row):
-            data = os.pread(self._shard(file), length, int(self.offset[row]))
+            shard = self._shard(file)
+            data = os.pread(shard.descriptor, length, int(self.offset[row]))
         else:
             descriptor, status = open_regular(self.file_path(file))
             try:
-                known = int(self.stamps[file])
-                if known and stamp(status) != known:
-                    self._has_changed(file, length, status.st_size)
+                if status.st_size != length:
+                    raise OSError(
+                        f"the file has changed: {length} bytes expected, it has {status.st_size}"
+                    )
                 data = os.pread(descriptor, length, 0)
             finally:
                 os.close(descriptor)
         if len(data) != length:
             raise OSError(f"the file has changed: {length} bytes expected, {len(data)} read")
+        if mark(data, length) != int(self.mark[row]):
+            raise OSError("the file has changed: another image of the same length")
         return data
 
-    def _has_changed(self, file: int, length: int, size: int) -> None:
-        """A file of another size is not what was indexed; of the same size it may be."""
-        if size != length:
-            raise OSError(f"the file has changed: {length} bytes expected, it has {size}")
-        if file not in self._changed:
-            self._changed.add(file)
-            if len(self._changed) == 1:
-                logger.warning(
-                    "%r was changed after the table of the data was made; it is still used (said "
-                    "once, other files may follow)",
-                    self.file_name(file),
-                )
-
-    def _shard(self, file: int) -> int:
-        """The descriptor of a tar shard, opened at its first use."""
-        descriptor = self._shards.get(file)
-        if descriptor is not None:
-            return descriptor
-        # not under the lock: a server may take its time
-        descriptor, status = open_regular(self.file_path(file))
-        known = int(self.stamps[file])
-        if known and stamp(status) != known:
-            os.close(descriptor)
-            raise OSError("the shard has changed since the table of the data was made")
+    def _shard(self, file: int) -> "_Shard":
+        """An open tar shard; it is closed when it is left out here and nobody reads from it."""
         with self._lock:
-            opened = self._shards.setdefault(file, descriptor)
-            if opened != descriptor:
-                os.close(descriptor)
-            while len(self._shards) > _OPEN_SHARDS:
-                # Others may be reading from it: it is closed later.
-                self._retire(self._shards.pop(next(iter(self._shards))))
+            opened = self._shards.get(file)
+        if opened:
+            return opened
+        # not under the lock: a server may take its time
+        try:
+            opened = _Shard(self.file_path(file))
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            self.close()
+            opened = _Shard(self.file_path(file))
+        with self._lock:
+            self._shards[file] = opened
+            while len(self._shards) > self._most_shards:
+                del self._shards[next(iter(self._shards))]
         return opened
 
     @cached_property
-    def _retired(self) -> list[int]:
-        return []
-
-    def _retire(self, descriptor: int) -> None:
-        """Closes the descriptors given up a while ago; no read lasts that long."""
-        self._retired.append(descriptor)
-        if len(self._retired) > _OPEN_SHARDS:
-            os.close(self._retired.pop(0))
+    def _most_shards(self) -> int:
+        return max(1, min(_OPEN_SHARDS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
 
     def close(self) -> None:
         """Closes the shards; they are opened again when they are read."""
         with self._lock:
-            for descriptor in [*self._shards.values(), *self._retired]:
-                os.close(descriptor)
             self._shards.clear()
-            self._retired.clear()
 
     def digest(self) -> str:
-        """SHA-256 (hex) of names, byte ranges and sizes: tells a resumed run of changed data."""
+        """SHA-256 (hex) of names, byte ranges, sizes and marks: tells a resumed run of changed
+        data.
+        """
         return self._digest
+
+    def matches(self, digest: str) -> bool:
+        """Whether a digest is that of this data, of today or of versions without marks in it."""
+        return digest == self._digest or digest == self._compute_digest(())
 
     @cached_property
     def _digest(self) -> str:
+        return self._compute_digest((np.ascontiguousarray(self.mark, dtype="<u8"),))
+
+    def _compute_digest(self, more: Iterable[NDArray[np.generic]]) -> str:
         digest = hashlib.sha256(self.paths.blob.data)
         if len(self.roots) > 1:
             digest.update(self.root_start.astype("<i4").tobytes())
@@ -329,7 +335,21 @@ class Index:
             digest.update(np.ascontiguousarray(self.file, dtype="<i4").data)
         for column in (self.offset, self.length, self.width, self.height):
             digest.update(np.ascontiguousarray(column, dtype="<i8").data)
+        for marks in more:
+            digest.update(marks.data)
         return digest.hexdigest()
+
+
+class _Shard:
+    """An open tar shard, closed with the last reference to it: threads may be reading from it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor, _ = open_regular(path)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 def index_to_arrays(index: Index) -> dict[str, NDArray[np.generic]]:
@@ -349,6 +369,7 @@ def index_to_arrays(index: Index) -> dict[str, NDArray[np.generic]]:
         "bad": Texts.of(text for entry in index.bad for text in entry),
         "bad_paths": Texts.of(index.bad_paths),
         "watched": index.watched,
+        "sources": Texts.of(index.sources),
     }
     if index.members is not None:
         texts["members"] = index.members
@@ -408,6 +429,7 @@ def index_from_arrays(arrays: dict[str, NDArray[np.generic]]) -> Index:
         bad_paths=tuple(texts["bad_paths"]),
         ignored=int(arrays["ignored"].reshape(-1)[0].item()),
         watched=texts["watched"],
+        sources=tuple(texts["sources"]),
     )
     # known already: computing it again would read the whole table
     index.__dict__["_digest"] = arrays["digest"].tobytes().hex()
@@ -427,6 +449,6 @@ def _check_places(file: NDArray[np.generic], root_start: NDArray[np.generic], co
 def _texts(arrays: dict[str, NDArray[np.generic]], name: str) -> Texts:
     start = arrays[f"{name}_start"].astype(np.int64, copy=False)
     ends = len(start) and start[0] == 0 and start[-1] == len(arrays[name])
-    if not ends or (np.diff(start) < 1).any():
+    if not ends or (len(start) > 1 and int(np.diff(start).min()) < 1):
         raise ValueError(f"{name}_start must ascend from 0 to the end of {name}")
     return Texts(arrays[name].astype(np.uint8, copy=False), start)

@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from ijepa_fast.config import DataConfig
+from ijepa_fast.data.build import lost_parts
 from ijepa_fast.data.crops import crop_windows
 from ijepa_fast.data.decoders import make_decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder
 from ijepa_fast.data.quarantine import Quarantine
-from ijepa_fast.data.reading import Parts, Reader
+from ijepa_fast.data.reading import Parts, Reader, require_decodable
 from ijepa_fast.errors import TooManyBadFiles
 
 __all__ = ["Batch", "DataStalled", "Loader", "known_bad"]
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # How often a blocked loader thread looks whether it is still wanted, seconds.
 _POLL = 0.1
+# A wait that returns so late, in seconds, was stopped itself.
+_ASLEEP = 1.0
 # How often a waiting step says so, seconds.
 _SAID_EVERY = 10.0
 # Decoding may take so many times as long as `data.timeout` before it counts as stuck.
@@ -151,7 +154,13 @@ class Loader(Iterator[Batch]):
         if quarantine is None:
             quarantine = Quarantine(None, config.max_bad_share, len(index) + len(index.bad))
         self._quarantine = quarantine
-        quarantine.add_known(index.bad, write=rank == 0)
+        # what is lost as a whole is allowed, or this table would not have been opened
+        lost = lost_parts(index)
+        single = [entry for entry in index.bad if entry[0] not in lost]
+        quarantine.add_known(single, write=rank == 0)
+        for name, count in lost.items():
+            about = f": about {count} images are missing" if count else ""
+            logger.warning("%r is not whole%s", name, about)
         self._bad = known_bad(index, quarantine)
         self._plain = index.plain
         self._require_good()
@@ -163,7 +172,7 @@ class Loader(Iterator[Batch]):
         self._decoder = decoder
         self._stop = threading.Event()
         self._reader = Reader(index, self._stop)
-        self._decoding = False
+        self._decoding = ""
         self._queue: queue.Queue[_Ready | _End] = queue.Queue(maxsize=config.prefetch)
         self._stalled = False
         self._end: _End | None = None
@@ -197,15 +206,20 @@ class Loader(Iterator[Batch]):
         Raises:
             DataStalled: nothing has been read for too long.
         """
-        started = time.monotonic()
+        started = now = time.monotonic()
         limit = self._config.timeout
+        poll = min(_SAID_EVERY, limit / 2)
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._queue.get(timeout=min(_SAID_EVERY, limit / 2))
-            now = time.monotonic()
+                return self._queue.get(timeout=poll)
+            before, now = now, time.monotonic()
+            if now - before > poll + _ASLEEP:
+                # this process itself was stopped, and reads nothing meanwhile
+                started = now
             idle = now - max(self._reader.progress, started)
-            where = "decoding" if self._decoding else f"reading {self._reader.being_read()}"
-            if idle >= (_PATIENCE * limit if self._decoding else limit):
+            decoding = self._decoding
+            where = f"decoding {decoding}" if decoding else f"reading {self._reader.being_read()}"
+            if idle >= (_PATIENCE * limit if decoding else limit):
                 self._stalled = True
                 raise DataStalled(
                     f"data.timeout must be longer than any time without data ({limit:g} s), "
@@ -346,11 +360,13 @@ class Loader(Iterator[Batch]):
             raise _NotWanted
         if len(encoded) != len(ids):
             raise DecodeError({row: item for row, item in enumerate(read) if isinstance(item, str)})
-        self._decoding, self._reader.progress = True, time.monotonic()
+        require_decodable(index, ids, encoded)
+        self._decoding = f"{index.name(int(ids[0]))!r} and {len(ids) - 1} more"
+        self._reader.progress = time.monotonic()
         try:
             images = self._decoder.decode(encoded, windows, self._plain[ids])
         finally:
-            self._decoding, self._reader.progress = False, time.monotonic()
+            self._decoding, self._reader.progress = "", time.monotonic()
         refused = getattr(self._decoder, "refused", ())
         if refused:
             self._leave_to_pillow(ids[refused])

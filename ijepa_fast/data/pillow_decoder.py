@@ -1,8 +1,10 @@
 """What decoders have in common, and the one that decodes with Pillow."""
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +19,15 @@ __all__ = [
     "DecodeError",
     "ImageDecoder",
     "PillowDecoder",
+    "TooSlow",
     "default_threads",
     "empty_batch",
     "resize_all",
 ]
+
+
+# the time of an image is measured in so many parts
+_WAITS = 10
 
 
 class DecodeError(Exception):
@@ -84,8 +91,24 @@ def empty_batch(count: int, crop_size: tuple[int, int], device: torch.device) ->
     return torch.empty((count, *crop_size, 3), dtype=torch.uint8, pin_memory=pinned)
 
 
+class TooSlow(Exception):
+    """Images of a batch are not decoded within their time; threads are still at them.
+
+    Attributes:
+        places: where they stand in the batch.
+    """
+
+    def __init__(self, places: set[int]) -> None:
+        super().__init__()
+        self.places = places
+
+
 def resize_all(
-    pool: ThreadPoolExecutor, threads: int, window: Callable[[int], Tensor], images: Tensor
+    pool: ThreadPoolExecutor,
+    threads: int,
+    window: Callable[[int], Tensor],
+    images: Tensor,
+    limit: float = math.inf,
 ) -> dict[int, str]:
     """Fills a batch on the CPU, a share of it in each thread.
 
@@ -94,14 +117,21 @@ def resize_all(
         threads: how many to use.
         window: uint8 (h, w, 3) pixels of a place in the batch.
         images: uint8 (B, H, W, 3), overwritten.
+        limit: time for one image, seconds.
 
     Returns:
         Place -> reason, where `window` has failed.
+
+    Raises:
+        TooSlow: an image has had its time.
     """
+    begun: set[int] = set()
+    ended: set[int] = set()
 
     def fill(places: range) -> dict[int, str]:
         reasons = {}
         for place in places:
+            begun.add(place)
             try:
                 pixels = window(place)
             except MemoryError:
@@ -110,6 +140,8 @@ def resize_all(
             except Exception as error:  # noqa: BLE001
                 reasons[place] = describe(error)
                 continue
+            finally:
+                ended.add(place)
             target = images[place]
             if pixels.shape != target.shape:
                 # channels last throughout: nothing is copied on the way in
@@ -124,9 +156,19 @@ def resize_all(
     # two shares a thread, so that one with large images does not keep the others waiting
     shares = min(2 * threads, count)
     bounds = [count * share // shares for share in range(shares + 1)] if shares else [0]
+    tasks = [pool.submit(fill, places) for places in map(range, bounds[:-1], bounds[1:])]
+    # Counted in waits, not by a clock, which goes on while the process is stopped.
+    waits: Counter[int] = Counter()
+    pause = limit / _WAITS if limit < math.inf else None
+    while wait(tasks, pause).not_done:
+        waits = Counter({place: waits[place] + 1 for place in begun.copy() - ended})
+        if late := {place for place, count in waits.items() if count > _WAITS}:
+            for task in tasks:
+                task.cancel()
+            raise TooSlow(late)
     found: dict[int, str] = {}
-    for reasons in pool.map(fill, map(range, bounds[:-1], bounds[1:])):
-        found |= reasons
+    for task in tasks:
+        found |= task.result()
     return found
 
 
@@ -138,6 +180,7 @@ class PillowDecoder:
         crop_size: tuple[int, int],
         threads: int | None = None,
         device: torch.device | str = "cpu",
+        limit: float = math.inf,
     ) -> None:
         """Starts the pool.
 
@@ -145,10 +188,12 @@ class PillowDecoder:
             crop_size: height and width of the output, pixels.
             threads: decoder threads; None = `default_threads()`.
             device: where the images go.
+            limit: time to decode one image, seconds.
         """
         self.crop_size = crop_size
         self.device = torch.device(device)
         self.threads = threads or default_threads()
+        self.limit = limit
         self.pool = ThreadPoolExecutor(self.threads, "ijepa-pillow")
 
     def decode(
@@ -175,7 +220,14 @@ class PillowDecoder:
             return torch.from_numpy(np.array(decode_window(encoded[row], windows[row])))
 
         images = empty_batch(len(rows), self.crop_size, self.device)
-        reasons = resize_all(self.pool, self.threads, decode_one, images)
+        try:
+            reasons = resize_all(self.pool, self.threads, decode_one, images, self.limit)
+        except TooSlow as slow:
+            # a thread cannot be stopped: it is left to itself, with its pool
+            self.pool.shutdown(wait=False)
+            self.pool = ThreadPoolExecutor(self.threads, "ijepa-pillow")
+            reason = f"decoding takes longer than {self.limit:g} s (data.timeout)"
+            reasons = dict.fromkeys(slow.places, reason)
         failures = {rows[place]: reason for place, reason in reasons.items()}
         if failures:
             raise DecodeError(failures)

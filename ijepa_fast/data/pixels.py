@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTENSIONS",
+    "LEAST_SCAN",
+    "MOST_SCANNED",
     "check_mode",
     "check_pixels",
+    "check_scans",
     "decode_window",
     "describe",
     "is_plain",
@@ -39,6 +42,11 @@ _CONVERTIBLE = frozenset(
 _INTEGER = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
 # A PNG starts with 8 bytes signature, then IHDR: 4 length, 4 name, 4 width, 4 height, 1 depth.
 _PNG_DEPTH_AT = 24
+MOST_SCANNED = 1 << 33
+"""Pixels times scans of a JPEG: each scan passes over all of its pixels. A progressive file has
+about ten."""
+LEAST_SCAN = 10
+"""Bytes of a scan's header."""
 _RGB_COMPONENTS = (ord("R"), ord("G"), ord("B"))
 
 
@@ -68,6 +76,20 @@ def check_pixels(width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(f"an image must have at most {limit} pixels, got {width}x{height}")
+
+
+def check_scans(encoded: bytes, width: int, height: int) -> None:
+    """Raises ValueError for a JPEG of so many scans that its decoding would not end in seconds."""
+    if width * height * (len(encoded) // LEAST_SCAN) <= MOST_SCANNED:
+        return
+    values = np.frombuffer(encoded, np.uint8)
+    marked = np.flatnonzero(values[:-1] == 0xFF)
+    scans = int(np.count_nonzero(values[marked + 1] == 0xDA))
+    if scans * width * height > MOST_SCANNED:
+        raise ValueError(
+            f"pixels times scans of a JPEG must be at most {MOST_SCANNED}, got {width}x{height} "
+            f"pixels in {scans} scans"
+        )
 
 
 def is_plain(image: "Image.Image", header: bytes) -> bool:

@@ -1,16 +1,28 @@
 """Files read by a pool of threads, which tells a bad file from storage that fails."""
 
+import contextlib
 import errno
+import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 
-from ijepa_fast.data.index import Index
-from ijepa_fast.data.pixels import describe
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["Parts", "Reader"]
+from ijepa_fast.data.index import FORMATS, Index
+from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder
+from ijepa_fast.data.pixels import LEAST_SCAN, MOST_SCANNED, check_scans, describe
+from ijepa_fast.data.sources import OUT_OF_FILES
+
+__all__ = ["Parts", "Reader", "decode_usable", "require_decodable", "thread_pool"]
+
+logger = logging.getLogger(__name__)
 
 Parts = list[Future[list[bytes | str]]]
 
@@ -29,6 +41,95 @@ _OF_THE_FILE = {
 }
 # Waits between tries to read, seconds.
 _BACKOFF = (0.5, 1.0, 2.0, 4.0)
+
+
+@contextlib.contextmanager
+def thread_pool(
+    threads: int, name: str, stop: threading.Event | None = None
+) -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what waits in it, and sets `stop`, if its block ends with an error or
+    Ctrl-C.
+    """
+    with ThreadPoolExecutor(threads, name) as pool:
+        try:
+            yield pool
+        except BaseException:
+            if stop:
+                stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def decode_usable(
+    index: Index, rows: NDArray[np.int64], windows: NDArray[np.int32], decoder: ImageDecoder
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Reads and decodes rows of a table; what cannot be used is named in the log and left out.
+
+    Args:
+        index: the table.
+        rows: (B,) rows.
+        windows: int32 (B, 4), see `ImageDecoder.decode`.
+        decoder: for at least B images.
+
+    Returns:
+        uint8 (b, H, W, 3), and the rows (b,) that they are of; b is 0 where none can be used.
+
+    Raises:
+        OSError: it is the storage that fails, not a file.
+    """
+    while len(rows):
+        try:
+            encoded = _read_all(index, rows)
+            require_decodable(index, rows, encoded)
+            return decoder.decode(encoded, windows, index.plain[rows]), rows
+        except DecodeError as error:
+            failures = error.failures
+        for place, reason in failures.items():
+            logger.warning("left out %r: %s", index.name(int(rows[place])), reason)
+        rows = np.delete(rows, list(failures))
+        windows = np.delete(windows, list(failures), axis=0)
+    return torch.empty(0), rows
+
+
+def require_decodable(index: Index, rows: NDArray[np.int64], encoded: list[bytes]) -> None:
+    """Raises DecodeError for images that no decoder should be given, as none can be stopped."""
+    pixels = index.width[rows].astype(np.int64) * index.height[rows]
+    # the files' bytes are looked through only where so many scans would have room in them
+    room = (index.length[rows] // LEAST_SCAN).astype(np.int64)
+    suspects = (index.format[rows] == FORMATS.index("JPEG")) & (pixels * room > MOST_SCANNED)
+    failures = {}
+    for place in np.flatnonzero(suspects).tolist():
+        row = rows[place]
+        try:
+            check_scans(encoded[place], int(index.width[row]), int(index.height[row]))
+        except ValueError as error:
+            failures[place] = describe(error)
+    if failures:
+        raise DecodeError(failures)
+
+
+def _read_all(index: Index, rows: NDArray[np.int64]) -> list[bytes]:
+    encoded, failures = [], {}
+    for place, row in enumerate(rows.tolist()):
+        try:
+            encoded.append(index.read(row))
+        except OSError as error:
+            own = error.errno is None or error.errno in _OF_THE_FILE
+            if error.errno in OUT_OF_FILES or not (own or _others_readable(index, row)):
+                raise
+            failures[place] = describe(error)
+    if failures:
+        raise DecodeError(failures)
+    return encoded
+
+
+def _others_readable(index: Index, row: int) -> bool:
+    """Whether the storage works: one of three other rows can be read."""
+    for step in (1, 2, 3):
+        with contextlib.suppress(OSError):
+            index.read((row + step) % len(index))
+            return True
+    return False
 
 
 class Reader:
@@ -97,8 +198,11 @@ class Reader:
                     return reason
             if wait is None or self._stop.wait(wait):
                 break
-        others = [(row + step) % len(self._index) for step in (1, 2, 3)]
-        if self._stop.is_set() or any(self._readable(other) for other in others):
+        if failed.errno in OUT_OF_FILES:
+            raise OSError(
+                f"the limit of open files (ulimit -n) must leave room for the data: {reason}"
+            ) from failed
+        if self._stop.is_set() or _others_readable(self._index, row):
             return reason
         raise OSError(
             f"the storage of the data fails: {self._index.path(row)!r} and others: {reason}"
@@ -111,10 +215,3 @@ class Reader:
                 return next(entries, None) is not None
         except OSError:
             return False
-
-    def _readable(self, row: int) -> bool:
-        try:
-            self._index.read(row)
-        except OSError:
-            return False
-        return True

@@ -3,13 +3,14 @@
 import hashlib
 import logging
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ijepa_fast.data.build import lost_parts
 from ijepa_fast.data.index import FORMATS, Index
+from ijepa_fast.data.reading import thread_pool
 
 __all__ = ["as_text", "duplicates", "summary"]
 
@@ -45,7 +46,7 @@ def duplicates(index: Index, *, threads: int = 8) -> list[list[int]]:
             return None
 
     groups: dict[bytes, list[int]] = defaultdict(list)
-    with ThreadPoolExecutor(threads, "ijepa-duplicates") as pool:
+    with thread_pool(threads, "ijepa-duplicates") as pool:
         for row, digest in zip(candidates, pool.map(content, candidates), strict=True):
             if digest is not None:
                 groups[digest].append(row)
@@ -70,6 +71,7 @@ def summary(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str
     conflicts = [group for group in same if len({int(labels[row]) for row in group} - {-1}) > 1]
     shortest = np.minimum(index.width, index.height)
     formats = np.bincount(index.format, minlength=len(FORMATS))
+    lost = lost_parts(index)
     reasons: dict[str, int] = defaultdict(int)
     for _, reason in index.bad:
         reasons[reason] += 1
@@ -97,7 +99,8 @@ def summary(index: Index, *, max_bad_share: float, threads: int = 8) -> dict[str
         "bad": [{"file": name, "reason": reason} for name, reason in index.bad],
         "bad_reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
         "bad_limit": limit,
-        "too_many_bad": len(index.bad) > limit,
+        "too_many_bad": len(index.bad) - len(lost) > limit,
+        "lost": lost,
         "duplicates": [[index.name(row) for row in group] for group in same],
         "duplicate_images": sum(len(group) - 1 for group in same),
         "duplicates_of_several_classes": len(conflicts),
@@ -158,4 +161,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines += [f"  {entry['file']!r}: {entry['reason']}" for entry in bad[:_SHOWN]]
     if len(bad) > _SHOWN:
         lines.append(f"  and {len(bad) - _SHOWN:,} more (--json lists all)")
+    for name, count in found["lost"].items():
+        about = f"about {count:,} images are missing" if count else "its images are missing"
+        lines.append(f"not whole   {name!r}: {about}")
     return "\n".join(lines)

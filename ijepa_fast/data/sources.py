@@ -1,12 +1,15 @@
 """What a data set is made of: folders, list files and tar shards, listed but not opened.
 
 - A folder: every image below it, and every tar file, which is a shard. The class of an image is
-  the name of the folder that it lies in; images directly in the folder have none.
+  the name of the folder that it lies in; images directly in the folder have none. A folder that
+  links lead to more than once is listed once; the folder of a run is no data.
 - A list file (``.txt``, ``.tsv``, UTF-8): a line an image, ``path`` or ``path<TAB>class``; paths
   relative to the list file's folder; blank lines and lines that begin with ``#`` are left out.
 - A tar file, or a range of them: ``shards/train-{00000..00099}.tar``.
 """
 
+import errno
+import logging
 import os
 import re
 import time
@@ -14,15 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ijepa_fast.data.index import open_regular
 from ijepa_fast.data.pixels import EXTENSIONS, describe
 
-__all__ = ["LIST_FILES", "SHARDS", "Bad", "Entry", "Source", "list_source", "trusted_time"]
+__all__ = ["OUT_OF_FILES", "SHARDS", "Bad", "Entry", "Source", "list_source", "settled"]
+
+logger = logging.getLogger(__name__)
 
 SHARDS = (".tar",)
 LIST_FILES = (".txt", ".tsv")
 _RANGE = re.compile(r"^(.*)\{(\d+)\.\.(\d+)\}(.*)$")
 _MOST_SHARDS = 1_000_000
 _YOUNG_NS = 2_000_000_000
+# a server's clock may be ahead of ours by so much
+_AHEAD_NS = 3600 * 10**9
+_LONGEST_CLASS = 255
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
+"""Errors of a process that has too many files open: they say nothing of the file."""
 
 
 class Entry(NamedTuple):
@@ -48,8 +59,8 @@ class Source:
         entries: images and shards, sorted by the bytes of their paths; a list file keeps its order.
         bad: folders that cannot be listed.
         ignored: number of files that do not look like images.
-        watched: (absolute path, mtime in ns, see `trusted_time`) of folders and list files: as long
-            as these stand, the listing does.
+        watched: (absolute path, mtime in ns, 0 if it is not `settled`) of folders and list files:
+            as long as these stand, the listing does.
         listed: whether a list file names the entries.
     """
 
@@ -75,6 +86,8 @@ def list_source(source: str | os.PathLike[str]) -> Source:
         return _shard_range(text, match)
     if not where.exists():
         raise ValueError(f"data.root must be an existing folder, list file or tar, got {text!r}")
+    if not where.is_file():
+        raise ValueError(f"data.root must be a folder or a regular file, got {text!r}")
     if text.lower().endswith(SHARDS):
         folder, name = os.path.split(os.path.abspath(text))
         return Source(folder, [Entry(name, None)])
@@ -100,23 +113,34 @@ def _shard_range(text: str, match: re.Match[str]) -> Source:
     return Source(root, [Entry(os.path.relpath(path, root), None) for path in paths])
 
 
-def trusted_time(status: os.stat_result) -> int:
-    """The time of change in ns, or 0 for what was changed so shortly before that the clock may not
-    tell a later change from it.
+def settled(status: os.stat_result) -> bool:
+    """Whether a later change of a file will show in its time of change.
+
+    Not where it was changed just now: the clock may not tell another change from that one.
     """
-    changed = status.st_mtime_ns
-    return changed if changed < time.time_ns() - _YOUNG_NS else 0
+    return not -_AHEAD_NS < time.time_ns() - status.st_mtime_ns < _YOUNG_NS
+
+
+def _watched(path: str, status: os.stat_result) -> tuple[str, int]:
+    return path, status.st_mtime_ns if settled(status) else 0
 
 
 def _list_file(path: str) -> Source:
     root = os.path.dirname(path)
-    source = Source(root, watched=[(path, trusted_time(os.stat(path)))], listed=True)
-    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
+    descriptor, status = open_regular(path)
+    source = Source(root, watched=[_watched(path, status)], listed=True)
+    # a byte order mark is no part of the first path
+    with os.fdopen(descriptor, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
             text = line.rstrip("\r\n")
             if not text.strip() or text.startswith("#"):
                 continue
             name, _, label = text.partition("\t")
+            if "\0" in label or len(label) > _LONGEST_CLASS:
+                raise ValueError(
+                    f"a class in data.root must have at most {_LONGEST_CLASS} characters and no "
+                    f"NUL, got {label[:20]!r}... of {len(label)} in line {number} of {path}"
+                )
             if "\0" in name:
                 source.bad.append(Bad(name.replace("\0", "?"), "a path cannot hold a NUL"))
             elif name.lower().endswith((*EXTENSIONS, *SHARDS)):
@@ -128,35 +152,70 @@ def _list_file(path: str) -> Source:
 
 def _folder(root: str) -> Source:
     source = Source(root)
-    status = os.stat(root)
-    pending = [("", frozenset({(status.st_dev, status.st_ino)}))]
-    while pending:
-        relative, ancestors = pending.pop()
+    # Links to folders wait until every folder is listed under its own name; then each adds what is
+    # not listed yet. So the order does not depend on the disk, and no circle of links is followed.
+    pending, links = [("", False)], list[str]()
+    seen: set[tuple[int, int]] = set()
+    again: list[str] = []
+    runs: list[str] = []
+    while pending or links:
+        if not pending:
+            links.sort(key=os.fsencode, reverse=True)
+            pending.append((links.pop(), True))
+        relative, linked = pending.pop()
         folder = os.path.join(root, relative)
         # images directly in the root have no class
         label = os.path.basename(relative) or None
         try:
             # before it is listed: what is added meanwhile makes the time a later one
-            source.watched.append((folder, trusted_time(os.stat(folder))))
+            status = os.stat(folder)
+            identity = (status.st_dev, status.st_ino)
+            if linked and identity in seen:
+                again.append(relative)
+                continue
+            seen.add(identity)
             with os.scandir(folder) as entries:
                 listed = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
-            source.bad.append(Bad(relative + os.sep, f"the folder {describe(error)}"))
+            if error.errno in OUT_OF_FILES:
+                raise
+            name = os.path.join(relative or ".", "")
+            source.bad.append(Bad(name, f"the folder {describe(error)}"))
             continue
+        if _is_run({entry.name for entry in listed}):
+            runs.append(relative)
+            continue
+        source.watched.append(_watched(folder, status))
         for entry in listed:
             path = os.path.join(relative, entry.name)
             if _is_folder(entry):
-                status = entry.stat()
-                identity = (status.st_dev, status.st_ino)
-                # A link to a folder that contains it would never end.
-                if identity not in ancestors:
-                    pending.append((path, ancestors | {identity}))
+                if entry.is_symlink():
+                    links.append(path)
+                else:
+                    pending.append((path, linked))
             elif entry.name.lower().endswith((*EXTENSIONS, *SHARDS)):
                 source.entries.append(Entry(path, label))
             else:
                 source.ignored += 1
+    if "" in runs:
+        raise ValueError(
+            f"data.root must not be the folder of a run (config.yaml and train.log or checkpoints "
+            f"are in it), got {root!r}"
+        )
+    for names, what in (
+        (runs, "the folder of a run, which is no data"),
+        (again, "a link to a folder that is listed already"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more like it)" if len(names) > 1 else ""
+            logger.warning("left out of %s: %r, %s%s", root, min(names), what, more)
     source.entries.sort(key=lambda entry: os.fsencode(entry.path))
     return source
+
+
+def _is_run(names: set[str]) -> bool:
+    """Whether a folder of these entries is one that training writes."""
+    return "config.yaml" in names and not names.isdisjoint(("checkpoints", "train.log"))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

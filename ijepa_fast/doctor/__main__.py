@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ijepa_fast.__main__ import enter
 from ijepa_fast.doctor.findings import Finding, first_line, render
 
 __all__ = ["examine", "main"]
@@ -58,14 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     # not tyro: it may be what is missing
     parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.doctor",
+        prog="ijepa-fast doctor",
         description="What this machine has, which back ends run on it, and what is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--out", type=Path, help="a folder that a run is to be written to")
     parser.add_argument("--no-self-test", action="store_true", help="leave out its few seconds")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        print(f"error: unknown option {unknown[0]}; see --help for the valid ones", file=sys.stderr)
+        return 2
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         print(f"error: --out must be a folder, got {args.out}", file=sys.stderr)
         return 2
@@ -75,4 +79,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("doctor")

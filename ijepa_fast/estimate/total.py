@@ -22,8 +22,9 @@ LARGEST_DEVICE_BATCH = 256
 # share of the device's memory that `auto` plans with; the rest is for the allocator and other
 # processes
 MEMORY_SHARE = 0.8
-# steps whose masks are sampled, of so many images or of one group or batch, whichever is most
-STEPS, IMAGES = 200, 128
+# steps whose masks are sampled, of so many images or of one group or batch, whichever is most;
+# fewer where they would hold more patches, as that takes a second
+STEPS, IMAGES, PATCHES = 200, 128, 250_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +98,10 @@ def _sampled(config: MaskConfig, grid: tuple[int, int], seed: int, batch: int) -
     """Of device batches of some steps."""
     group = config.truncation_group
     positions = np.arange(group * -(-max(IMAGES, batch) // group))
+    patches = len(positions) * grid[0] * grid[1] * (config.num_contexts + config.num_targets)
     masks = (
         sample_masks(config, grid=grid, seed=seed, step=step, positions=positions)
-        for step in range(STEPS)
+        for step in range(min(max(PATCHES // patches, 2), STEPS))
     )
     return tuple(rows for step in masks for rows in Rows.of(step, grid[0] * grid[1], batch))
 

@@ -6,7 +6,9 @@ network.
 section 4), averaged over patches; images are cropped centrally.
 """
 
-from ijepa_fast.evaluate.command import main, untrained
+from ijepa_fast.evaluate.command import main
+from ijepa_fast.evaluate.embedding import Embedded, embed
+from ijepa_fast.evaluate.features import encoder_of, untrained
 from ijepa_fast.evaluate.labelled import (
     BATCH,
     Images,
@@ -14,20 +16,26 @@ from ijepa_fast.evaluate.labelled import (
     central_windows,
     labelled_data,
     parts_of,
+    shown_part,
 )
 from ijepa_fast.evaluate.scheduled import ScheduledEvaluation
-from ijepa_fast.evaluate.scores import knn_scores, knn_table
+from ijepa_fast.evaluate.scores import final_table, knn_scores, table
 
 __all__ = [
     "BATCH",
+    "Embedded",
     "Images",
     "ScheduledEvaluation",
     "Split",
     "central_windows",
+    "embed",
+    "encoder_of",
+    "final_table",
     "knn_scores",
-    "knn_table",
     "labelled_data",
     "main",
     "parts_of",
+    "shown_part",
+    "table",
     "untrained",
 ]

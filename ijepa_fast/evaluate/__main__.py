@@ -1,10 +1,9 @@
 """``python -m ijepa_fast.evaluate``."""
 
-import sys
-
+from ijepa_fast.__main__ import enter
 from ijepa_fast.evaluate.command import main
 
-__all__: list[str] = []
+__all__ = ["main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("evaluate")

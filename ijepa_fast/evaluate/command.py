@@ -12,36 +12,37 @@ import torch
 import tyro
 
 from ijepa_fast import __version__
-from ijepa_fast.config import Config, DataConfig, run_command
+from ijepa_fast.config import run_command
 from ijepa_fast.errors import UsageError, require
-from ijepa_fast.evaluate.features import extract
+from ijepa_fast.evaluate.features import extract, untrained
 from ijepa_fast.evaluate.finetune import FinetuneSettings
-from ijepa_fast.evaluate.labelled import Split, labelled_data
+from ijepa_fast.evaluate.labelled import Split, data_of, labelled_data, precision_of
 from ijepa_fast.evaluate.scores import (
     Scores,
     finetune_scores,
     linear_scores,
     score_knn,
     score_ridge,
+    table,
 )
 from ijepa_fast.keyed_random import Stream, torch_generator
-from ijepa_fast.model import VisionTransformer, build_models, initialise
+from ijepa_fast.model import initialise
 from ijepa_fast.weights import (
     Encoder,
     EncoderKind,
     Pretrained,
+    ReadOptions,
     load_encoder,
     network_of,
-    read_weights,
 )
 
-__all__ = ["EvaluateArgs", "main", "untrained"]
+__all__ = ["EvaluateArgs", "main"]
 
 Method = Literal["knn", "ridge", "linear", "finetune"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArgs:
+class EvaluateArgs(ReadOptions):
     """Accuracy of features on a labelled folder, beside raw pixels and the untrained network."""
 
     weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
@@ -65,33 +66,18 @@ class EvaluateArgs:
     """As data.decoder."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder's products; `auto` is the run's, and float32 for weights without a run."""
-    image_size: tuple[int, int] | None = None
-    """Height and width that the weights were trained at, where their file does not tell."""
-    heads: int | None = None
-    """Attention heads, where the file does not tell."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the image channels in 0-1 units, instead of what the file tells."""
-    std: tuple[float, float, float] | None = None
-    """Their standard deviation, likewise."""
     json: bool = False
     """Print JSON instead of the table."""
     out: Path | None = None
     """Also write the JSON into this file."""
 
 
-def untrained(config: Config) -> VisionTransformer:
-    """The encoder that a run started from."""
-    generator = torch_generator(config.seed, Stream.INIT)
-    return build_models(config.model, config.data.crop_size, generator)[0]
-
-
 def _untrained(weights: Pretrained, seed: int) -> Encoder:
     """The run's first encoder, or one of the same dimensions."""
     if weights.config is not None:
-        network = untrained(weights.config)
-    else:
-        network = network_of(weights.shape)
-        initialise(network, torch_generator(seed, Stream.INIT))
+        return untrained(weights.config)
+    network = network_of(weights.shape)
+    initialise(network, torch_generator(seed, Stream.INIT))
     shape = weights.shape
     return Encoder(network, patch_size=shape.patch_size, mean=weights.mean, std=weights.std)
 
@@ -111,17 +97,13 @@ def _check(args: EvaluateArgs) -> None:
 
 def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
     _check(args)
-    weights = read_weights(args.weights, image_size=args.image_size, heads=args.heads)
-    weights = weights.with_normalisation(args.mean, args.std)
-    if doubt := weights.doubt():
-        _say(doubt)
+    weights = args.read(args.weights)
     config = weights.config
     root = args.data or (config.eval.data if config else None)
     if root is None:
         raise UsageError("data must be given (--data DIR): the run has no eval.data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = config.data if config else DataConfig(mean=weights.mean, std=weights.std)
-    data = replace(data, crop=weights.shape.image_size, decoder=args.decoder)
+    data = replace(data_of(weights), decoder=args.decoder)
     splits = labelled_data(root, data, device)
     if "knn" in args.methods and args.k > len(splits[0].rows):
         raise UsageError(
@@ -133,9 +115,7 @@ def _evaluate(args: EvaluateArgs) -> dict[str, Any]:
         "untrained network": _untrained(weights, args.seed).to(device),
         f"{weights.title(args.encoder)}{step}": trained.to(device),
     }
-    precision = args.precision
-    if precision == "auto":
-        precision = config.optim.precision if config else "float32"
+    precision = precision_of(weights, args.precision)
     scores, details = _scores(args, encoders, splits, precision, device)
     return {
         "weights": weights.source,
@@ -171,9 +151,12 @@ def _scores(
                 training_images=len(splits[0].rows),
                 precision=precision,
                 four=bool({"ridge", "linear"} & set(args.methods)),
+                bar=True,
             )
             for split in splits
         )
+        # without what cannot be used
+        details["images"] = [len(train.labels), len(test.labels)]
         if "knn" in args.methods:
             parts.append(score_knn(train, test, k=args.k))
         if "ridge" in args.methods:
@@ -200,44 +183,28 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _table(result: Mapping[str, Any]) -> str:
-    """The accuracies for a person: a row a subject; two lines of titles where they are long."""
-    accuracy: Scores = result["accuracy"]
-    titles = list(dict.fromkeys(title for scores in accuracy.values() for title in scores))
-    heads = [title.split(", ") for title in titles]
-    lines = max(len(head) for head in heads)
-    columns = [[*([""] * (lines - len(head))), *head] for head in heads]
-    widths = [max(8, *(len(word) for word in column)) for column in columns]
-    first = max(len(name) for name in accuracy)
-    rows = []
-    for line in range(lines):
-        words = [column[line].rjust(w) for column, w in zip(columns, widths, strict=True)]
-        rows.append("  ".join([" " * first, *words]))
-    for name, scores in accuracy.items():
-        cells = [
-            (f"{100 * scores[t]:.1f} %" if t in scores else "-").rjust(w)
-            for t, w in zip(titles, widths, strict=True)
-        ]
-        rows.append("  ".join([name.ljust(first), *cells]))
+def _printed(result: Mapping[str, Any]) -> str:
+    """For a person: the accuracies, and of what they are."""
     train, test = result["images"]
-    neighbours = f"; k = {result['k']}" if "kNN" in titles else ""
-    rows.append(
+    neighbours = f"; k = {result['k']}" if "kNN" in next(iter(result["accuracy"].values())) else ""
+    lines = [
+        table(result["accuracy"]),
         f"{train} training and {test} test images in {result['classes']} classes of "
-        f"{result['data']}{neighbours}"
-    )
+        f"{result['data']}{neighbours}",
+    ]
     if "finetune" in result:
-        rows.append("fine-tuned: of raw pixels a ridge regression on the same images")
-    return "\n".join(rows)
+        lines.append("fine-tuned: of raw pixels a ridge regression on the same images")
+    return "\n".join(lines)
 
 
 def _report(args: EvaluateArgs) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = _evaluate(args)
     text = json.dumps(result, indent=1)
     if args.out is not None:
         with args.out.open("x", encoding="utf-8") as file:
             file.write(text + "\n")
-    print(text if args.json else _table(result))
+    print(text if args.json else _printed(result))
 
 
 def main(argv: list[str] | None = None) -> int:

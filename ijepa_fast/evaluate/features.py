@@ -1,16 +1,36 @@
 """Features of labelled images, computed once for all that is made of them."""
 
-from collections.abc import Mapping
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ijepa_fast.evaluate.labelled import Split
+from ijepa_fast.config import Config
+from ijepa_fast.evaluate.labelled import Images, Split
+from ijepa_fast.keyed_random import Stream, torch_generator
+from ijepa_fast.model import VisionTransformer, build_models
 from ijepa_fast.weights import Encoder
 
-__all__ = ["LAST", "LAST_FOUR", "PIXELS", "SMALL", "Features", "extract", "pixels"]
+__all__ = [
+    "LAST",
+    "LAST_FOUR",
+    "PIXELS",
+    "SMALL",
+    "Features",
+    "encoder_of",
+    "extract",
+    "pixels",
+    "pooled_layers",
+    "shown",
+    "untrained",
+]
 
 PIXELS = "raw pixels"
 LAST = "last"
@@ -21,6 +41,21 @@ _PIXEL_SIDE = 64
 _SMALL_SIDE = 32
 # of the pixels of all training images
 _MOST_BYTES = 2**32
+_TOLD_SECONDS = 10
+_logger = logging.getLogger(__name__)
+
+
+def encoder_of(config: Config, network: VisionTransformer) -> Encoder:
+    """A network of a run with its images' normalisation, on the network's device."""
+    data, device = config.data, network.pos_embed.device
+    encoder = Encoder(network, patch_size=config.model.patch_size, mean=data.mean, std=data.std)
+    return encoder.to(device)
+
+
+def untrained(config: Config) -> Encoder:
+    """The encoder that a run without `init` starts from, on the CPU."""
+    generator = torch_generator(config.seed, Stream.INIT)
+    return encoder_of(config, build_models(config.model, config.data.crop_size, generator)[0])
 
 
 def pixels(images: Tensor, side: int = _PIXEL_SIDE) -> Tensor:
@@ -37,13 +72,15 @@ def _pixel_side(images: int) -> int:
 
 
 @torch.no_grad()
-def _layers(encoder: Encoder, images: Tensor, *, four: bool, half: bool) -> dict[str, Tensor]:
+def pooled_layers(
+    encoder: Encoder, images: Tensor, *, four: bool, half: bool, at_once: int = 128
+) -> dict[str, Tensor]:
     """Average-pooled features of the last layer, and of the last four one after the other, each
     after the final norm.
     """
     parts: dict[str, list[Tensor]] = {LAST: [], LAST_FOUR: []}
     count = min(4, len(encoder.network.blocks)) if four else 1
-    for part in images.split(128):
+    for part in images.split(at_once):
         x = encoder.normalise(part)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
             layers = encoder.get_intermediate_layers(x, count)
@@ -52,6 +89,27 @@ def _layers(encoder: Encoder, images: Tensor, *, four: bool, half: bool) -> dict
         if four:
             parts[LAST_FOUR].append(torch.cat(pooled, dim=1))
     return {name: torch.cat(values) for name, values in parts.items() if values}
+
+
+def shown(parts: Iterable[Images], what: str, total: int, *, bar: bool) -> Iterator[Images]:
+    """The same batches, and how far they are: in a bar on a terminal, if it is wanted, or in a line
+    every ten seconds.
+    """
+    if bar and sys.stderr.isatty():
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task(what, total=total)
+            for part in parts:
+                yield part
+                progress.advance(task, len(part.rows))
+        return
+    done, told = 0, time.monotonic()
+    for part in parts:
+        yield part
+        done += len(part.rows)
+        if time.monotonic() - told >= _TOLD_SECONDS:
+            told = time.monotonic()
+            _logger.info("%s: %d of %d images", what, done, total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +133,7 @@ def extract(
     precision: str,
     four: bool = False,
     with_pixels: bool = True,
+    bar: bool = False,
 ) -> Features:
     """Decodes a part once and computes the features of every subject.
 
@@ -85,6 +144,7 @@ def extract(
         precision: `bfloat16` autocasts matrix products.
         four: also the last four layers, and smaller pixels: what regressions take.
         with_pixels: also raw pixels, as the first subject.
+        bar: see `shown`.
 
     Raises:
         ValueError: not one image can be decoded.
@@ -93,12 +153,12 @@ def extract(
     parts: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
     labels = []
     side = _pixel_side(training_images)
-    for images, label, _ in split.batches():
+    for images, label, _ in shown(split.batches(), "features", len(split.rows), bar=bar):
         labels.append(label)
         for name in names:
             if name in encoders:
                 half = precision == "bfloat16"
-                computed = _layers(encoders[name], images, four=four, half=half)
+                computed = pooled_layers(encoders[name], images, four=four, half=half)
             else:
                 computed = {LAST: pixels(images.cpu(), side)}
                 if four:

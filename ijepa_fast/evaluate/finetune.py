@@ -28,7 +28,7 @@ from ijepa_fast.weights import Encoder
 __all__ = ["Batches", "Classifier", "FinetuneResult", "FinetuneSettings", "finetune"]
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
-"""Epoch, from 0 -> batches, their labels in 0..C-1."""
+"""Epoch, from 0 -> batches of images uint8 (b, height, width, 3) and labels (b,) in 0..C-1."""
 
 HEAD_STD = 0.01
 FINAL_LR = 1e-6

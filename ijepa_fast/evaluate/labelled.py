@@ -1,6 +1,5 @@
 """Training and test images with labels, decoded a batch at a time; cropped centrally."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,29 +12,45 @@ from torch import Tensor
 
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import (
-    DecodeError,
-    ImageDecoder,
     Index,
     crop_windows,
+    decode_usable,
     epoch_order,
     make_decoder,
     named_data,
     open_index,
 )
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, uniform
+from ijepa_fast.weights import Pretrained
 
 __all__ = [
     "BATCH",
     "Images",
     "Split",
     "central_windows",
+    "data_of",
     "labelled_data",
     "parts_of",
+    "precision_of",
+    "shown_part",
 ]
 
 _TRAIN_SHARE = 0.8
 BATCH = 256
-_logger = logging.getLogger(__name__)
+
+
+def data_of(weights: Pretrained) -> DataConfig:
+    """How images are made for an encoder: as for its run, at the size of its weights."""
+    data = weights.config.data if weights.config else DataConfig()
+    return replace(data, crop=weights.shape.image_size, mean=weights.mean, std=weights.std)
+
+
+def precision_of(weights: Pretrained, precision: str) -> str:
+    """Of products: `auto` is that of the run, and float32 for weights without one."""
+    if precision != "auto":
+        return precision
+    return weights.config.optim.precision if weights.config else "float32"
 
 
 class Images(NamedTuple):
@@ -78,14 +93,15 @@ class Split:
         """Of the rows: int64 (n,)."""
         return self.index.label[self.rows].astype(np.int64)
 
-    def batches(self) -> Iterator[Images]:
-        """Decodes batch after batch, cropped centrally; what cannot be decoded is named in the log
-        and left out.
+    def batches(self, batch: int = BATCH) -> Iterator[Images]:
+        """Decodes batch after batch, cropped centrally; what cannot be used is named in the log and
+        left out.
 
         Raises:
-            ValueError: not one image can be decoded.
+            ValueError: less than half of the images can be used.
+            OSError: it is the storage that fails, not a file.
         """
-        return self._decoded(self.rows, BATCH, None)
+        return self._decoded(self.rows, batch, None)
 
     def random_batches(self, epoch: int, *, batch: int, seed: int) -> Iterator[Images]:
         """The rows of one training epoch: in keyed order, with the random crops of `data`, in whole
@@ -102,22 +118,34 @@ class Split:
     def _decoded(
         self, order: NDArray[np.int64], batch: int, crops: tuple[int, int] | None
     ) -> Iterator[Images]:
+        """`crops`: seed and epoch of random ones."""
         decoder, _ = make_decoder(self.data, self.device, max_batch=batch)
-        found = False
+        index, found = self.index, 0
         try:
             for start in range(0, len(order), batch):
-                images, rows = _decode(
-                    self.index, order[start : start + batch], self.data, decoder, crops
-                )
+                rows = order[start : start + batch]
+                windows = central_windows(index, rows, self.data.crop_size)
+                if crops:
+                    windows = crop_windows(
+                        index.width[rows],
+                        index.height[rows],
+                        rows,
+                        seed=crops[0],
+                        epoch=crops[1],
+                        scale=self.data.scale,
+                        ratio=self.data.ratio,
+                    )
+                images, rows = decode_usable(index, rows, windows, decoder)
+                found += len(rows)
                 if len(rows):
-                    found = True
-                    labels = torch.from_numpy(self.index.label[rows].astype(np.int64))
+                    labels = torch.from_numpy(index.label[rows].astype(np.int64))
                     yield Images(images, labels, rows)
         finally:
             decoder.close()
-        if not found:
+        if 2 * found < len(order):
             raise ValueError(
-                f"data must hold images that can be decoded, got none in {self.index.roots[0]}"
+                f"at least half of the images must be usable, got {found} of {len(order)} in "
+                f"{index.roots[0]}"
             )
 
 
@@ -134,39 +162,9 @@ def central_windows(
     return np.stack([top, left, inner_height, inner_width], axis=1).astype(np.int32)
 
 
-def _decode(
-    index: Index,
-    rows: NDArray[np.int64],
-    data: DataConfig,
-    decoder: ImageDecoder,
-    crops: tuple[int, int] | None = None,
-) -> tuple[Tensor, NDArray[np.int64]]:
-    """The decodable images of these rows, and their rows; `crops` is the seed and the epoch of
-    random ones.
-    """
-    while len(rows):
-        try:
-            encoded = [index.read(int(row)) for row in rows]
-            windows = central_windows(index, rows, data.crop_size)
-            if crops:
-                windows = crop_windows(
-                    index.width[rows],
-                    index.height[rows],
-                    rows,
-                    seed=crops[0],
-                    epoch=crops[1],
-                    scale=data.scale,
-                    ratio=data.ratio,
-                )
-            return decoder.decode(encoded, windows, index.plain[rows]), rows
-        except DecodeError as error:
-            for row, reason in error.failures.items():
-                _logger.warning("left out %s: %s", index.name(int(rows[row])), reason)
-            rows = np.delete(rows, list(error.failures))
-    return torch.empty(0), rows
-
-
-def parts_of(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+def parts_of(
+    root: str, data: DataConfig, device: torch.device, *, name: str = "data"
+) -> tuple[Split, Split]:
     """Training and test part of any data set, labelled or not.
 
     Args:
@@ -175,26 +173,29 @@ def parts_of(root: str, data: DataConfig, device: torch.device) -> tuple[Split, 
             keyed 80 % / 20 % split of the images.
         data: crop and decoder.
         device: the training device.
+        name: of the setting that `root` is, for the errors.
 
     Raises:
-        ValueError: there are no images, or an empty part.
+        UsageError: there are no images, or an empty part.
     """
-    parts = _split(root, data, device)
-    _check_not_empty(parts, root)
+    parts = _split(root, data, device, name)
+    _check_not_empty(parts, root, name)
     return parts
 
 
-def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
-    folder = named_data(root) or Path(root)
-    names = [name for name in ("test", "val") if (folder / name).is_dir()]
-    if (folder / "train").is_dir() and names:
-        parts = [open_index(folder / "train")[0], _held_out(folder, names)]
-        chosen = [np.arange(len(part)) for part in parts]
-    else:
-        index = open_index(str(folder))[0]
-        parts = [index, index]
-        draws = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0]
-        chosen = [np.flatnonzero(draws < _TRAIN_SHARE), np.flatnonzero(draws >= _TRAIN_SHARE)]
+def shown_part(root: str, data: DataConfig, device: torch.device) -> Split:
+    """What pictures show of any data set: the held-out part where it has a folder of its own, else
+    all images. Arguments as of `parts_of`.
+    """
+    _, test = _split(root, data, device, "data")
+    return replace(test, rows=np.arange(len(test.index)))
+
+
+def _split(root: str, data: DataConfig, device: torch.device, name: str) -> tuple[Split, Split]:
+    try:
+        parts, chosen = _tables(root, data.allow_missing)
+    except ValueError as error:
+        raise UsageError(str(error).replace("data.root", name)) from None
     train, test = (
         Split(index=part, rows=rows, data=data, device=device)
         for part, rows in zip(parts, chosen, strict=True)
@@ -202,11 +203,24 @@ def _split(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Sp
     return train, test
 
 
-def _held_out(folder: Path, names: Sequence[str]) -> Index:
+def _tables(root: str, allow_missing: bool) -> tuple[list[Index], list[NDArray[np.int64]]]:
+    """The tables of training and test part, and the rows of each."""
+    folder = named_data(root) or Path(root)
+    names = [name for name in ("test", "val") if (folder / name).is_dir()]
+    if (folder / "train").is_dir() and names:
+        folders = (folder / "train", _held_out(folder, names))
+        parts = [open_index(path, allow_missing=allow_missing)[0] for path in folders]
+        return parts, [np.arange(len(part)) for part in parts]
+    index = open_index(str(folder), allow_missing=allow_missing)[0]
+    held_out = uniform(0, Stream.SPLIT, 0, np.arange(len(index)), 1)[:, 0] >= _TRAIN_SHARE
+    return [index, index], [np.flatnonzero(~held_out), np.flatnonzero(held_out)]
+
+
+def _held_out(folder: Path, names: Sequence[str]) -> Path:
     """The first part with the classes of `train`: ImageNet's `test` has none, its `val` has."""
     classes = _class_folders(folder / "train")
     alike = [name for name in names if _class_folders(folder / name) == classes]
-    return open_index(folder / [*alike, *names][0])[0]
+    return folder / [*alike, *names][0]
 
 
 def _class_folders(folder: Path) -> set[str]:
@@ -214,32 +228,34 @@ def _class_folders(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name[0] != "." and path.is_dir()}
 
 
-def _check_not_empty(parts: tuple[Split, Split], root: str) -> None:
+def _check_not_empty(parts: tuple[Split, Split], root: str, name: str) -> None:
     if min(len(part.rows) for part in parts) == 0:
-        raise ValueError(
-            f"data must leave images for training and test, got an empty part in {root}"
+        raise UsageError(
+            f"{name} must leave images for training and test, got an empty part in {root}"
         )
 
 
-def labelled_data(root: str, data: DataConfig, device: torch.device) -> tuple[Split, Split]:
+def labelled_data(
+    root: str, data: DataConfig, device: torch.device, *, name: str = "data"
+) -> tuple[Split, Split]:
     """Training and test part of a labelled data set; images beside the class folders, which carry
     no label, are left out. Arguments as of `parts_of`.
 
     Raises:
-        ValueError: there are no images, fewer than two classes, other classes in the test part, or
+        UsageError: there are no images, fewer than two classes, other classes in the test part, or
             an empty part.
     """
-    train, test = _split(root, data, device)
-    names = train.index.classes
-    if names != test.index.classes:
-        raise ValueError(
-            f"classes of train and test part must be the same, got {list(names)[:5]}... "
-            f"and {list(test.index.classes)[:5]}... in {test.index.roots[0]}"
+    train, test = _split(root, data, device, name)
+    classes = train.index.classes
+    if classes != test.index.classes:
+        raise UsageError(
+            f"classes of train and test part of {name} must be the same, got "
+            f"{list(classes)[:5]}... and {list(test.index.classes)[:5]}... in {test.index.roots[0]}"
         )
-    if len(names) < 2:
-        raise ValueError(
-            f"data must have at least 2 classes (sub-folders), got {len(names)} in {root}"
+    if len(classes) < 2:
+        raise UsageError(
+            f"{name} must have at least 2 classes (sub-folders), got {len(classes)} in {root}"
         )
     train, test = (replace(part, rows=part.rows[part.labels >= 0]) for part in (train, test))
-    _check_not_empty((train, test), root)
+    _check_not_empty((train, test), root, name)
     return train, test

@@ -1,8 +1,9 @@
-"""Looks at a run's features while it trains: kNN on a labelled set, and monitors without labels.
+"""Evaluation of a run's features while it trains: kNN on a labelled set, and monitors without
+labels.
 
-Monitors are of `monitors.py`, on the same few training images at every look: feature std and RankMe
+Monitors are of `monitors.py`, on the same few training images every time: feature std and RankMe
 of the target encoder's patch features, LiDAR over random crops, and the cosine between prediction
-and target. A collapse is said in words.
+and target.
 """
 
 import copy
@@ -21,15 +22,15 @@ from torch import Tensor
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
 from ijepa_fast.evaluate import monitors
-from ijepa_fast.evaluate.command import untrained
+from ijepa_fast.evaluate.features import encoder_of, untrained
 from ijepa_fast.evaluate.labelled import Split, labelled_data
-from ijepa_fast.evaluate.scores import knn_scores
+from ijepa_fast.evaluate.scores import final_table, knn_scores
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models
 from ijepa_fast.reference import latent_targets, normalise, predict
 
-__all__ = ["UNTRAINED", "OnlineEvaluation", "look_interval"]
+__all__ = ["UNTRAINED", "OnlineEvaluation", "evaluation_interval"]
 
 _Network = TypeVar("_Network", VisionTransformer, Predictor)
 UNTRAINED = "untrained network"
@@ -43,21 +44,23 @@ TRAIN_ROWS, TEST_ROWS = 2048, 512
 # views are crops of these shares of an image, whatever the recipe's are: without crops all views
 # were the same
 VIEW_SCALE, VIEW_RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
+# not below so many test images
+_FEWEST = 64
 SHARE = 0.004
-_MOST_LOOKS = 50
+_MOST_BETWEEN = 50
 # a step's forward and backward passes of both encoders and the predictor, in forward passes of one
 FORWARDS = 4
 
 
-def look_interval(config: Config, steps: int, world: int = 1) -> int:
-    """Steps between two looks; 0 where there are none. `eval.every`, or as often as 0.4 % of the
-    run's work pays for, those at the start and the end included, at most 50 times between them.
+def evaluation_interval(config: Config, steps: int, world: int = 1) -> int:
+    """Steps between two evaluations; 0 where there are none. `eval.every`, or as often as 0.4 % of
+    the run's work pays for, those at the start and the end included, at most 50 times between them.
     It is counted in forward passes and comes to 0.6 % of the time on a CPU (docs/speed.md).
 
     Args:
         config: of the run.
         steps: of the whole run.
-        world: ranks: one looks while the others wait.
+        world: ranks: one evaluates while the others wait.
     """
     if config.eval.every is not None:
         return config.eval.every
@@ -65,7 +68,7 @@ def look_interval(config: Config, steps: int, world: int = 1) -> int:
         return 0
     images = IMAGES * (1 + VIEWS) + TRAIN_ROWS + TEST_ROWS
     paid = int(SHARE * FORWARDS * config.batch.global_ * steps / (images * world))
-    between = min(max(paid - 2, 0), _MOST_LOOKS)
+    between = min(max(paid - 2, 0), _MOST_BETWEEN)
     return math.ceil(steps / (between + 1))
 
 
@@ -76,10 +79,19 @@ class OnlineEvaluation:
         config: of the run.
         index: its training images.
         device: where to compute.
+        steps: of the run.
+        world: ranks.
+
+    Attributes:
+        part: training and test images of an evaluation that is not of all; None until the first.
     """
 
-    def __init__(self, config: Config, index: Index, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, index: Index, device: torch.device, *, steps: int, world: int
+    ) -> None:
         self.config, self.index, self.device = config, index, device
+        self.steps, self.world = steps, world
+        self.part: tuple[int, int] | None = None
 
     def networks(
         self, weights: Mapping[str, Tensor]
@@ -103,47 +115,82 @@ class OnlineEvaluation:
             filled("predictor", predictor),
         )
 
-    def look(
-        self, weights: Mapping[str, Tensor], name: str, *, whole: bool, baselines: bool
+    def row(
+        self, weights: Mapping[str, Tensor], name: str, *, whole: bool, first: bool
     ) -> dict[str, Any]:
-        """One row, without its step.
+        """One row, without its step; an empty one where the run is too short for an evaluation.
 
         Args:
             weights: `encoder.*`, `target_encoder.*` and `predictor.*`, whole.
             name: of the target encoder at this step.
             whole: kNN on all of the labelled set, not a part of it.
-            baselines: also kNN of raw pixels and of the untrained network.
+            first: also kNN of raw pixels and of the untrained network.
 
         Returns:
-            `monitors`; `data`, `knn` and, on a part, `images` if there is a labelled set; `timing`.
+            `monitors`; if there is a labelled set `data`, `knn`, on a part of it `images`, and on
+            all of it, unless it is the first, `table`, see `final_table`; `timing`.
         """
         started = time.perf_counter()
         context, target, predictor = self.networks(weights)
+        if self.part is None:
+            self.part = self._affordable(target)
+        if not all(self.part):
+            return {}
         row: dict[str, Any] = {"monitors": self.monitors(context, target, predictor)}
-        root = self.config.eval.data
-        if root:
+        if self.config.eval.data:
             splits = self._labelled
             if not whole:
                 every = [len(split.rows) for split in splits]
-                splits = (_part(splits[0], TRAIN_ROWS), _part(splits[1], TEST_ROWS))
+                splits = (_part(splits[0], self.part[0]), _part(splits[1], self.part[1]))
                 taken = [len(split.rows) for split in splits]
                 if taken != every:
                     row["images"] = taken
-            row["data"] = root
-            encoders = {name: target}
-            if baselines and name != UNTRAINED:
+            row["data"] = self.config.eval.data
+            encoders = {name: encoder_of(self.config, target)}
+            if name != UNTRAINED and (first or whole):
                 encoders = {UNTRAINED: untrained(self.config).to(self.device), **encoders}
-            row["knn"] = knn_scores(encoders, splits, self.config, with_pixels=baselines)
+            precision = self.config.optim.precision
+            if whole and not first:
+                row["table"] = final_table(encoders, splits, precision=precision)
+                row["knn"] = {name: row["table"][name]["kNN"]}
+            else:
+                row["knn"] = knn_scores(encoders, splits, precision=precision, with_pixels=first)
         seconds = time.perf_counter() - started
-        return {**row, "timing": {"look_seconds": round(seconds, 3)}}
+        return {**row, "timing": {"evaluation_seconds": round(seconds, 3)}}
+
+    @torch.no_grad()
+    def _affordable(self, encoder: VisionTransformer) -> tuple[int, int]:
+        """Training and test images that `eval.seconds` pays for, by one forward pass that is
+        measured: none where the run's steps take less.
+        """
+        limit, part = self.config.eval.seconds, (TRAIN_ROWS, TEST_ROWS)
+        if not limit or self.config.eval.every is not None:
+            return part
+        mean, std = (torch.zeros(3, device=self.device), torch.ones(3, device=self.device))
+        x = normalise(self._images[0].to(self.device), mean, std)
+        half, seconds = self.config.optim.precision == "bfloat16", 0.0
+        # the first pass pays for what is made once
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half):
+                encoder(x).float().sum().item()
+            seconds = (time.perf_counter() - started) / len(x)
+        forwards = FORWARDS * self.config.batch.global_ * self.steps / self.world
+        if forwards * seconds < limit:
+            return 0, 0
+        while sum(part) * seconds > limit and part[1] > _FEWEST:
+            part = part[0] // 2, part[1] // 2
+        return part
 
     @cached_property
     def _labelled(self) -> tuple[Split, Split]:
-        return labelled_data(str(self.config.eval.data), self.config.data, self.device)
+        return labelled_data(
+            str(self.config.eval.data), self.config.data, self.device, name="eval.data"
+        )
 
     @cached_property
     def _images(self) -> tuple[Tensor, list[Tensor]]:
-        """The images that every look sees: whole, and a few random crops of each."""
+        """The images of every evaluation: whole, and a few random crops of each."""
         # a reader of its own, so that nothing is quarantined on behalf of the run
         split = Split(
             index=self.index,
@@ -151,12 +198,14 @@ class OnlineEvaluation:
             data=replace(self.config.data, threads=1),
             device=self.device,
         )
-        crops = replace(split, data=replace(split.data, scale=VIEW_SCALE, ratio=VIEW_RATIO))
+        images, _, rows = split.load()
+        scattered = replace(split.data, scale=VIEW_SCALE, ratio=VIEW_RATIO)
+        crops = replace(split, rows=rows, data=scattered)
         views = [
             torch.cat([part.images.cpu() for part in crops.crops(self.config.seed, view)])
             for view in range(VIEWS)
         ]
-        return split.load().images, views
+        return images, views
 
     @cached_property
     def untrained(self) -> dict[str, float]:

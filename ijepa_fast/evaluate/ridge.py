@@ -87,8 +87,9 @@ def ridge_accuracy(
 
 
 class _Ridge:
-    """Solutions for every penalty from one eigendecomposition: of X^T X (D, D), or of X X^T (n, n)
-    where there are fewer rows than features.
+    """Solutions for any penalty, of equations in X^T X (D, D), or in X X^T (n, n) where there are
+    fewer rows than features. A Cholesky decomposition for each penalty takes an eighth of the time
+    of one eigendecomposition for all.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int) -> None:
@@ -96,14 +97,14 @@ class _Ridge:
         width, device = features.shape[1], features.device
         self.intercept = torch.bincount(labels, minlength=classes).double().to(device)
         self.intercept /= len(features)
+        self.rows: Tensor | None = None
         if len(features) < width:
             x = features.double() - self.mean
             self.scale = self._scale(x.square().mean(dim=0))
             x *= self.scale
             # X^T (X X^T + penalty)^-1 Y, the same weights
-            self.values, vectors = torch.linalg.eigh(x @ x.T)
-            self.vectors = x.T @ vectors
-            self.rotated = vectors.T @ F.one_hot(labels.to(device), classes).double()
+            self.rows, self.gram = x, x @ x.T
+            self.moment = F.one_hot(labels.to(device), classes).double()
             return
         gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         moment = torch.zeros(width, classes, dtype=torch.float64, device=device)
@@ -113,8 +114,8 @@ class _Ridge:
             gram += x.T @ x
             moment += x.T @ F.one_hot(label.to(device), classes).double()
         self.scale = self._scale(gram.diagonal() / len(features))
-        self.values, self.vectors = torch.linalg.eigh(self.scale[:, None] * gram * self.scale)
-        self.rotated = self.vectors.T @ (self.scale[:, None] * moment)
+        self.gram = self.scale[:, None] * gram * self.scale
+        self.moment = self.scale[:, None] * moment
 
     def _scale(self, variance: Tensor) -> Tensor:
         """What makes features of these variances standard ones; 0 where one does not vary."""
@@ -124,8 +125,10 @@ class _Ridge:
 
     def weights(self, penalty: float) -> Tensor:
         """(D, C), for standardised features. X is centred, so that Y need not be."""
-        shrunk = self.rotated / (self.values.clamp_min(0) + penalty)[:, None]
-        return self.vectors @ shrunk
+        system = self.gram.clone()
+        system.diagonal().add_(penalty)
+        solution = torch.cholesky_solve(self.moment, torch.linalg.cholesky(system))
+        return solution if self.rows is None else self.rows.T @ solution
 
     def accuracy(self, features: Tensor, labels: Tensor, penalty: float) -> float:
         """Share of rows whose largest output is that of their label."""

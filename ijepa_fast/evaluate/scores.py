@@ -1,6 +1,6 @@
 """What frozen features are worth, beside raw pixels and the untrained network."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_fast.config import Config
 from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, SMALL, Features, extract
 from ijepa_fast.evaluate.finetune import FinetuneSettings, finetune
 from ijepa_fast.evaluate.knn import knn_accuracy
@@ -16,25 +15,28 @@ from ijepa_fast.evaluate.labelled import Images, Split
 from ijepa_fast.evaluate.linear import linear_probe
 from ijepa_fast.evaluate.ridge import ridge_accuracy
 from ijepa_fast.evaluate.subsets import low_shot_rows
-from ijepa_fast.model import VisionTransformer
 from ijepa_fast.weights import Encoder
 
 __all__ = [
     "Scores",
+    "final_table",
     "finetune_scores",
     "knn_scores",
-    "knn_table",
     "linear_scores",
     "score_knn",
     "score_ridge",
+    "table",
 ]
 
 Scores = dict[str, dict[str, float]]
 
 
 def score_knn(train: Features, test: Features, *, k: int, both: bool = True) -> Scores:
-    """Subject -> `kNN` and, if both are wanted, `kNN, not centred` -> accuracy in 0..1."""
+    """Subject -> `kNN` and, if both are wanted, `kNN, not centred` -> accuracy in 0..1; of all
+    training images where there are fewer than `k`.
+    """
     scores: Scores = {}
+    k = min(k, len(train.labels))
     for name in train.sets:
         rows = train.sets[name][LAST], train.labels, test.sets[name][LAST], test.labels
         scores[name] = {"kNN": knn_accuracy(*rows, k=k)}
@@ -43,22 +45,59 @@ def score_knn(train: Features, test: Features, *, k: int, both: bool = True) -> 
     return scores
 
 
-def _probed(sets: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What regressions get: smaller pixels."""
-    return {LAST: sets[SMALL]} if SMALL in sets else sets
+def _for_regression(
+    train: Features, test: Features, name: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Training and test rows that regressions get of one subject: of pixels the smaller ones, and
+    of grey ones a single channel, as equal columns make the equations large and say nothing.
+    """
+    parts = train.sets[name], test.sets[name]
+    if SMALL not in train.sets[name]:
+        return dict(parts[0]), dict(parts[1])
+    small = [part[SMALL] for part in parts]
+    channels = [part.chunk(3, dim=1) for part in small]
+    if all(torch.equal(one[0], other) for one in channels for other in one[1:]):
+        small = [one[0] for one in channels]
+    return {LAST: small[0]}, {LAST: small[1]}
 
 
 def score_ridge(train: Features, test: Features, *, seed: int = 0) -> Scores:
     """Subject -> `ridge` (and `ridge, last 4`) -> accuracy in 0..1."""
-    return {
-        name: {
+    scores: Scores = {}
+    for name in train.sets:
+        given, held_out = _for_regression(train, test, name)
+        scores[name] = {
             "ridge" if key == LAST else f"ridge, {key}": ridge_accuracy(
-                values, train.labels, _probed(test.sets[name])[key], test.labels, seed=seed
+                values, train.labels, held_out[key], test.labels, seed=seed
             ).accuracy
-            for key, values in _probed(sets).items()
+            for key, values in given.items()
         }
-        for name, sets in train.sets.items()
-    }
+    return scores
+
+
+def final_table(
+    encoders: Mapping[str, Encoder], splits: tuple[Split, Split], *, precision: str
+) -> Scores:
+    """What training has brought: raw pixels beside the given encoders.
+
+    Args:
+        encoders: name -> encoder on its device, such as the untrained and the trained network.
+        splits: training and test images.
+        precision: `bfloat16` autocasts matrix products.
+
+    Returns:
+        Subject, `raw pixels` first -> `kNN` (20 neighbours by cosine, centred) and `ridge` (on the
+        last four layers, or on pixels) -> accuracy in 0..1; as `python -m ijepa_fast.evaluate` has
+        them.
+    """
+    train, test = _features(encoders, splits, precision=precision, four=True)
+    table: Scores = {}
+    for name, knn in score_knn(train, test, k=20, both=False).items():
+        given, held_out = _for_regression(train, test, name)
+        key = list(given)[-1]
+        ridge = ridge_accuracy(given[key], train.labels, held_out[key], test.labels)
+        table[name] = {**knn, "ridge": ridge.accuracy}
+    return table
 
 
 def linear_scores(
@@ -73,10 +112,11 @@ def linear_scores(
     scores: Scores = {}
     details: dict[str, Any] = {}
     for name, sets in train.sets.items():
+        given, held_out = _for_regression(train, test, name)
         result = linear_probe(
-            _probed(sets),
+            given,
             train.labels,
-            _probed(test.sets[name]),
+            held_out,
             test.labels,
             seed=seed,
             device=device,
@@ -165,53 +205,56 @@ def finetune_scores(
     return scores, details
 
 
+def _features(
+    encoders: Mapping[str, Encoder], splits: tuple[Split, Split], **settings: Any
+) -> tuple[Features, Features]:
+    train, test = (
+        extract(encoders, split, training_images=len(splits[0].rows), **settings)
+        for split in splits
+    )
+    return train, test
+
+
 def knn_scores(
-    encoders: Mapping[str, VisionTransformer],
+    encoders: Mapping[str, Encoder],
     splits: tuple[Split, Split],
-    config: Config,
     *,
-    k: int = 20,
+    precision: str,
     with_pixels: bool = True,
 ) -> dict[str, float]:
-    """kNN accuracy (cosine, centred) of raw pixels and of each encoder of a run.
+    """kNN accuracy (20 neighbours by cosine, centred) of raw pixels and of each encoder.
 
     Args:
-        encoders: name -> encoder.
+        encoders: name -> encoder on its device.
         splits: training and test images.
-        config: data settings and precision.
-        k: neighbours; all training images where there are fewer.
+        precision: `bfloat16` autocasts matrix products.
         with_pixels: also score raw pixels.
 
     Returns:
         name -> accuracy in 0..1, `raw pixels` first.
     """
-    wrapped = {
-        name: Encoder(
-            network,
-            patch_size=config.model.patch_size,
-            mean=config.data.mean,
-            std=config.data.std,
-        ).to(next(network.parameters()).device)
-        for name, network in encoders.items()
-    }
-    train, test = (
-        extract(
-            wrapped,
-            split,
-            training_images=len(splits[0].rows),
-            precision=config.optim.precision,
-            with_pixels=with_pixels,
-        )
-        for split in splits
-    )
-    k = min(k, len(train.labels))
-    scores = score_knn(train, test, k=k, both=False)
-    return {name: of["kNN"] for name, of in scores.items()}
+    train, test = _features(encoders, splits, precision=precision, with_pixels=with_pixels)
+    return {name: of["kNN"] for name, of in score_knn(train, test, k=20, both=False).items()}
 
 
-def knn_table(scores: Mapping[str, float], images: Sequence[int] | None = None) -> str:
-    """kNN scores for a person; `images` of the training and test part, if not all were taken."""
-    width = max(len(name) for name in scores)
-    lines = [f"  {name:<{width}}  {100 * value:5.1f} %" for name, value in scores.items()]
-    part = f", of {images[0]} training and {images[1]} test images" if images else ""
-    return "\n".join([f"kNN accuracy (cosine, centred{part})", *lines])
+def table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Accuracies for a person: a row a subject; a column a method, of as many lines as its title
+    has parts.
+    """
+    titles = list(dict.fromkeys(title for of in scores.values() for title in of))
+    heads = [title.split(", ") for title in titles]
+    lines = max(len(head) for head in heads)
+    columns = [[*([""] * (lines - len(head))), *head] for head in heads]
+    widths = [max(8, *(len(word) for word in column)) for column in columns]
+    first = max(len(name) for name in scores)
+    rows = []
+    for line in range(lines):
+        words = [column[line].rjust(w) for column, w in zip(columns, widths, strict=True)]
+        rows.append("  ".join([" " * first, *words]))
+    for name, of in scores.items():
+        cells = [
+            (f"{100 * of[t]:.1f} %" if t in of else "-").rjust(w)
+            for t, w in zip(titles, widths, strict=True)
+        ]
+        rows.append("  ".join([name.ljust(first), *cells]))
+    return "\n".join(rows)

@@ -239,7 +239,7 @@ class CapturedStep(FastStep):
 
     def describe(self) -> str:
         """How the step runs, in one line."""
-        return super().describe() + ", captured as CUDA graphs"
+        return super().describe() + "\nthe step is captured as CUDA graphs"
 
     def prepare(self, masks: Masks) -> Packed:  # type: ignore[override]
         """Masks as sampled, on the CPU, to what a step takes; nothing is sent yet."""

@@ -157,13 +157,13 @@ class FastStep:
         self._graph: _TrunkGraph | None = None
 
     def describe(self) -> str:
-        """How the step runs, in one line."""
+        """How the step runs, in two lines."""
         settings = self.settings
         shape = "whole on every rank" if self.mesh is None else f"sharded over {self.mesh.shape}"
         return (
-            f"fast path: attention {settings.attention} ({settings.attention.why}), "
-            f"memory {settings.memory}, weights {shape}"
-            f"{', products of the target encoder in float8' if self.float8 else ''}"
+            f"fast path: memory {settings.memory}, weights {shape}"
+            f"{', products of the target encoder in float8' if self.float8 else ''}\n"
+            f"attention: {settings.attention} ({settings.attention.why})"
         )
 
     # --- one step --------------------------------------------------------------------------------

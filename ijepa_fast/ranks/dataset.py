@@ -14,9 +14,9 @@ from ijepa_fast.data import (
     index_from_arrays,
     index_to_arrays,
     load_table,
-    named_data,
     open_index,
     save_table,
+    source_names,
 )
 from ijepa_fast.ranks import distributed
 
@@ -28,15 +28,14 @@ _logger = logging.getLogger(__name__)
 def load_index(config: Config, ranks: distributed.Ranks) -> Index:
     """Rank 0 makes the table or opens it; the others open the same file, or receive it."""
     sources = config.data.sources
-    if len(sources) == 1:
-        # written once on every machine, as its ranks read the files
-        distributed.on_main(ranks, lambda: named_data(sources[0]))
-        if ranks.local_rank == 0 and not ranks.is_main:
-            named_data(sources[0])
-        distributed.barrier()
-        folder = named_data(sources[0])
-        sources = (str(folder / "train"),) if folder else sources
-    made = distributed.on_main(ranks, lambda: open_index(sources, min_side=config.model.patch_size))
+    data, patch = config.data, config.model.patch_size
+    made = distributed.on_main(
+        ranks, lambda: open_index(sources, min_side=patch, allow_missing=data.allow_missing)
+    )
+    if ranks.local_rank == 0 and not ranks.is_main:
+        # named data sets are written once on every machine, as its ranks read the files
+        source_names(sources)
+    distributed.barrier()
     index, path = made or (None, None)
     if ranks.world == 1:
         assert index is not None

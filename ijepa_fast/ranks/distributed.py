@@ -87,6 +87,10 @@ def start(device: str) -> Ranks:
     chosen = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
+    else:
+        # read by oneDNN at its first product: it compiles a kernel for each shape and keeps 1024 of
+        # them, and row counts change from step to step
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if "WORLD_SIZE" not in os.environ:
         return Ranks(rank=0, world=1, local_rank=0, local_world=1, device=chosen)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: finish the step, save, then stop."""
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP: finish the step, save, then stop."""
 
 import contextlib
 import os
@@ -10,21 +10,23 @@ __all__ = ["Signals"]
 
 
 class Signals:
-    """Remembers SIGTERM, SIGINT or SIGUSR1 until the step is over; a second one ends the process at
-    once, and so does the first while there is nothing to save (`patient` is False).
+    """Remembers SIGTERM, SIGINT, SIGUSR1 or SIGHUP until the step is over; a second one ends the
+    process at once, and so does the first while there is nothing to save (`patient` is False). What
+    is ignored already, as SIGHUP by nohup, stays ignored.
 
     Ctrl-C reaches a worker from the terminal and again from torchrun, so whatever comes within a
     second of the first counts as the same.
     """
 
     SAME_SECONDS = 1.0
-    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     patient = False
     received = 0
     at = 0.0
 
     def __enter__(self) -> "Signals":
-        self._old = {s: signal.signal(s, self._remember) for s in self.HANDLED}
+        heard = [s for s in self.HANDLED if signal.getsignal(s) is not signal.SIG_IGN]
+        self._old = {s: signal.signal(s, self._remember) for s in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 __all__ = ["Allowance"]
@@ -19,10 +19,12 @@ class Allowance:
 
     Args:
         share: of the time since now.
+        doing: is told the kind of work in the main thread, and "" when it is done.
     """
 
-    def __init__(self, share: float = 0.01) -> None:
+    def __init__(self, share: float = 0.01, doing: Callable[[str], object] = str) -> None:
         self.share, self.spent = share, 0.0
+        self._doing = doing
         self.last: dict[str, float] = {}
         self._started = time.monotonic()
         self._lock = threading.Lock()
@@ -40,9 +42,14 @@ class Allowance:
     def spend(self, kind: str) -> Iterator[None]:
         """Counts the time of what is done inside."""
         started = time.perf_counter()
+        main = threading.current_thread() is threading.main_thread()
+        if main:
+            self._doing(kind)
         try:
             yield
         finally:
+            if main:
+                self._doing("")
             seconds = time.perf_counter() - started
             with self._lock:
                 self.spent += seconds

@@ -7,6 +7,7 @@ float32 tensors named ``encoder.*``, ``predictor.*``, ``target_encoder.*``, ``ex
 ``exp_avg_sq.*``: nothing depends on the path or on the number of ranks.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ __all__ = [
     "misfit",
     "not_finite",
     "read",
+    "recipe_of",
     "restore",
     "rotate",
     "write",
@@ -344,11 +346,31 @@ def read(folder: Path) -> State:
                 f"{folder} must have format_version {FORMAT_VERSION}, "
                 f"got {header['format_version']}"
             )
-        step, adam_step = header.pop("step"), header.pop("adam_step")
+        step, adam_step = (header.pop(key) for key in ("step", "adam_step"))
         tensors = load_file(folder / "state.safetensors")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is damaged: {error!r}") from None
+    if not type(step) is type(adam_step) is int or not 0 <= adam_step <= step < 2**53:
+        raise CheckpointError(
+            f"{folder} must have whole numbers 0 <= adam_step <= step, got {adam_step!r}, {step!r}"
+        )
+    for key, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(
+                f"{folder} must hold float32 tensors, got {key} in {tensor.dtype}"
+            )
     return State(tensors=tensors, step=step, adam_step=adam_step, meta=header)
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was made with; empty where that cannot be read, which
+    `read` reports.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        header = json.loads((folder / "state.json").read_bytes())
+        if isinstance(header, dict) and isinstance(header.get("config"), dict):
+            return header["config"]
+    return {}
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ A row's top level is deterministic: a resumed run writes the same bytes. Whateve
 clock or the machine sits under `timing`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -76,14 +77,20 @@ def id_hash(ids: Tensor, positions: np.ndarray) -> Tensor:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a torn last line is left out."""
+    """Rows of a metrics file; lines that are none are left out, and named unless it is the last,
+    which a kill may have torn.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                break
+    for number, text in enumerate(lines, 1):
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif number < len(lines):
+            _logger.warning("%s: line %d is left out, as it is no row of metrics", path, number)
     return rows
 
 
@@ -99,27 +106,39 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, step: int, interval: int = 1) -> None:
         last = step - 1 if step % interval else step
-        looks = ("knn", "monitors")
-        rows = [
+        evaluations = ("knn", "monitors")
+        self.rows = [
             row
             for row in read_rows(path)
-            if row["step"] <= (step if any(key in row for key in looks) else last)
+            if row["step"] <= (step if any(key in row for key in evaluations) else last)
         ]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.replace(path)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._waiting = b""
-        self._failed = False
+        self._path, self._waiting, self._failed = path, b"", False
         self._lock = threading.Lock()
-        self.rows = rows
+        self._file = self._begin()
+
+    def _begin(self) -> int:
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(self._path)
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def begin_anew(self) -> None:
+        """Writes all rows into a new file: the folder of the one before has gone.
+
+        Raises:
+            OSError: it cannot.
+        """
+        with self._lock:
+            file = self._begin()
+            os.close(self._file)
+            self._file, self._waiting = file, b""
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row and hands it to the system; what a full disk refuses waits for the next
         row, or the next checkpoint.
         """
-        self.rows.append(dict(row))
         with self._lock:
+            self.rows.append(dict(row))
             self._waiting += json.dumps(row).encode() + b"\n"
             try:
                 self._write()
@@ -203,44 +222,52 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-def line(row: Mapping[str, Any], last_step: int) -> str:
-    """One row of training metrics for a person."""
-    timing = row["timing"]
+WIDTH = 100
+"""Columns that a line for a person fits in."""
+
+
+def line(row: Mapping[str, Any], last_step: int, epochs: int) -> str:
+    """One row of training metrics for a person: what there is room for, the most wanted first."""
+    timing, wait = row["timing"], row["timing"]["data_wait_ms"]
     parts = [
         f"step {row['step']}/{last_step}",
+        f"epoch {row['epoch'] + 1}/{epochs}",
         f"loss {row['loss']:.5f}",
         f"lr {row['lr']:.2e}",
-        f"wd {row['weight_decay']:.3f}",
-        f"momentum {row['momentum']:.5f}",
-        f"feature std {row['feature_std']:.3f}",
         f"{timing['images_per_second']:.0f} img/s",
-        f"{timing['step_ms']:.0f} ms/step",
-        f"data wait {timing['data_wait_ms']:.1f} ms",
-        f"{timing['memory_gib']:.2f} GiB",
+        f"ETA {_clock(timing['eta_seconds'])}",
     ]
-    if timing["mfu"] is not None:
-        parts.append(f"MFU {100 * timing['mfu']:.1f} %")
-    if row["skipped"]:
-        parts.append(f"SKIPPED {row['skipped']} (gradient not finite)")
-    parts.append(f"ETA {_clock(timing['eta_seconds'])}")
+    # of these, what is out of order comes first
+    more = {
+        f"SKIPPED {row['skipped']} (not finite)": row["skipped"] > 0,
+        f"data wait {wait:.0f} ms": wait > 0.1 * timing["step_ms"],
+        f"MFU {100 * (timing['mfu'] or 0):.1f} %": timing["mfu"] is not None,
+        f"std {row['feature_std']:.3f}": True,
+        f"{timing['memory_gib']:.2f} GiB": True,
+    }
+    for part, wanted in more.items():
+        if wanted and len("  ".join([*parts, part])) <= WIDTH:
+            parts.append(part)
     return "  ".join(parts)
 
 
-def look_line(row: Mapping[str, Any]) -> str:
-    """One look at the features for a person."""
-    numbers = row["monitors"]
+def evaluation_lines(row: Mapping[str, Any]) -> list[str]:
+    """One evaluation of the features for a person."""
+    numbers, title = row["monitors"], f"evaluation at step {row['step']}"
     parts = [
-        f"look at step {row['step']}",
-        f"feature std {numbers['feature_std']:.3f}",
+        title,
+        f"std {numbers['feature_std']:.3f}",
         f"RankMe {numbers['rankme']:.1f}",
         *([f"LiDAR {numbers['lidar']:.1f}"] if "lidar" in numbers else []),
-        f"cosine {numbers['prediction_cosine']:.3f} "
-        f"(a constant: {numbers['mean_target_cosine']:.3f})",
+        f"cosine {numbers['prediction_cosine']:.3f} (constant {numbers['mean_target_cosine']:.3f})",
     ]
-    parts += [f"kNN {100 * value:.1f} % ({name})" for name, value in row.get("knn", {}).items()]
-    if "images" in row:
-        parts.append(f"of {row['images'][0]} and {row['images'][1]} images")
-    return "  ".join(parts)
+    lines = ["  ".join(parts)]
+    if knn := row.get("knn"):
+        scores = (f"kNN {100 * value:.1f} % ({name})" for name, value in knn.items())
+        lines.append("  ".join([title, *scores]))
+        if "images" in row:
+            lines[-1] += f"  of {row['images'][0]} and {row['images'][1]} images"
+    return lines
 
 
 class Reporter:
@@ -248,30 +275,37 @@ class Reporter:
 
     Args:
         last_step: step at which this run ends.
+        epochs: of the recipe.
         tensorboard: folder of the events, or None.
         step: steps done before; events past it are dropped.
     """
 
-    def __init__(self, *, last_step: int, tensorboard: Path | None, step: int = 0) -> None:
-        self.last_step = last_step
+    def __init__(
+        self, *, last_step: int, epochs: int, tensorboard: Path | None, step: int = 0
+    ) -> None:
+        self._ends = last_step, epochs
         self.progress: Any = None
         if sys.stdout.isatty():
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
                 Progress,
+                SpinnerColumn,
                 TextColumn,
                 TimeRemainingColumn,
             )
 
             self.progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[status]}"),
             )
-            self.task = self.progress.add_task("train", total=last_step, completed=step, status="")
+            self.task = self.progress.add_task(
+                "preparing", total=last_step, completed=step, status=""
+            )
             self.progress.start()
         self.writer = None
         if tensorboard is not None:
@@ -282,11 +316,16 @@ class Reporter:
     def advance(self, step: int) -> None:
         """So many steps are done."""
         if self.progress:
-            self.progress.update(self.task, completed=step)
+            self.progress.update(self.task, description="training", completed=step)
+
+    def doing(self, what: str) -> None:
+        """The bar names something else than training until the next step."""
+        if self.progress:
+            self.progress.update(self.task, description=what)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """One row of training metrics."""
-        _logger.info("%s", line(row, self.last_step))
+        _logger.info("%s", line(row, *self._ends))
         if self.progress:
             status = f"loss {row['loss']:.4f}  {row['timing']['images_per_second']:.0f} img/s"
             self.progress.update(self.task, status=status)
@@ -296,9 +335,10 @@ class Reporter:
                 if isinstance(value, int | float) and key not in ("step", "ids_hash"):
                     self.writer.add_scalar(f"train/{key}", value, row["step"])
 
-    def show_look(self, row: Mapping[str, Any]) -> None:
+    def show_evaluation(self, row: Mapping[str, Any]) -> None:
         """One row of monitors and, where there are labels, kNN."""
-        _logger.info("%s", look_line(row))
+        for text in evaluation_lines(row):
+            _logger.info("%s", text)
         if self.writer:
             knn = {key.partition(",")[0]: value for key, value in row.get("knn", {}).items()}
             for group, numbers in (("monitors", row["monitors"]), ("knn", knn)):
@@ -307,10 +347,13 @@ class Reporter:
 
     def close(self) -> None:
         """Ends the bar and flushes TensorBoard."""
-        if self.progress:
-            self.progress.stop()
-        if self.writer:
-            self.writer.close()
+        # the terminal may be gone, or the disk full: no reason to lose a run's result
+        with contextlib.suppress(OSError):
+            if self.progress:
+                self.progress.stop()
+        with contextlib.suppress(OSError):
+            if self.writer:
+                self.writer.close()
 
 
 class _Arrival:
@@ -347,18 +390,21 @@ class Journal:
 
     def __init__(self, file: MetricsFile | None, reporter: Reporter | None) -> None:
         self.file, self.reporter = file, reporter
-        self._pending: tuple[dict[str, Any], _Arrival] | None = None
+        self._pending: tuple[Mapping[str, Any], Mapping[str, Any], _Arrival] | None = None
 
-    def queue(self, row: dict[str, Any], numbers: Tensor, skipped: Tensor) -> None:
+    def queue(
+        self, row: Mapping[str, Any], numbers: Tensor, skipped: Tensor, **more: object
+    ) -> None:
         """Takes a row over and writes the one before.
 
         Args:
-            row: all but what follows.
+            row: what stands before these numbers.
             numbers: (2,) loss and feature std, on the device.
             skipped: int64 (4,), see `reference.count_skip`, on the device.
+            more: what stands behind them.
         """
         self.flush()
-        self._pending = row, _Arrival(numbers, skipped)
+        self._pending = row, more, _Arrival(numbers, skipped)
 
     def poll(self, step: int) -> None:
         """After every step: moves the progress bar, and writes the queued row if its numbers are
@@ -366,17 +412,18 @@ class Journal:
         """
         if self.reporter:
             self.reporter.advance(step)
-        if self._pending and self._pending[1].here:
+        if self._pending and self._pending[-1].here:
             self.flush()
 
     def flush(self) -> None:
         """Writes the queued row, if there is one, when its numbers are here."""
         if self._pending is None:
             return
-        (row, arrival), self._pending = self._pending, None
+        (row, more, arrival), self._pending = self._pending, None
         numbers, skipped = arrival.wait()
         loss, feature_std = numbers.tolist()
-        row = {**row, "loss": loss, "feature_std": feature_std, "skipped": int(skipped[2])}
+        total = int(skipped[2])
+        row = {**row, "loss": loss, "feature_std": feature_std, "skipped": total, **more}
         if self.file and self.reporter:
             self.file.append(row)
             self.reporter.show(row)

@@ -1,23 +1,19 @@
 """The folder of a run: one owner at a time, its configuration, its log."""
 
+import contextlib
 import fcntl
 import itertools
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ijepa_fast.config import (
-    Config,
-    as_dict,
-    dump_yaml,
-    flatten,
-    load_yaml,
-)
+from ijepa_fast.config import Config, as_dict, completed, dump_yaml, load_yaml
 from ijepa_fast.errors import UsageError
-from ijepa_fast.state.checkpoint import checkpoint_folders
+from ijepa_fast.state.checkpoint import checkpoint_folders, recipe_of
 
 __all__ = ["RunFolder", "recipe_difference"]
 
@@ -30,7 +26,6 @@ NOT_RECIPE = (
     "device",
     "path",
     "attention",
-    "compile",  # of runs begun with version 0.1
     "graphs",
     "memory",
     "shard",
@@ -42,12 +37,11 @@ NOT_RECIPE = (
     "data.prefetch",
     "data.timeout",
     "data.max_bad_share",
+    "data.allow_missing",
     "log.",
     "checkpoint.",
     "eval.",
 )
-# what runs began with that do not name it
-BEFORE = {"target_precision": "same"}
 
 
 def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -56,7 +50,7 @@ def recipe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     Args:
         old, new: nested settings as `as_dict` gives them.
     """
-    flat_old, flat_new = ({**BEFORE, **flatten(dict(tree))} for tree in (old, new))
+    flat_old, flat_new = completed(old), completed(new)
     return [
         f"{key}: {flat_old.get(key)} -> {flat_new.get(key)}"
         for key in sorted(flat_old.keys() | flat_new.keys())
@@ -77,6 +71,40 @@ class _Plain(logging.Formatter):
         return super().format(record).translate(self._ESCAPES)
 
 
+class _Console(logging.StreamHandler[Any]):
+    """A terminal or pipe that may go or fill up: the run goes on, and its log with it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        logger = logging.getLogger("ijepa_fast")
+        logger.removeHandler(self)
+        logger.warning("stdout must be writable, got %s: what follows is in train.log only", error)
+
+
+class _LogFile(logging.FileHandler):
+    """What a full disk refuses waits for the next line, and is no reason to lose a run."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
+        """Says so once."""
+        if not self._failed:
+            self._failed = True
+            _logger.warning("train.log cannot be written for now: %s", sys.exception())
+
+    def close(self) -> None:
+        """Loses what is waiting if the disk is full still."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def _unwritable(config: Config, error: OSError) -> UsageError:
+    return UsageError(f"out must be a folder that can be written, got {config.out}: {error}")
+
+
 class RunFolder:
     """Owns OUT while a run is alive; only rank 0 makes one.
 
@@ -88,28 +116,105 @@ class RunFolder:
     """
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.out)
+        self.path, self._config = Path(config.out), config
         self._handlers: list[logging.Handler] = []
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = (self.path / ".lock").open("a")
+            self._lock = self._begin()
         except OSError as error:
-            raise UsageError(
-                f"out must be a folder that can be written, got {config.out}: {error}"
-            ) from None
+            raise _unwritable(config, error) from None
+        self._start_log()
+
+    def _begin(self) -> IO[str]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self._locked(self._config)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write_config(self._config)
+        except BaseException:
+            lock.close()
+            raise
+        self._status = self.path.stat()
+        return lock
+
+    def begin_anew(self) -> bool:
+        """Makes OUT again if it was moved or deleted while the run writes to it; returns whether it
+        was.
+
+        Raises:
+            OSError: it cannot, or another folder stands there.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), self._status):
+                return False
+            if any(self.path.iterdir()):
+                raise OSError(f"{self.path} is another folder now than the run began in")
+        gone, self._lock = self._lock, self._begin()
+        gone.close()
+        logger, log = logging.getLogger("ijepa_fast"), self._log_file()
+        logger.removeHandler(self._handlers[0])
+        self._handlers[0].close()
+        self._handlers[0] = log
+        logger.addHandler(log)
+        _logger.warning("%s was moved or deleted, and is made anew with all metrics", self.path)
+        return True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuses what a run would be refused for, and writes nothing.
+
+        Raises:
+            UsageError: as of the class.
+        """
+        path = Path(config.out)
+        try:
+            there = next(folder for folder in (path, *path.parents) if folder.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(f"{there} is no folder that can be written")
+            if (path / ".lock").exists():
+                cls._locked(config).close()
+        except OSError as error:
+            raise _unwritable(config, error) from None
+        cls._changes(config)
+
+    @staticmethod
+    def _locked(config: Config) -> IO[str]:
+        lock = (Path(config.out) / ".lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
+            lock.close()
             raise UsageError(
                 f"out must not be in use: another run is training in {config.out}"
             ) from None
-        try:
-            self._write_config(config)
-        except BaseException:
-            self._lock.close()
-            raise
-        self._start_log()
+        return lock
+
+    @staticmethod
+    def _changes(config: Config) -> list[str]:
+        """What of the recipe is to change in a run that has begun: against its `config.yaml`, and
+        against its newest checkpoint, which may be another run's.
+        """
+        path = Path(config.out) / "config.yaml"
+        recipes: dict[Path, Any] = {}
+        if path.exists():
+            try:
+                recipes[path] = load_yaml(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                text = " ".join(str(error).split())
+                raise UsageError(f"{path} must be YAML, got: {text}") from None
+            if not isinstance(recipes[path], dict):
+                raise UsageError(f"{path} must hold a mapping, got {type(recipes[path]).__name__}")
+        # without checkpoints an earlier start came to nothing (a mistyped path, say)
+        newest = checkpoint_folders(path.parent / "checkpoints")[:1]
+        if not newest:
+            return []
+        recipes |= {folder: recipe for folder in newest if (recipe := recipe_of(folder))}
+        changes = {where: recipe_difference(old, as_dict(config)) for where, old in recipes.items()}
+        for where, changed in changes.items():
+            if changed and not config.allow_changed_recipe:
+                raise UsageError(
+                    f"the recipe differs from the one in {where} ({'; '.join(changed)}); train "
+                    "into another --out, or add --allow-changed-recipe"
+                )
+        return changes.get(path, [])
 
     @property
     def checkpoints(self) -> Path:
@@ -118,30 +223,11 @@ class RunFolder:
 
     def _write_config(self, config: Config) -> None:
         path = self.path / "config.yaml"
-        new = as_dict(config)
-        if path.exists():
-            try:
-                old = load_yaml(path.read_text())
-            except ValueError as error:
-                raise UsageError(
-                    f"{path} must be YAML, got: {' '.join(str(error).split())}"
-                ) from None
-            if not isinstance(old, dict):
-                raise UsageError(f"{path} must hold a mapping, got {type(old).__name__}")
-            changed = recipe_difference(old or {}, new)
-            if changed and not checkpoint_folders(self.checkpoints):
-                # an earlier start came to nothing (a mistyped path, say)
-                changed = []
-            if changed and not config.allow_changed_recipe:
-                raise UsageError(
-                    f"the recipe differs from the one in {path} ({'; '.join(changed)}); train into "
-                    "another --out, or add --allow-changed-recipe"
-                )
-            if changed:
-                # a copy: a kill between here and the end leaves no folder without config.yaml
-                shutil.copyfile(path, self._spare("config", ".yaml"))
+        if self._changes(config) and path.exists():
+            # a copy: a kill between here and the end leaves no folder without config.yaml
+            shutil.copyfile(path, self._spare("config", ".yaml"))
         temporary = self.path / ".config.yaml.tmp"
-        temporary.write_text(dump_yaml(config))
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
         temporary.replace(path)
 
     def _spare(self, stem: str, suffix: str) -> Path:
@@ -168,22 +254,26 @@ class RunFolder:
         self._logger_was = (logger.level, logger.propagate)
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
-        file = logging.FileHandler(self.path / "train.log")
-        file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
-        self._handlers.append(file)
+        self._handlers.append(self._log_file())
         if sys.stdout.isatty():
             from rich.logging import RichHandler
 
-            rich = RichHandler(show_path=False, show_level=False, markup=False)
+            # times stand in the file: a line has room for what it says
+            rich = RichHandler(show_time=False, show_path=False, show_level=False, markup=False)
             rich.setFormatter(_Plain("%(message)s"))
             self._handlers.append(rich)
         else:
-            plain = logging.StreamHandler(sys.stdout)
+            plain = _Console(sys.stdout)
             plain.setFormatter(_Plain("%(message)s"))
             self._handlers.append(plain)
         self._handlers[1].setLevel(logging.INFO)
         for handler in self._handlers:
             logger.addHandler(handler)
+
+    def _log_file(self) -> logging.Handler:
+        file = _LogFile(self.path / "train.log", encoding="utf-8")
+        file.setFormatter(_Plain("%(asctime)s %(levelname)s %(message)s"))
+        return file
 
     def close(self) -> None:
         """Gives the folder back."""

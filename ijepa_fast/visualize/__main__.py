@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ijepa_fast.__main__ import enter
 from ijepa_fast.config import run_command
 from ijepa_fast.visualize.decoder.commands import PredictorPicture, Prove, TrainDecoder
 from ijepa_fast.visualize.picture_commands import (
@@ -16,6 +17,7 @@ from ijepa_fast.visualize.picture_commands import (
     MaskPicture,
     NeighbourPicture,
     PcaPicture,
+    Report,
 )
 
 __all__ = ["main"]
@@ -23,6 +25,7 @@ __all__ = ["main"]
 Command = (
     Annotated[MaskPicture, tyro.conf.subcommand("masks")]
     | Annotated[CurvePicture, tyro.conf.subcommand("curves")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[PcaPicture, tyro.conf.subcommand("pca")]
     | Annotated[NeighbourPicture, tyro.conf.subcommand("neighbours")]
     | Annotated[TrainDecoder, tyro.conf.subcommand("train-decoder")]
@@ -43,4 +46,4 @@ def _draw(command: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("visualize")

@@ -12,16 +12,16 @@
 PyTorch files are read with ``weights_only=True``: nothing in them is run.
 """
 
-from ijepa_fast.weights.encoder import Encoder, load_encoder, network_of
-from ijepa_fast.weights.fit import start_weights
-from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
-from ijepa_fast.weights.read import read_weights
+from ijepa_fast.weights.encoder import Encoder, load_encoder, start_weights
+from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape, network_of
+from ijepa_fast.weights.read import ReadOptions, read_weights
 
 __all__ = [
     "METADATA",
     "Encoder",
     "EncoderKind",
     "Pretrained",
+    "ReadOptions",
     "Shape",
     "load_encoder",
     "network_of",

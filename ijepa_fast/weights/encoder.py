@@ -1,23 +1,20 @@
-"""A pretrained encoder to use: ``ijepa_fast.load_encoder(path)``."""
+"""Pretrained weights to use: ``ijepa_fast.load_encoder(path)``, and a run that starts from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ijepa_fast.config import Config
+from ijepa_fast.errors import UsageError
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.reference import normalise
 from ijepa_fast.weights.fit import fit_to, resample_positions
-from ijepa_fast.weights.pretrained import EncoderKind, Pretrained, Shape
+from ijepa_fast.weights.pretrained import EncoderKind, Pretrained, network_of
 from ijepa_fast.weights.read import read_weights
 
-__all__ = ["Encoder", "load_encoder", "network_of"]
-
-
-def network_of(shape: Shape) -> VisionTransformer:
-    """A network of these dimensions, its weights not yet set."""
-    return VisionTransformer(**vars(shape))
+__all__ = ["Encoder", "load_encoder", "start_weights"]
 
 
 class Encoder(nn.Module):
@@ -161,3 +158,50 @@ def load_encoder(
     network.to_empty(device="cpu").load_state_dict(state)
     loaded = Encoder(network, patch_size=path.shape.patch_size, mean=path.mean, std=path.std)
     return loaded.eval().requires_grad_(False)
+
+
+def start_weights(path: str, config: Config, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Weights to start a run from, at the run's resolution.
+
+    Args:
+        path: see `read_weights`.
+        config: of the run.
+        shapes: of its checkpoints' tensors `encoder.*`, `target_encoder.*`, `predictor.*`.
+
+    Returns:
+        Tensors of these names; those of the predictor only if the file has one.
+
+    Raises:
+        UsageError: the weights do not fit the configuration.
+        CheckpointError: a checkpoint is damaged.
+    """
+    size = config.data.crop_size
+    read = _read_for(path, config)
+    networks = dict(read.networks)
+    networks.setdefault("encoder", networks["target_encoder"])
+    if read.shape.heads != config.model.architecture.heads:
+        raise UsageError(
+            f"init must have model.heads ({config.model.architecture.heads}) attention heads, "
+            f"got {read.shape.heads} in {read.source}"
+        )
+    new = (size[0] // config.model.patch_size, size[1] // config.model.patch_size)
+    start: dict[str, Tensor] = {}
+    for name, given in networks.items():
+        prefix = f"{name}."
+        wanted = {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
+        fitted = fit_to(given, wanted, old=read.shape.grid, new=new, source=read.source)
+        start |= {prefix + key: tensor for key, tensor in fitted.items()}
+    return start
+
+
+def _read_for(path: str, config: Config) -> Pretrained:
+    """Reads weights whose file may tell neither heads nor a rectangular grid: as many patches as
+    the run's are taken for its grid, others for a square. What the file tells goes first.
+    """
+    heads, size = config.model.architecture.heads, config.data.crop_size
+    for image_size in (size, None) if size[0] != size[1] else (None,):
+        try:
+            return read_weights(path, heads=heads, image_size=image_size)
+        except UsageError:
+            continue
+    return read_weights(path)

@@ -11,9 +11,12 @@
 Each comes with a model card. The folder is written beside its place and renamed.
 """
 
+import contextlib
+import fcntl
+import glob
 import json
+import os
 import shutil
-import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from ijepa_fast.state import read_rows
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
 from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
-from ijepa_fast.weights.read import read_weights
+from ijepa_fast.weights.read import ReadOptions, read_weights
 
 __all__ = ["ExportArgs", "export", "main"]
 
@@ -184,9 +187,13 @@ def export(
         raise UsageError(f"OUT must be a new or empty folder, got {out}")
     state, kind = weights.encoder(which), weights.kind(which)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
     folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     folder.mkdir()
+    # held as long as this process lives
+    lock = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if layout == "hf":
             _hugging_face(weights, state, folder, kind)
         elif layout == "timm":
@@ -201,20 +208,33 @@ def export(
         folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Removes what killed exports into this folder left: nobody holds the lock of their folders."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 32}"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
 
 
 def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layout: Format) -> None:
     """What was written is read back: names, shapes and every number."""
     back = read_weights(folder if layout == "hf" else folder / "model.safetensors")
-    same = (back.shape, back.mean, back.std) == (
+    expected = weights.networks if layout == "torch" else {"target_encoder": state}
+    same = (back.shape, back.mean, back.std, back.networks.keys()) == (
         weights.shape,
-        tuple(weights.mean),
-        tuple(weights.std),
+        weights.mean,
+        weights.std,
+        expected.keys(),
     )
-    pairs = [(state, back.encoder("target"))] if layout != "torch" else []
-    if layout == "torch":
-        pairs = [(network, back.networks[name]) for name, network in weights.networks.items()]
-    for given, read in pairs:
+    for name, given in expected.items() if same else ():
+        read = back.networks[name]
         same &= given.keys() == read.keys()
         same = same and all(torch.equal(given[key], read[key]) for key in given)
     if not same:
@@ -239,7 +259,7 @@ def _run_metrics(run: Path) -> dict[str, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArgs:
+class ExportArgs(ReadOptions):
     """Writes a run's weights for other libraries."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -250,14 +270,6 @@ class ExportArgs:
     """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
     encoder: EncoderKind = "target"
     """Which of the two encoders; the target encoder has the better features."""
-    image_size: tuple[int, int] | None = None
-    """Height and width that foreign weights were trained at, where their file does not tell."""
-    heads: int | None = None
-    """Attention heads of foreign weights, where their file does not tell."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the image channels in 0-1 units, instead of what the file tells."""
-    std: tuple[float, float, float] | None = None
-    """Their standard deviation, likewise."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,11 +278,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _export(args: ExportArgs) -> None:
-    weights = read_weights(args.run, image_size=args.image_size, heads=args.heads)
-    weights = weights.with_normalisation(args.mean, args.std)
-    doubt = weights.doubt()
-    if doubt:
-        print(doubt, file=sys.stderr)
+    weights = args.read(args.run)
     metrics = _run_metrics(args.run) if args.run.is_dir() else {}
     export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
     size = sum(path.stat().st_size for path in args.out.iterdir())

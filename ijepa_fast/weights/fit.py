@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.config import Config
 from ijepa_fast.errors import UsageError
-from ijepa_fast.weights.pretrained import Pretrained
-from ijepa_fast.weights.read import read_weights
+from ijepa_fast.model import Predictor
+from ijepa_fast.weights.pretrained import Shape, network_of
 
-__all__ = ["fit_to", "resample_positions", "start_weights"]
+__all__ = ["fit_to", "require_whole", "resample_positions"]
 
 
 def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -38,53 +37,6 @@ def resample_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]
     image = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=new, mode="bicubic", align_corners=False, antialias=True)
     return image.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).contiguous()
-
-
-def start_weights(path: str, config: Config, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Weights to start a run from, at the run's resolution.
-
-    Args:
-        path: see `read_weights`.
-        config: of the run.
-        shapes: of its checkpoints' tensors `encoder.*`, `target_encoder.*`, `predictor.*`.
-
-    Returns:
-        Tensors of these names; those of the predictor only if the file has one.
-
-    Raises:
-        UsageError: the weights do not fit the configuration.
-        CheckpointError: a checkpoint is damaged.
-    """
-    size = config.data.crop_size
-    read = _read_for(path, config)
-    networks = dict(read.networks)
-    networks.setdefault("encoder", networks["target_encoder"])
-    if read.shape.heads != config.model.architecture.heads:
-        raise UsageError(
-            f"init must have model.heads ({config.model.architecture.heads}) attention heads, "
-            f"got {read.shape.heads} in {read.source}"
-        )
-    new = (size[0] // config.model.patch_size, size[1] // config.model.patch_size)
-    start: dict[str, Tensor] = {}
-    for name, given in networks.items():
-        prefix = f"{name}."
-        wanted = {k.removeprefix(prefix): v for k, v in shapes.items() if k.startswith(prefix)}
-        fitted = fit_to(given, wanted, old=read.shape.grid, new=new, source=read.source)
-        start |= {prefix + key: tensor for key, tensor in fitted.items()}
-    return start
-
-
-def _read_for(path: str, config: Config) -> Pretrained:
-    """Reads weights whose file may tell neither heads nor a rectangular grid: as many patches as
-    the run's are taken for its grid, others for a square. What the file tells goes first.
-    """
-    heads, size = config.model.architecture.heads, config.data.crop_size
-    for image_size in (size, None) if size[0] != size[1] else (None,):
-        try:
-            return read_weights(path, heads=heads, image_size=image_size)
-        except UsageError:
-            continue
-    return read_weights(path)
 
 
 def fit_to(
@@ -124,3 +76,39 @@ def fit_to(
                 f"weights must fit the network: {key} must be {need}, got {got} in {source}"
             )
     return fitted
+
+
+def require_whole(networks: Mapping[str, Mapping[str, Tensor]], shape: Shape, source: str) -> None:
+    """Every network has all tensors of its dimensions and no others.
+
+    Args:
+        networks: name -> weights under our names.
+        shape: of the encoders.
+        source: what the weights are, for the error.
+
+    Raises:
+        UsageError: a tensor is missing or too much, or has another shape.
+    """
+    for name, state in networks.items():
+        place = f"{name} of {source}" if len(networks) > 1 else source
+        # without memory
+        with torch.device("meta"):
+            whole = _predictor(state, shape, place) if name == "predictor" else network_of(shape)
+        fit_to(state, whole.state_dict(), old=shape.grid, new=shape.grid, source=place)
+
+
+def _predictor(state: Mapping[str, Tensor], shape: Shape, source: str) -> Predictor:
+    """A predictor of the dimensions that its tensors say."""
+    sizes = []
+    for key in ("predictor_embed.weight", "predictor_blocks.0.mlp.fc1.weight"):
+        if key not in state or state[key].ndim != 2:
+            raise UsageError(f"weights must have a matrix {key}, got none in {source}")
+        sizes.append(len(state[key]))
+    return Predictor(
+        grid=shape.grid,
+        encoder_width=shape.width,
+        width=sizes[0],
+        depth=len({key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}),
+        heads=1,
+        mlp_hidden=sizes[1],
+    )

@@ -8,8 +8,17 @@ from torch import Tensor
 
 from ijepa_fast.config import Config
 from ijepa_fast.errors import UsageError
+from ijepa_fast.model import VisionTransformer
 
-__all__ = ["METADATA", "NETWORKS", "EncoderKind", "Pretrained", "Shape", "channel_values"]
+__all__ = [
+    "METADATA",
+    "NETWORKS",
+    "EncoderKind",
+    "Pretrained",
+    "Shape",
+    "channel_values",
+    "network_of",
+]
 
 EncoderKind = Literal["target", "context"]
 # the entry of a safetensors file's metadata in which our exports tell what shapes do not
@@ -63,6 +72,11 @@ class Shape:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+def network_of(shape: Shape) -> VisionTransformer:
+    """A network of these dimensions, its weights not yet set."""
+    return VisionTransformer(**vars(shape))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,11 @@ import json
 import math
 import pickle  # for the name of an error only
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from torch import Tensor
 from ijepa_fast.config import ARCHITECTURES, DataConfig, from_tree
 from ijepa_fast.errors import UsageError
 from ijepa_fast.state import checkpoint
+from ijepa_fast.weights.fit import require_whole
 from ijepa_fast.weights.names import our_names
 from ijepa_fast.weights.pretrained import METADATA, NETWORKS, Pretrained, Shape, channel_values
 
-__all__ = ["read_weights"]
+__all__ = ["ReadOptions", "read_weights"]
 
 _TORCH_FILES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _HEADS = {a.width: a.heads for a in ARCHITECTURES.values()}
@@ -87,6 +90,32 @@ def read_weights(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """Options of commands that read weights."""
+
+    image_size: tuple[int, int] | None = None
+    """Height and width that the weights were trained at, where their file does not tell."""
+    heads: int | None = None
+    """Attention heads, where the file does not tell."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the image channels in 0-1 units, instead of what the file tells."""
+    std: tuple[float, float, float] | None = None
+    """Their standard deviation, likewise."""
+
+    def read(self, path: Path) -> Pretrained:
+        """Reads weights with these options; a doubt about them goes to stderr.
+
+        Raises:
+            UsageError, CheckpointError: as `read_weights`.
+        """
+        weights = read_weights(path, image_size=self.image_size, heads=self.heads)
+        weights = weights.with_normalisation(self.mean, self.std)
+        if doubt := weights.doubt():
+            print(doubt, file=sys.stderr)
+        return weights
+
+
 def _own(path: Path) -> Pretrained:
     if (path / "state.safetensors").is_file():
         state: checkpoint.State | None = checkpoint.read(path)
@@ -96,12 +125,18 @@ def _own(path: Path) -> Pretrained:
         raise UsageError(f"RUN must have a checkpoint, got none in {path}")
     if "config" not in state.meta:
         raise UsageError(f"checkpoint must hold its run's configuration, got none in {path}")
-    config = from_tree(state.meta["config"])
-    networks: dict[str, dict[str, Tensor]] = {name: {} for name in NETWORKS}
-    for key, tensor in state.tensors.items():
-        name, _, rest = key.partition(".")
-        if name in networks:
-            networks[name][rest] = tensor
+    config, images = from_tree(state.meta["config"]), state.meta.get("images")
+    networks = {
+        name: our_names(
+            {
+                key.removeprefix(f"{name}."): tensor
+                for key, tensor in state.tensors.items()
+                if key.startswith(f"{name}.")
+            },
+            path,
+        )
+        for name in NETWORKS
+    }
     a = config.model.architecture
     shape = Shape(
         image_size=config.data.crop_size,
@@ -111,6 +146,7 @@ def _own(path: Path) -> Pretrained:
         heads=a.heads,
         mlp_hidden=a.mlp_hidden,
     )
+    require_whole(networks, shape, str(path))
     return Pretrained(
         networks=networks,
         shape=shape,
@@ -119,7 +155,7 @@ def _own(path: Path) -> Pretrained:
         source=f"step {state.step} of {path}",
         config=config,
         step=state.step,
-        images=state.meta.get("images"),
+        images=images if isinstance(images, int) else None,
     )
 
 
@@ -153,6 +189,13 @@ def _hugging_face(
         "patch_size": config.get("patch_size", 16),
         "heads": config.get("num_attention_heads", 12),
     }
+    for key, name in (
+        ("depth", "num_hidden_layers"),
+        ("width", "hidden_size"),
+        ("mlp_hidden", "intermediate_size"),
+    ):
+        if name in config:
+            told[key] = config[name]
     processor = path / "preprocessor_config.json"
     if processor.is_file():
         settings = _json(processor)
@@ -176,8 +219,9 @@ def _timm(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
             )
     tensors, told = _folder_tensors(path)
     told |= {key: settings[key] for key in ("mean", "std") if key in settings}
-    if "num_heads" in arguments:
-        told["heads"] = arguments["num_heads"]
+    for key, name in (("heads", "num_heads"), ("depth", "depth"), ("width", "embed_dim")):
+        if name in arguments:
+            told[key] = arguments[name]
     if "img_size" in arguments:
         told["image_size"] = _square(arguments["img_size"])
     return tensors, told
@@ -399,6 +443,13 @@ def _described(
         mlp_hidden=mlp.shape[0],
         in_channels=kernel.shape[1],
     )
+    for key in ("width", "depth", "mlp_hidden"):
+        if told.get(key, getattr(shape, key)) != getattr(shape, key):
+            raise UsageError(
+                f"{key} must be {getattr(shape, key)}, that of the tensors, got {told[key]!r} for "
+                f"{path}"
+            )
+    require_whole(ours, shape, str(path))
     return Pretrained(
         networks=ours,
         shape=shape,

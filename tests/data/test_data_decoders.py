@@ -4,6 +4,7 @@ import io
 import logging
 import struct
 import sys
+import threading
 import warnings
 import zlib
 from pathlib import Path
@@ -15,7 +16,14 @@ import torch
 from PIL import Image
 
 from ijepa_fast.config import DataConfig
-from ijepa_fast.data import DaliDecoder, DecodeError, PillowDecoder, make_decoder
+from ijepa_fast.data import (
+    DaliDecoder,
+    DecodeError,
+    PillowDecoder,
+    make_decoder,
+    pillow_decoder,
+    pixels,
+)
 from ijepa_fast.data.pixels import is_plain, open_image
 from tests.trainer.small_folder import HAS_DALI
 
@@ -291,6 +299,28 @@ def test_a_window_outside_the_image_is_the_files_fault(chelsea, request, decoder
     with pytest.raises(DecodeError, match="451x300: has the file changed") as caught:
         decoder.decode([_encode(chelsea)] * 2, windows, np.ones(2, dtype=bool))
     assert list(caught.value.failures) == [1]
+
+
+def test_an_image_has_its_time(chelsea, monkeypatch):
+    """The thread that is at it is left to itself; the batch goes on without that image."""
+    real, release, slow = pixels.decode_window, threading.Event(), _encode(chelsea, "PNG")
+
+    def decode_window(encoded, window):
+        if encoded == slow:
+            release.wait(60)
+        return real(encoded, window)
+
+    monkeypatch.setattr(pillow_decoder, "decode_window", decode_window)
+    decoder = PillowDecoder((32, 32), 2, limit=0.2)
+    good, windows = _encode(chelsea), np.array([[0, 0, 99, 99]] * 5, dtype=np.int32)
+    try:
+        with pytest.raises(DecodeError, match=r"longer than 0.2 s \(data.timeout\)") as caught:
+            decoder.decode([good, good, slow, good, good], windows)
+        assert list(caught.value.failures) == [2]
+        assert len(decoder.decode([good] * 5, windows)) == 5
+    finally:
+        release.set()
+        decoder.close()
 
 
 @needs_dali

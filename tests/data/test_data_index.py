@@ -238,8 +238,21 @@ def test_digest_notices_changes_and_nothing_else(tmp_path):
     assert build_index(_write(two, files)).digest() == digest
     (two / "x/b.jpg").write_bytes(_encode((50, 51)))
     assert build_index(two).digest() != digest
+    # another image of the same size and length
+    again = (one / "x/b.jpg").read_bytes()
+    other = _encode((50, 50), seed=1)
+    length = max(len(again), len(other))
+    (one / "x/b.jpg").write_bytes(again.ljust(length, b"\0"))
+    before = build_index(one)
+    (one / "x/b.jpg").write_bytes(other.ljust(length, b"\0"))
+    after = build_index(one)
+    assert after.digest() != before.digest()
+    assert before.matches(before.digest())
+    assert not after.matches(before.digest())
+    # of runs that were started before marks were in it
+    assert before.matches(before._compute_digest(()))
     (one / "x/b.jpg").rename(one / "x/c.jpg")
-    assert build_index(one).digest() != digest
+    assert build_index(one).digest() != after.digest()
 
 
 def test_arrays_round_trip_through_tensors(tmp_path):
@@ -264,13 +277,14 @@ def test_arrays_round_trip_through_tensors(tmp_path):
 
 
 def test_a_file_that_changed_is_not_read_silently(tmp_path):
-    index = build_index(
-        _write(tmp_path, {"a.jpg": _encode(), "b.jpg": _encode(), "c.jpg": _encode()})
-    )
+    index = build_index(_write(tmp_path, {f"{name}.jpg": _encode() for name in "abcd"}))
     (tmp_path / "a.jpg").write_bytes(_encode()[:50])
     (tmp_path / "b.jpg").unlink()
     os.mkfifo(tmp_path / "b.jpg")
     (tmp_path / "c.jpg").unlink()
-    for row, words in enumerate(("has changed", "not a regular file", "No such file")):
+    same = _encode()
+    (tmp_path / "d.jpg").write_bytes(same[:-10] + bytes(10))
+    changes = ("has changed", "not a regular file", "No such file", "another image of the same")
+    for row, words in enumerate(changes):
         with pytest.raises(OSError, match=words):
             index.read(row)

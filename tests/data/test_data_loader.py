@@ -1,16 +1,38 @@
 """The loader: identity across ranks and resumes, errors, running ahead, shutdown."""
 
+import errno
+import io
+import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import traceback
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ijepa_fast.data import PillowDecoder, build_index, crop_windows, epoch_order
-from tests.trainer.small_folder import DECODERS, IMAGES, folder, make_loader, run, sample_ids
+from ijepa_fast.data import (
+    Index,
+    PillowDecoder,
+    Quarantine,
+    build_index,
+    crop_windows,
+    decode_usable,
+    epoch_order,
+)
+from tests.trainer.small_folder import (
+    DECODERS,
+    IMAGES,
+    folder,
+    make_loader,
+    run,
+    sample_ids,
+    spoil,
+)
 
 
 @pytest.fixture
@@ -108,6 +130,52 @@ def test_early_close_ends_every_thread(index, decoder, taken):
     assert set(threading.enumerate()) <= before
     with pytest.raises(StopIteration):
         next(loader)
+
+
+def test_what_cannot_be_used_is_left_out_and_named(index, monkeypatch, caplog):
+    os.unlink(index.path(1))
+    spoil(index, [3])
+    rows = np.arange(6)
+    windows = np.array([[0, 0, 40, 40]] * 6, dtype=np.int32)
+    decoder = PillowDecoder((32, 32), 1)
+    images, usable = decode_usable(index, rows, windows, decoder)
+    assert usable.tolist() == [0, 2, 4, 5]
+    assert torch.equal(images[1], decode_usable(index, rows[2:3], windows[:1], decoder)[0][0])
+    assert "left out '001.jpg': cannot be read: No such file" in caplog.text
+    assert "left out '003.jpg': not an image" in caplog.text
+    assert len(decode_usable(index, rows[1:2], windows[:1], decoder)[1]) == 0
+    # one bad sector is a file's, a lost server is not
+    real, broken = Index.read, {4}
+
+    def read(self, row):
+        if row in broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, row)
+
+    monkeypatch.setattr(Index, "read", read)
+    assert decode_usable(index, rows, windows, decoder)[1].tolist() == [0, 2, 5]
+    broken |= set(range(IMAGES))
+    with pytest.raises(OSError, match="Input/output error"):
+        decode_usable(index, rows, windows, decoder)
+    decoder.close()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_jpeg_of_endless_scans_is_refused(tmp_path, decoder):
+    """Each scan passes over all pixels: megabytes would keep a decoder busy for minutes."""
+    root, buffer = folder(tmp_path, 10), io.BytesIO()
+    Image.new("L", (1600, 1600), 90).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    for name, scans in (("endless", 4000), ("many", 40)):
+        (root / f"{name}.jpg").write_bytes(data[:last] + data[last:-2] * scans + data[-2:])
+    index = build_index(root)
+    quarantine = Quarantine(None, 0.1, 12)
+    assert run(index, decoder=decoder, steps=10, quarantine=quarantine)
+    assert list(quarantine.files) == ["endless.jpg"]
+    words = r"at most 8589934592, got 1600x1600 pixels in 40\d\d scans"
+    assert re.search(words, quarantine.files["endless.jpg"])
+    assert dict(build_index(root, verify=True).bad) == quarantine.files
 
 
 class _Decoder:

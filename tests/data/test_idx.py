@@ -9,6 +9,7 @@ from PIL import Image
 
 from ijepa_fast import evaluate
 from ijepa_fast.data import open_index
+from ijepa_fast.data.__main__ import main as data_main
 from ijepa_fast.data.sets import idx, named
 from ijepa_fast.data.sets.idx import EMBEDDED, find_idx, write_idx
 from ijepa_fast.errors import UsageError
@@ -146,6 +147,14 @@ def test_training_and_evaluation_take_the_folder(files, tmp_path, capsys):
     assert "30 images in 3 classes" in capsys.readouterr().out
     assert evaluate.main([str(tmp_path / "run"), "--k", "3"]) == 0
     assert f"30 training and 12 test images in 3 classes of {folder}" in capsys.readouterr().out
+
+
+def test_the_data_command_takes_the_name(files, monkeypatch, capsys):
+    folder, _ = files
+    monkeypatch.setattr(named, "FASHION_MNIST", folder)
+    for root in ("fashion_mnist", str(folder)):
+        assert data_main([root]) == 0
+        assert "images      30," in capsys.readouterr().out
 
 
 def test_a_typing_error_is_still_one():

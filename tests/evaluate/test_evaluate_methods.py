@@ -8,11 +8,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ijepa_fast import evaluate
-from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, extract
+from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, SMALL, Features, extract
 from ijepa_fast.evaluate.labelled import labelled_data
 from ijepa_fast.evaluate.linear import linear_probe
 from ijepa_fast.evaluate.ridge import ridge_accuracy
-from ijepa_fast.evaluate.scores import score_knn
+from ijepa_fast.evaluate.scores import _for_regression, score_knn
 from ijepa_fast.evaluate.subsets import low_shot_rows
 from ijepa_fast.weights import export, read_weights
 from ijepa_fast.weights.encoder import load_encoder
@@ -115,6 +115,17 @@ def test_every_method_from_the_command_line(run, data, parts, capsys, tmp_path):
     assert pixels["linear"] == pixels["ridge"] == 1.0
     theirs = LogisticRegression(max_iter=2000).fit(train.sets[PIXELS][LAST], train.labels)
     assert theirs.score(test.sets[PIXELS][LAST], test.labels) == 1.0
+
+
+def test_regressions_get_one_channel_of_grey_pixels(parts):
+    train, test = parts
+    assert _for_regression(train, test, PIXELS)[0][LAST].shape[1] == 3 * 32 * 32
+    grey = [
+        Features(sets={PIXELS: {SMALL: part.sets[PIXELS][SMALL][:, :1024].tile(3)}}, labels=y)
+        for part, y in ((train, train.labels), (test, test.labels))
+    ]
+    for part, given in zip(parts, _for_regression(grey[0], grey[1], PIXELS), strict=True):
+        assert torch.equal(given[LAST], part.sets[PIXELS][SMALL][:, :1024])
 
 
 def test_the_table(run, data, capsys):

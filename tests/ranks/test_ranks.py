@@ -47,7 +47,7 @@ def test_two_ranks_train_as_one(data, one_rank, tmp_path, group, device_batch):
     codes, output = tiny.run_ranks(data, out, max_steps=STEPS, log__interval=1, **settings)
     assert codes == [0, 0], output
     accumulated = 8 // (2 * device_batch)
-    expected = f"(2 ranks x {device_batch} on the device x {accumulated} accumulated)"
+    expected = f"2 ranks x {device_batch} on the device x {accumulated} accumulated"
     assert expected in (out / "train.log").read_text()
     tiny.assert_near(out, one_rank(group), STEPS)
     # one rank writes and prints
@@ -63,7 +63,7 @@ def test_two_ranks_resume_bit_identically(data, tmp_path):
     tiny.assert_same_state(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(data, tmp_path, number):
     """Whichever rank it reaches, both leave with its code and rank 0 saves."""
     out, output = tmp_path / "run", tmp_path / "output.txt"

@@ -11,6 +11,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,16 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         now[0] += 1.0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert ended == [signal.SIGUSR1]
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_before_there_is_anything_to_save_the_first_one_ends(monkeypatch):
@@ -384,6 +395,25 @@ def test_a_slow_disk_is_waited_for_and_said(data, out, whole, monkeypatch):
     log = (out / "train.log").read_text()
     assert "the step waits for data for" in log
     assert "reading 'class" in log
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(data, out, monkeypatch):
+    """As after SIGSTOP: the clock has gone on by much more than `data.timeout`."""
+    read, begun, stopped = Index.read, time.monotonic(), [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + stopped[0], perf_counter=time.perf_counter
+    )
+
+    def slow(self, row):
+        if not stopped[0] and time.monotonic() - begun > 0.2:
+            stopped[0] = 1000.0
+            time.sleep(0.5)
+        return read(self, row)
+
+    monkeypatch.setattr(Index, "read", slow)
+    monkeypatch.setattr("ijepa_fast.data.loader.time", clock)
+    assert tiny.run(data, out, data__timeout=0.4, optim__epochs=20) == 0
+    assert stopped == [1000.0]
 
 
 def _hanging(argv, output):

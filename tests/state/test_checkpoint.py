@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ijepa_fast.config import ModelConfig, OptimConfig
 from ijepa_fast.errors import CheckpointError
@@ -76,8 +77,9 @@ def _reseal(path, change):
     change(header)
     (path / "state.json").write_text(json.dumps(header))
     manifest = json.loads((path / "manifest.json").read_text())
-    data = (path / "state.json").read_bytes()
-    manifest["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for name in manifest:
+        data = (path / name).read_bytes()
+        manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -182,12 +184,26 @@ def test_a_manifest_of_another_shape_is_noticed(tmp_path, manifest):
     [
         (lambda header: header.update(format_version=2), "format_version 1, got 2"),
         *((lambda header, key=key: header.pop(key), key) for key in ("step", "adam_step")),
+        *(
+            (lambda header, value=value: header.update(step=value), "whole numbers")
+            for value in (None, "7", 7.0, True, -1, 5, 10**30)
+        ),
     ],
 )
 def test_another_header_is_refused(tmp_path, change, words):
     path = checkpoint.write(tmp_path, _state(7))
     _reseal(path, change)
     with pytest.raises(CheckpointError, match=words):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.float64])
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    path = checkpoint.write(tmp_path, _state(7))
+    file = path / "state.safetensors"
+    save_file({"encoder.w": torch.ones(2, 3, dtype=dtype)}, file)
+    _reseal(path, lambda header: None)
+    with pytest.raises(CheckpointError, match=f"float32 tensors, got encoder.w in {dtype}"):
         checkpoint.read(path)
 
 

@@ -119,6 +119,20 @@ def test_a_row_between_two_log_lines_is_cut_where_training_goes_on(tmp_path, int
     assert "knn" in tiny.rows(tmp_path)[-1]
 
 
+def test_lines_that_are_no_rows_are_left_out_and_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    broken = ['{"step": 4, "lo', "[]", "5", '{"loss": 1.0}', '{"step": null}', '"\xff"']
+    lines = [json.dumps(_row(2)), *broken, json.dumps(_row(6))]
+    path.write_bytes("".join(line + "\n" for line in lines).encode("latin-1"))
+    with tiny.log_lines() as told:
+        file = MetricsFile(path, step=100)
+    file.close()
+    assert [row["step"] for row in tiny.rows(tmp_path)] == [2, 6]
+    assert [f"line {number} is left out" in text for number, text in enumerate(told, 2)] == (
+        [True] * len(broken)
+    )
+
+
 @pytest.mark.parametrize("torn", ['{"step": 6, "loss": 0.2', '{"st', "\0\0\0\0", ""])
 def test_a_torn_last_line_is_left_out(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
@@ -134,9 +148,10 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
 
 def _queue(journal, step, *, skipped=(0, 0, 0, 0), loss=0.5):
     journal.queue(
-        {"step": step, "lr": 0.1, "timing": {"step_ms": 64.8}},
+        {"step": step, "lr": 0.1},
         torch.tensor([loss, 0.75]),
         torch.tensor(skipped),
+        timing={"step_ms": 64.8},
     )
 
 
@@ -248,33 +263,46 @@ def test_peak_is_known_of_cuda_devices_in_bfloat16_only(monkeypatch):
 # --- what a person sees --------------------------------------------------------------------------
 
 
-def test_the_line_says_everything():
+def test_lines_say_what_there_is_room_for():
     row = _row(40)
-    text = metrics.line(row, 400)
-    assert text == (
-        "step 40/400  loss 0.25000  lr 1.23e-03  wd 0.046  momentum 0.99612  feature std 0.750  "
-        "123 img/s  65 ms/step  data wait 1.2 ms  1.50 GiB  ETA 1:02:05"
+    text = metrics.line(row, 400, 3)
+    assert text.startswith(
+        "step 40/400  epoch 1/3  loss 0.25000  lr 1.23e-03  123 img/s  ETA 1:02:05"
     )
-    row["timing"]["mfu"] = 0.4567
-    text = metrics.line({**row, "skipped": 2}, 400)
-    assert "MFU 45.7 %" in text
-    assert "SKIPPED 2 (gradient not finite)" in text
+    assert text.endswith("  std 0.750  1.50 GiB")
+    row["timing"] |= {"mfu": 0.4567, "data_wait_ms": 12.3}
+    text = metrics.line({**row, "skipped": 2}, 400, 3)
+    assert text.endswith("ETA 1:02:05  SKIPPED 2 (not finite)")
+    row["timing"] |= {"images_per_second": 12345.6, "eta_seconds": 360_000}
+    row |= {"step": 250_000, "epoch": 299}
+    text = metrics.line(row, 250_000, 300)
+    assert "img/s  ETA 100:00:00" in text
+    assert len(text) <= 100
+    monitors = {"feature_std": 0.598, "rankme": 138.4, "lidar": 115.2}
+    monitors |= {"prediction_cosine": -0.036, "mean_target_cosine": 0.796}
+    row = {"step": 250_000, "monitors": monitors, "images": [50000, 10000]}
+    row["knn"] = {"target encoder, step 250000": 0.11}
+    texts = metrics.evaluation_lines(row)
+    assert "kNN 11.0 % (target encoder, step 250000)  of 50000 and 10000 images" in texts[1]
+    assert all(text.startswith("evaluation at step 250000  ") for text in texts)
+    assert max(map(len, texts)) <= 100
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_reporter_logs_lines_and_draws_a_bar_on_a_terminal(monkeypatch, terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
-    reporter = Reporter(last_step=400, tensorboard=None)
+    reporter = Reporter(last_step=400, epochs=3, tensorboard=None)
     try:
         with tiny.log_lines() as lines:
             reporter.advance(39)
             reporter.show(_row(39))
             reporter.advance(40)
-        assert lines == [metrics.line(_row(39), 400)]
+            reporter.doing("evaluation")
+        assert lines == [metrics.line(_row(39), 400, 3)]
         assert (reporter.progress is not None) == terminal
         if terminal:
             task = reporter.progress.tasks[0]
-            assert (task.completed, task.total) == (40, 400)
+            assert (task.description, task.completed, task.total) == ("evaluation", 40, 400)
             assert "loss 0.2500" in task.fields["status"]
     finally:
         reporter.close()

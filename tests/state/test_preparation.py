@@ -1,4 +1,4 @@
-"""What is said before the first step is done."""
+"""What is said of what takes long."""
 
 import re
 import threading
@@ -17,7 +17,7 @@ def _wait(lines, text):
 
 
 def test_what_lasts_is_named(monkeypatch):
-    monkeypatch.setattr(preparation, "_SAID_EVERY", 0.02)
+    monkeypatch.setattr(preparation, "_LONG", 0.02)
     with tiny.log_lines() as lines, Preparation() as start:
         start.begin("networks")
         _wait(lines, "networks: ")
@@ -26,26 +26,31 @@ def test_what_lasts_is_named(monkeypatch):
         # of a further micro-step: the same part
         start.begin("first step")
         assert not start.done
-        start.finish()
+        start.finish(0.5)
         assert start.done
         told = lines[-1]
-        start.begin("more")
-        time.sleep(0.06)
+        assert re.fullmatch(
+            r"first step done after \d\.\d s \((networks|first step) \d\.\d s, .*\), loss 0\.50000",
+            told,
+        )
+        time.sleep(0.1)
         assert lines[-1] == told
-    assert re.fullmatch(
-        r"the first step is done after 0\.\d s: networks 0\.\d s, first step 0\.\d s", told
-    )
+        # between later steps too, ever more seldom
+        start.begin("save")
+        _wait(lines, "save: ")
+        start.begin("")
+    assert set(start.seconds) == {"networks", "first step"}
 
 
 def test_short_parts_are_not_named():
     with tiny.log_lines() as lines, Preparation() as start:
         for number in range(5):
             start.begin(str(number))
-        start.finish()
+        start.finish(0.5)
     assert len(lines) == 1
 
 
 def test_a_start_that_fails_leaves_no_thread(tmp_path, monkeypatch):
-    monkeypatch.setattr(preparation, "_SAID_EVERY", 60.0)
+    monkeypatch.setattr(preparation, "_LONG", 60.0)
     assert tiny.run(tmp_path / "no-such-folder", tmp_path / "run") == 2
     assert "ijepa-start" not in {thread.name for thread in threading.enumerate()}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import Loader
+from ijepa_fast.data.index import mark
 
 IMAGES = 37
 HAS_DALI = (
@@ -37,11 +39,11 @@ def folder(root, count=IMAGES):
 
 
 def spoil(index, rows):
-    """Files that were good when they were indexed and are not now."""
+    """Files that look good to the index and cannot be decoded."""
     for row in rows:
-        path = index.path(row)
-        with open(path, "r+b") as file:
-            file.write(b"\0" * int(index.length[row]))
+        data = b"\0" * int(index.length[row])
+        Path(index.path(row)).write_bytes(data)
+        index.mark[row] = mark(data, len(data))
 
 
 def make_loader(index, *, decoder="pillow", prefetch=3, given=None, **options):

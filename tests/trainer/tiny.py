@@ -78,7 +78,7 @@ RECIPE = {
     },
     "batch": {"global": 8, "device": 8},
     "log": {"interval": 2},
-    "eval": {"data": None},
+    "eval": {"data": None, "seconds": 0.0},
 }
 """40 images in batches of 8: 5 steps an epoch, 15 in all."""
 

@@ -1,5 +1,7 @@
 """Weights of other libraries in and out, held against those libraries' own code."""
 
+import fcntl
+import hashlib
 import io
 import json
 import os
@@ -16,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import ijepa_fast
 from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.config.cli import parse
-from ijepa_fast.errors import UsageError
+from ijepa_fast.errors import CheckpointError, UsageError
 from ijepa_fast.model import Predictor, initialise
 from ijepa_fast.state import checkpoint
 from ijepa_fast.weights import (
@@ -404,6 +406,35 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_a_checkpoint_of_integers_is_no_weights(run, tmp_path):
+    """With hashes that fit: whoever forges it can compute them."""
+    folder = shutil.copytree(run / "checkpoints" / "step-00000006", tmp_path / "step-00000006")
+    state = load_file(folder / "state.safetensors")
+    state["target_encoder.norm.bias"] = state["target_encoder.norm.bias"].int()
+    save_file(state, folder / "state.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    text = (folder / "state.safetensors").read_bytes()
+    digest = hashlib.sha256(text).hexdigest()
+    manifest["state.safetensors"] = {"bytes": len(text), "sha256": digest}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises((UsageError, CheckpointError), match=r"norm\.bias"):
+        read_weights(folder)
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path):
+    """And what another is writing just now is not."""
+    names = (f".a.{'0' * 32}", f".a.{'1' * 32}", f".b.{'2' * 32}")
+    abandoned, busy, other = (tmp_path / name for name in names)
+    for folder in (abandoned, busy, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    lock = os.open(busy, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    export.export(_pretrained(SMALL), tmp_path / "a", layout="timm")
+    os.close(lock)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, other.name, "a"]
+
+
 def test_a_card_without_a_run():
     card = model_card.model_card(_pretrained(SMALL), layout="timm", which="target", metrics={})
     assert "Converted from here" in card
@@ -509,10 +540,33 @@ def test_both_shapes_are_named():
     ],
 )
 def test_other_networks_are_refused(tmp_path, change, message):
+    """Wherever they are read: for evaluation, `--init` and export alike."""
     state = dict(_network(SMALL).state_dict()) | change
     save_file({k: v for k, v in state.items() if v is not None}, tmp_path / "a.safetensors")
     with pytest.raises(UsageError, match=message):
-        load_encoder(tmp_path / "a.safetensors", heads=2)
+        read_weights(tmp_path / "a.safetensors", heads=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mask_token", None, "mask_token must be (1, 1, 16), got none in predictor of"),
+        ("predictor_blocks.0.attn.qkv.bias", None, "qkv.bias must be (48,), got none"),
+        (
+            "predictor_blocks.2.norm1.bias",
+            torch.zeros(16),
+            "predictor_blocks.1.attn.proj.bias must be",
+        ),
+        ("predictor_embed.weight", None, "must have a matrix predictor_embed.weight, got none"),
+    ],
+)
+def test_a_predictor_that_is_not_whole(tmp_path, key, value, message):
+    _released(tmp_path / "a.pth", SMALL, prefix="")
+    tree = torch.load(tmp_path / "a.pth")
+    tree["predictor"][key] = value
+    torch.save(tree, tmp_path / "a.pth")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        read_weights(tmp_path / "a.pth", heads=2)
 
 
 def test_dimensions_that_a_file_does_not_tell(tmp_path):
@@ -613,6 +667,8 @@ def test_bent_pickles(tmp_path, data, message):
         ("config.json", '{"patch_size": []}', "patch_size must be 8"),
         ("config.json", '{"patch_size": 16}', r"patch_size must be 8, .* got 16"),
         ("config.json", '{"num_attention_heads": true}', "heads must divide"),
+        ("config.json", '{"num_hidden_layers": 3}', "depth must be 2, that of the tensors, got 3"),
+        ("config.json", '{"hidden_size": 64}', "width must be 32"),
         ("preprocessor_config.json", '{"image_mean": 5}', "mean must be 3 numbers, got 5"),
         ("preprocessor_config.json", '{"image_mean": [1, 2, NaN]}', "mean must be 3 numbers"),
         ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "std must be 3 numbers above 0"),

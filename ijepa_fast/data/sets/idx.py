@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ijepa_fast.errors import UsageError
+
 __all__ = ["EMBEDDED", "FASHION_MNIST", "cache_folder", "find_idx", "write_idx"]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -55,10 +57,22 @@ _LOG = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME, or ~/.cache."""
+    """$XDG_CACHE_HOME, or ~/.cache.
+
+    Raises:
+        UsageError: neither is known.
+    """
     # the XDG specification asks for relative values to be ignored
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return named if named.is_absolute() else Path.home() / ".cache"
+    if named.is_absolute():
+        return named
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        user = os.getuid()
+        raise UsageError(
+            f"XDG_CACHE_HOME must be a folder where there is no home, got none for user id {user}"
+        ) from None
 
 
 def find_idx(folder: Path) -> dict[str, Path] | None:
