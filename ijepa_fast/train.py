@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import logging
 import os
-import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -374,10 +373,6 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except MainRankError as error:
         return exit_code(error)
-    except KeyboardInterrupt:
-        # a run that has begun takes signals itself
-        print("stopped before the run began", file=sys.stderr)
-        return 128 + signal.SIGINT
     except OSError as error:
         return _fail(error, 5)
     except (RuntimeError, ValueError, ImportError) as error:

@@ -236,7 +236,7 @@ def describe(facts: Facts, chosen: Mapping[str, Any]) -> list[str]:
     lines = [*_wrapped(why, ""), *_wrapped(text, "    ")]
     if facts.images < _FEW_IMAGES and not facts.network:
         lines.append(
-            f"{facts.images:,} images: expect little; start from published weights with --init"
+            f"{facts.images:,} images: expect little; start from published weights with --init FILE"
         )
     return [line.replace("\0", " ") for line in lines]
 
