@@ -171,13 +171,15 @@ def _grid(size: int, given: Mapping[str, Sequence[str]]) -> tuple[int, tuple[int
     size = max(size, least)
     patch = _whole(given, "model.patch_size")
     words = given.get("data.crop", ())
-    crop = tuple(int(word) for word in words if word.isdecimal() and int(word) > 0)
+    crop = tuple(int(word) for word in words if word.isdecimal() and 0 < len(word) < 10)
+    crop = crop if all(crop) else ()
     if not crop:
         patch = patch or next(p for p in _PATCHES if size // p >= least)
         return patch, (patch * min(max(size // patch, least), most),)
     if not patch:
-        divisors = [n for n in range(1, min(crop) // least + 1) if not any(s % n for s in crop)]
-        fits = [n for n in divisors if min(crop) // n <= most]
+        grids = [n for n in range(most, least - 1, -1) if min(crop) % n == 0]
+        patches = (min(crop) // n for n in grids)
+        fits = [n for n in patches if all(side % n == 0 for side in crop)]
         if not fits:
             raise UsageError(
                 f"data.crop must be {least} to {most} patches where model.patch_size is not given, "

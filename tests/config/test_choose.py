@@ -126,6 +126,8 @@ def test_a_file_gives_settings_as_flags_do(tmp_path):
     [
         ([], "--data must name images where no --preset brings its own"),
         (["--data", "x", "--data.crop", "97"], "data.crop must be 7 to 14 patches where model.pat"),
+        (["--data", "x", "--data.crop", "999999937"], "data.crop must be"),
+        (["--data", "x", "--data.crop", "0"], "data.crop must be at least 1 pixel, got 0"),
         (["--data", "x", "--optim.epochs", "0"], "optim.epochs must be at least 1, got 0"),
         (["--data", "x", "--batch.global", "0.5"], "--batch.global"),
         (["--data", "x", "--optim.warmup", "1e400"], "optim.warmup must be"),
