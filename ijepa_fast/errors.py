@@ -25,7 +25,7 @@ class CheckpointError(RuntimeError):
 
 
 class TooManyBadFiles(RuntimeError):
-    """More files are unusable than `data.max_bad_share` allows."""
+    """More files are unusable than `data.max_bad_share` allows, or a shard or a folder is lost."""
 
     exit_code = 4
 

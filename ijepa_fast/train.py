@@ -32,6 +32,7 @@ from ijepa_fast.evaluate import ScheduledEvaluation
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
 from ijepa_fast.run import Run, check_data, check_start
+from ijepa_fast.settings import settle
 from ijepa_fast.state import (
     Allowance,
     Journal,
@@ -74,7 +75,8 @@ class _Beside:
         self.preparation = preparation
         self.journal = Journal(metrics, reporter)
         allowance = Allowance(doing=self._doing)
-        self.pictures = Pictures(run.folder.path if run.folder else None, allowance)
+        folder = run.folder.path if run.folder else None
+        self.pictures = Pictures(folder, allowance, whole=config.eval.whole)
         self.evaluation = ScheduledEvaluation(
             config,
             run.index,
@@ -111,10 +113,10 @@ class _Beside:
         if self.journal.reporter:
             self.journal.reporter.doing(kind or "training")
 
-    def curves(self) -> None:
-        """Draws the metrics so far."""
+    def report(self, status: str, *, done: bool) -> None:
+        """Draws what the run has brought, and writes its report."""
         if self.journal.file:
-            self.pictures.curves(self.journal.file.rows)
+            self.pictures.at_end(self.journal.file.rows, status, done=done)
 
     def close(self) -> None:
         """Waits for a checkpoint that is being written; closes the metrics and the progress bar."""
@@ -306,12 +308,13 @@ def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
             raise name_samples(run, error) from error
         _logger.info("trained for %.0f s", time.perf_counter() - started)
     if received:
-        beside.curves()
-        _logger.warning("stopped by signal %d, saved at step %d", received, run.step)
+        status = f"stopped by signal {received}, saved at step {run.step}"
+        beside.report(f"{status} of {run.end}; the same command goes on", done=False)
+        _logger.warning("%s", status)
         return 128 + received
     evaluation.evaluate(run.step, ends=True)
     evaluation.summary(run.step)
-    beside.curves()
+    beside.report(f"done at step {run.step}", done=True)
     _logger.info("done: %s", Path(run.config.out))
     return 0
 
@@ -348,12 +351,15 @@ def main(argv: list[str] | None = None) -> int:
     ranks = None
     try:
         invocation = parse(argv)
+        if invocation.open_:
+            ranks = distributed.start(invocation.config.device)
+            invocation = settle(argv, invocation, ranks)
         if invocation.print_config:
             for note in invocation.notes:
                 print(f"# {note}")
             print(dump_yaml(invocation.config), end="")
             return 0
-        ranks = distributed.start(invocation.config.device)
+        ranks = ranks or distributed.start(invocation.config.device)
         if invocation.dry_run:
             _dry_run(invocation, ranks)
             distributed.stop()

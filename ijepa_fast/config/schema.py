@@ -200,7 +200,8 @@ class DataConfig:
     prefetch: int = 3
     """Batches decoded ahead of the step."""
     timeout: float = 25.0
-    """The run stops after so many seconds without a batch, and says which files it waits for."""
+    """The run stops after so many seconds without a batch, and says which files it waits for; an
+    image that takes longer to decode is left out."""
     max_bad_share: float = 0.001
     """The run stops once more than this share of the files (and more than one file) is unusable."""
     allow_missing: bool = False

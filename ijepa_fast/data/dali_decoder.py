@@ -13,13 +13,11 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from ijepa_fast.data.pillow_decoder import (
-    DecodeError,
     PillowDecoder,
     default_threads,
     empty_batch,
     resize_all,
 )
-from ijepa_fast.data.pixels import check_scans, describe
 
 __all__ = ["DaliDecoder", "last_line"]
 
@@ -126,9 +124,6 @@ class DaliDecoder:
                 f"a batch must have at most max_batch ({self.max_batch}) files, got {count}"
             )
         plain = np.zeros(count, dtype=np.bool_) if plain is None else np.asarray(plain)
-        costly = {row: reason for row, data in enumerate(encoded) if (reason := _too_costly(data))}
-        if costly:
-            raise DecodeError(costly)
         by_dali, by_pillow = np.flatnonzero(plain), np.flatnonzero(~plain)
         if by_dali.size == 0:
             return self._pillow.decode(encoded, windows)
@@ -231,16 +226,6 @@ class DaliDecoder:
         """Ends the threads and frees the pipeline."""
         self._pillow.close()
         self._pipeline = None
-
-
-def _too_costly(encoded: bytes) -> str | None:
-    """Why DALI is not given this file: it cannot be stopped either."""
-    try:
-        check_scans(encoded)
-    # Pillow raises nearly anything on a hostile file; what DALI makes of it is seen later
-    except Exception as error:  # noqa: BLE001
-        return describe(error)
-    return None
 
 
 def last_line(error: RuntimeError) -> str:

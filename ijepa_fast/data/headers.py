@@ -159,15 +159,16 @@ def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image
         width, height = image.size
         check_pixels(width, height)
         check_mode(image)
+        name = "JPEG" if image.format == "MPO" else image.format
         plain = is_plain(image, os.pread(descriptor, min(32, length), offset))
         size = min(MARKED, length)
         tail = os.pread(descriptor, size, offset + length - size)
         marker = _END_MARKER.get(image.format or "")
         verified = verify or (marker is not None and marker not in tail)
         if verified:
-            check_scans(os.pread(descriptor, length, offset))
+            if name == "JPEG":
+                check_scans(os.pread(descriptor, length, offset), width, height)
             image.load()
-        name = "JPEG" if image.format == "MPO" else image.format
     return Image(
         member="",
         label=None,
@@ -240,9 +241,10 @@ def inspect_shard(
                     bad.append(Bad(full, f"the shard holds the key {key!r} twice"))
                     continue
                 seen.add(key)
-                found: Image | str = "the shard ends before the file does"
-                if member.offset_data + member.size <= status.st_size:
-                    found = _inspect(descriptor, member.offset_data, member.size, verify=verify)
+                if member.offset_data + member.size > status.st_size:
+                    bad.append(Bad(path, f"the shard is damaged: it ends within {member.name!r}"))
+                    break
+                found = _inspect(descriptor, member.offset_data, member.size, verify=verify)
                 if isinstance(found, str):
                     bad.append(Bad(full, found))
                     continue

@@ -449,6 +449,6 @@ def _check_places(file: NDArray[np.generic], root_start: NDArray[np.generic], co
 def _texts(arrays: dict[str, NDArray[np.generic]], name: str) -> Texts:
     start = arrays[f"{name}_start"].astype(np.int64, copy=False)
     ends = len(start) and start[0] == 0 and start[-1] == len(arrays[name])
-    if not ends or (np.diff(start) < 1).any():
+    if not ends or (len(start) > 1 and int(np.diff(start).min()) < 1):
         raise ValueError(f"{name}_start must ascend from 0 to the end of {name}")
     return Texts(arrays[name].astype(np.uint8, copy=False), start)

@@ -27,7 +27,7 @@ from ijepa_fast.data.index import Index
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder
 from ijepa_fast.data.quarantine import Quarantine
-from ijepa_fast.data.reading import Parts, Reader
+from ijepa_fast.data.reading import Parts, Reader, require_decodable
 from ijepa_fast.errors import TooManyBadFiles
 
 __all__ = ["Batch", "DataStalled", "Loader", "known_bad"]
@@ -360,6 +360,7 @@ class Loader(Iterator[Batch]):
             raise _NotWanted
         if len(encoded) != len(ids):
             raise DecodeError({row: item for row, item in enumerate(read) if isinstance(item, str)})
+        require_decodable(index, ids, encoded)
         self._decoding = f"{index.name(int(ids[0]))!r} and {len(ids) - 1} more"
         self._reader.progress = time.monotonic()
         try:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTENSIONS",
+    "LEAST_SCAN",
+    "MOST_SCANNED",
     "check_mode",
     "check_pixels",
     "check_scans",
@@ -40,9 +42,11 @@ _CONVERTIBLE = frozenset(
 _INTEGER = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
 # A PNG starts with 8 bytes signature, then IHDR: 4 length, 4 name, 4 width, 4 height, 1 depth.
 _PNG_DEPTH_AT = 24
-# Each scan of a JPEG passes over all of its pixels. A progressive file has about ten.
-_USUAL_SCANS = 64
-_MOST_SCANNED = 1 << 33
+MOST_SCANNED = 1 << 33
+"""Pixels times scans of a JPEG: each scan passes over all of its pixels. A progressive file has
+about ten."""
+LEAST_SCAN = 10
+"""Bytes of a scan's header."""
 _RGB_COMPONENTS = (ord("R"), ord("G"), ord("B"))
 
 
@@ -74,18 +78,18 @@ def check_pixels(width: int, height: int) -> None:
         raise ValueError(f"an image must have at most {limit} pixels, got {width}x{height}")
 
 
-def check_scans(encoded: bytes) -> None:
+def check_scans(encoded: bytes, width: int, height: int) -> None:
     """Raises ValueError for a JPEG of so many scans that its decoding would not end in seconds."""
-    scans = encoded.count(b"\xff\xda")
-    if scans <= _USUAL_SCANS:
+    if width * height * (len(encoded) // LEAST_SCAN) <= MOST_SCANNED:
         return
-    # in other formats these two bytes mean nothing
-    with open_image(encoded) as image:
-        if image.format in ("JPEG", "MPO") and scans * image.width * image.height > _MOST_SCANNED:
-            raise ValueError(
-                f"pixels times scans of a JPEG must be at most {_MOST_SCANNED}, got "
-                f"{image.width}x{image.height} pixels in {scans} scans"
-            )
+    values = np.frombuffer(encoded, np.uint8)
+    marked = np.flatnonzero(values[:-1] == 0xFF)
+    scans = int(np.count_nonzero(values[marked + 1] == 0xDA))
+    if scans * width * height > MOST_SCANNED:
+        raise ValueError(
+            f"pixels times scans of a JPEG must be at most {MOST_SCANNED}, got {width}x{height} "
+            f"pixels in {scans} scans"
+        )
 
 
 def is_plain(image: "Image.Image", header: bytes) -> bool:
@@ -147,7 +151,6 @@ def decode_window(encoded: bytes, window: NDArray[np.int32]) -> NDArray[np.uint8
         Exception: anything that Pillow raises on a file that it cannot read.
     """
     top, left, height, width = (int(value) for value in window)
-    check_scans(encoded)
     with open_image(encoded) as image:
         image_w, image_h = image.size
         if top < 0 or left < 0 or top + height > image_h or left + width > image_w:

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast.data.index import Index
+from ijepa_fast.data.index import FORMATS, Index
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder
-from ijepa_fast.data.pixels import describe
+from ijepa_fast.data.pixels import LEAST_SCAN, MOST_SCANNED, check_scans, describe
 from ijepa_fast.data.sources import OUT_OF_FILES
 
-__all__ = ["Parts", "Reader", "decode_usable", "thread_pool"]
+__all__ = ["Parts", "Reader", "decode_usable", "require_decodable", "thread_pool"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,9 @@ def decode_usable(
     """
     while len(rows):
         try:
-            return decoder.decode(_read_all(index, rows), windows, index.plain[rows]), rows
+            encoded = _read_all(index, rows)
+            require_decodable(index, rows, encoded)
+            return decoder.decode(encoded, windows, index.plain[rows]), rows
         except DecodeError as error:
             failures = error.failures
         for place, reason in failures.items():
@@ -87,6 +89,23 @@ def decode_usable(
         rows = np.delete(rows, list(failures))
         windows = np.delete(windows, list(failures), axis=0)
     return torch.empty(0), rows
+
+
+def require_decodable(index: Index, rows: NDArray[np.int64], encoded: list[bytes]) -> None:
+    """Raises DecodeError for images that no decoder should be given, as none can be stopped."""
+    pixels = index.width[rows].astype(np.int64) * index.height[rows]
+    # the files' bytes are looked through only where so many scans would have room in them
+    room = (index.length[rows] // LEAST_SCAN).astype(np.int64)
+    suspects = (index.format[rows] == FORMATS.index("JPEG")) & (pixels * room > MOST_SCANNED)
+    failures = {}
+    for place in np.flatnonzero(suspects).tolist():
+        row = rows[place]
+        try:
+            check_scans(encoded[place], int(index.width[row]), int(index.height[row]))
+        except ValueError as error:
+            failures[place] = describe(error)
+    if failures:
+        raise DecodeError(failures)
 
 
 def _read_all(index: Index, rows: NDArray[np.int64]) -> list[bytes]:

@@ -16,6 +16,7 @@ from ijepa_fast.evaluate.labelled import (
     central_windows,
     labelled_data,
     parts_of,
+    shown_part,
 )
 from ijepa_fast.evaluate.scheduled import ScheduledEvaluation
 from ijepa_fast.evaluate.scores import final_table, knn_scores, table
@@ -34,6 +35,7 @@ __all__ = [
     "labelled_data",
     "main",
     "parts_of",
+    "shown_part",
     "table",
     "untrained",
 ]

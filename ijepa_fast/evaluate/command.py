@@ -155,6 +155,8 @@ def _scores(
             )
             for split in splits
         )
+        # without what cannot be used
+        details["images"] = [len(train.labels), len(test.labels)]
         if "knn" in args.methods:
             parts.append(score_knn(train, test, k=args.k))
         if "ridge" in args.methods:

@@ -118,7 +118,8 @@ class EmbedArgs(ReadOptions):
     weights: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
     """A run's folder, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str
-    """Folder, list file or tar shards, labelled or not, or the name of a set."""
+    """Folder, list file or tar shards, labelled or not, or the name of a set: its training
+    images."""
     out: Path
     """File to write: features.npy (a NumPy array), or features.safetensors (tensor `features`).
     Row i is of the image `paths[i]` of features.json beside it. Neither may exist."""

@@ -33,6 +33,7 @@ __all__ = [
     "labelled_data",
     "parts_of",
     "precision_of",
+    "shown_part",
 ]
 
 _TRAIN_SHARE = 0.8
@@ -180,6 +181,14 @@ def parts_of(
     parts = _split(root, data, device, name)
     _check_not_empty(parts, root, name)
     return parts
+
+
+def shown_part(root: str, data: DataConfig, device: torch.device) -> Split:
+    """What pictures show of any data set: the held-out part where it has a folder of its own, else
+    all images. Arguments as of `parts_of`.
+    """
+    _, test = _split(root, data, device, "data")
+    return replace(test, rows=np.arange(len(test.index)))
 
 
 def _split(root: str, data: DataConfig, device: torch.device, name: str) -> tuple[Split, Split]:

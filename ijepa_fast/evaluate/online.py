@@ -198,12 +198,14 @@ class OnlineEvaluation:
             data=replace(self.config.data, threads=1),
             device=self.device,
         )
-        crops = replace(split, data=replace(split.data, scale=VIEW_SCALE, ratio=VIEW_RATIO))
+        images, _, rows = split.load()
+        scattered = replace(split.data, scale=VIEW_SCALE, ratio=VIEW_RATIO)
+        crops = replace(split, rows=rows, data=scattered)
         views = [
             torch.cat([part.images.cpu() for part in crops.crops(self.config.seed, view)])
             for view in range(VIEWS)
         ]
-        return split.load().images, views
+        return images, views
 
     @cached_property
     def untrained(self) -> dict[str, float]:

@@ -1,11 +1,7 @@
-"""Pictures of a run, as PNG: ``python -m ijepa_fast.visualize``. Needs the extra `viz`."""
+"""Pictures of a run, as PNG, and its report: ``python -m ijepa_fast.visualize``. PNG files need the
+extra `viz`.
+"""
 
-from ijepa_fast.visualize.curves import draw_curves
-from ijepa_fast.visualize.masks import draw_masks
 from ijepa_fast.visualize.run_pictures import Pictures
 
-__all__ = [
-    "Pictures",
-    "draw_curves",
-    "draw_masks",
-]
+__all__ = ["Pictures"]

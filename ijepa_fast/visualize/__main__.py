@@ -17,6 +17,7 @@ from ijepa_fast.visualize.picture_commands import (
     MaskPicture,
     NeighbourPicture,
     PcaPicture,
+    Report,
 )
 
 __all__ = ["main"]
@@ -24,6 +25,7 @@ __all__ = ["main"]
 Command = (
     Annotated[MaskPicture, tyro.conf.subcommand("masks")]
     | Annotated[CurvePicture, tyro.conf.subcommand("curves")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[PcaPicture, tyro.conf.subcommand("pca")]
     | Annotated[NeighbourPicture, tyro.conf.subcommand("neighbours")]
     | Annotated[TrainDecoder, tyro.conf.subcommand("train-decoder")]

@@ -1,5 +1,6 @@
 """Curves of `metrics.jsonl`: of one run, or of several over each other."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,12 @@ from ijepa_fast.errors import UsageError
 from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.figure import pyplot, save
 
-__all__ = ["draw_curves", "read_runs"]
+__all__ = ["Line", "draw_curves", "panels_of", "read_runs"]
 
 Row = Mapping[str, Any]
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """A curve of one run. Points are marked where there are few; a level has no steps."""
 
     steps: list[int]
@@ -27,40 +28,40 @@ NUMBERS = {
     "loss": ("loss",),
     "learning rate": ("lr",),
     "weight decay": ("weight_decay",),
-    "momentum of the target encoder": ("momentum",),
-    "feature std of the target encoder": ("feature_std",),
+    "momentum": ("momentum",),
+    "feature std": ("feature_std",),
     "images/s": ("timing", "images_per_second"),
     "RankMe": ("monitors", "rankme"),
     "LiDAR": ("monitors", "lidar"),
-    "cosine of prediction and target": ("monitors", "prediction_cosine"),
+    "prediction cosine": ("monitors", "prediction_cosine"),
 }
 
 
-def _panels(rows: Sequence[Row]) -> dict[str, list[_Line]]:
+def panels_of(rows: Sequence[Row]) -> dict[str, list[Line]]:
     """The lines of one run by the titles of panels. Accuracies at a part of the labelled images are
     lower than at all of them, and stand apart.
     """
-    panels = {title: _numbers(rows, keys) for title, keys in NUMBERS.items()}
-    panels["kNN accuracy, %"] = _accuracies([row for row in rows if "images" not in row])
-    panels["kNN accuracy, %, part of the images"] = _accuracies(
-        [row for row in rows if "images" in row]
+    numbers = {title: _numbers(rows, keys) for title, keys in NUMBERS.items()}
+    whole, part = (
+        [row for row in rows if ("images" in row) == is_part] for is_part in (False, True)
     )
-    return panels
+    knn = {"kNN, %": _accuracies(whole), "kNN on a part of the images, %": _accuracies(part)}
+    return {"loss": numbers.pop("loss"), **knn, **numbers}
 
 
-def _numbers(rows: Sequence[Row], keys: Sequence[str]) -> list[_Line]:
+def _numbers(rows: Sequence[Row], keys: Sequence[str]) -> list[Line]:
     steps, values = [], []
     for row in rows:
         value: Any = row
         for key in keys:
             value = (value or {}).get(key)
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and math.isfinite(value):
             steps.append(row["step"])
             values.append(value)
-    return [_Line(steps, values)] if steps else []
+    return [Line(steps, values)] if steps else []
 
 
-def _accuracies(rows: Sequence[Row]) -> list[_Line]:
+def _accuracies(rows: Sequence[Row]) -> list[Line]:
     """The encoder's accuracy, from the untrained network at step 0 on, and the level of what does
     not change with the step (raw pixels).
     """
@@ -79,10 +80,10 @@ def _accuracies(rows: Sequence[Row]) -> list[_Line]:
             else:
                 levels[name] = 100 * value
     lines = [
-        _Line([s for s, _ in sorted(found)], [v for _, v in sorted(found)], name)
+        Line([s for s, _ in sorted(found)], [v for _, v in sorted(found)], name)
         for name, found in points.items()
     ]
-    return lines + [_Line([], [value], name) for name, value in levels.items()]
+    return lines + [Line([], [value], name) for name, value in levels.items()]
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
@@ -124,7 +125,7 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> list[str]:
     Raises:
         ValueError: no row holds anything to draw.
     """
-    panels = [_panels(rows) for rows in runs.values()]
+    panels = [panels_of(rows) for rows in runs.values()]
     titles = [title for title in panels[0] if any(of_run[title] for of_run in panels)]
     if not titles:
         raise ValueError("runs must hold at least one number to draw, got none")
@@ -132,10 +133,10 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> list[str]:
     from matplotlib.ticker import LogLocator
 
     plt = pyplot()
-    columns = min(3, len(titles))
+    columns = min(4, len(titles))
     count = -(-len(titles) // columns)
     figure, axes = plt.subplots(
-        count, columns, figsize=(4 * columns, 2.8 * count + 0.4), squeeze=False
+        count, columns, figsize=(3.4 * columns, 2.8 * count + 0.4), squeeze=False
     )
     tab10 = plt.get_cmap("tab10").colors
     colours = [tab10[number % len(tab10)] for number in range(len(runs))]
@@ -157,14 +158,15 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]]) -> list[str]:
     for axis in axes.flat[len(titles) :]:
         axis.set_axis_off()
     height = figure.get_figheight()
-    figure.tight_layout(rect=(0, 0.35 / height, 1, 1))
-    handles = [Line2D([], [], color=colour) for colour in colours]
-    figure.legend(handles, list(runs), loc="lower center", ncols=6, fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / height if len(runs) > 1 else 0, 1, 1))
+    if len(runs) > 1:
+        handles = [Line2D([], [], color=colour) for colour in colours]
+        figure.legend(handles, list(runs), loc="lower center", ncols=6, fontsize=9, frameon=False)
     save(figure, path, dpi=100)
     return titles
 
 
-def _draw(axis: Any, line: _Line, colour: Any) -> None:
+def _draw(axis: Any, line: Line, colour: Any) -> None:
     if line.steps:
         marker = "o" if len(line.steps) < 20 else None
         axis.plot(line.steps, line.values, color=colour, lw=1.2, marker=marker, markersize=3)

@@ -4,6 +4,7 @@ Both use the target encoder, as evaluation does (paper, section 4).
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast.visualize.figure import Frame, Panel, draw_sheet
-from ijepa_fast.visualize.inputs import ShownImages
+from ijepa_fast.visualize.inputs import OpenedWeights, ShownImages, choose, shown_images
 from ijepa_fast.weights import Encoder
 
 __all__ = [
@@ -22,10 +23,94 @@ __all__ = [
     "draw_neighbours",
     "draw_pca",
     "nearest",
+    "neighbours",
     "patch_features",
+    "pca",
     "pca_colours",
     "pooled_features",
 ]
+
+
+def pca(
+    path: Path,
+    opened: OpenedWeights,
+    root: str,
+    *,
+    images: int = 12,
+    size: int | None = None,
+    seed: int = 0,
+) -> str:
+    """Writes a PNG of images and the principal components of their patch features.
+
+    Args:
+        path: the PNG file.
+        opened: whose features.
+        root: a data set.
+        images: how many are drawn, one PCA over all of them.
+        size: their height in pixels, by default the crop's; the width follows.
+        seed: chooses the images.
+
+    Returns:
+        What is shown, in words.
+
+    Raises:
+        ValueError: the size is no multiple of the patch, or the images cannot be used.
+    """
+    data, patch = opened.data, opened.encoder.patch_size
+    height, width = data.crop_size
+    if size:
+        other = patch * max(1, round(size * width / height / patch))
+        data = replace(data, crop=(size, other))
+    shown = shown_images(root, data, images, seed=seed)
+    found = patch_features(opened.encoder, shown.images)
+    grid = (data.crop_size[0] // patch, data.crop_size[1] // patch)
+    colours = pca_colours(found).reshape(len(found), *grid, 3)
+    title = f"{opened.name}: principal components 1-3 of {grid[0]}x{grid[1]} patch features"
+    draw_pca(path, shown, colours, title)
+    return f"{len(found)} images of {root}, {opened.name}"
+
+
+def neighbours(
+    path: Path,
+    opened: OpenedWeights,
+    root: str,
+    *,
+    pool: int = 2000,
+    queries: int = 6,
+    k: int = 8,
+    seed: int = 0,
+) -> str:
+    """Writes a PNG of images and those nearest to them.
+
+    Args:
+        path: the PNG file.
+        opened: whose features.
+        root: a data set.
+        pool: images among which neighbours are looked for.
+        queries: images whose neighbours are drawn.
+        k: neighbours of each.
+        seed: chooses the images.
+
+    Returns:
+        What is shown, in words.
+
+    Raises:
+        ValueError: k out of range, or the images cannot be used.
+    """
+    shown = shown_images(root, opened.data, pool, seed=seed)
+    found = pooled_features(opened.encoder, shown.images)
+    rows = choose(len(found), queries, seed=seed + 1)
+    near = nearest(found, rows, k)
+    same = [
+        shown.labels[query] == shown.labels[row]
+        for query, others in zip(rows.tolist(), near.rows.tolist(), strict=True)
+        for row in others
+        if shown.label(query)
+    ]
+    words = f"; {int(sum(same))} of {len(same)} have the query's class" if same else ""
+    title = f"{opened.name}: nearest of {len(found)} images, cosine of centred pooled features"
+    draw_neighbours(path, shown, rows, near, title + words)
+    return f"{root}, {title}{words}"
 
 
 @torch.no_grad()

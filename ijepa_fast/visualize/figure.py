@@ -1,8 +1,9 @@
 """Matplotlib without a display, and PNG files: sheets of panels."""
 
+import contextlib
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,17 @@ from numpy.typing import NDArray
 
 from ijepa_fast.errors import UsageError
 
-__all__ = ["Frame", "Panel", "check_out", "draw_sheet", "faded", "patch_pixels", "pyplot", "save"]
+__all__ = [
+    "Frame",
+    "Panel",
+    "check_out",
+    "draw_sheet",
+    "faded",
+    "patch_pixels",
+    "pyplot",
+    "replaced",
+    "save",
+]
 
 # inches: between panels, of an empty column, and of a line of text
 SPACE, GAP, LINE = 0.08, 0.14, 0.15
@@ -43,14 +54,23 @@ def check_out(path: Path, suffix: str, *, overwrite: bool) -> None:
         raise UsageError(f"out must not exist (or add --overwrite), got {path}")
 
 
-def save(figure: Any, path: Path, *, dpi: int) -> None:
-    """Writes the PNG under another name first, so that a broken-off write leaves no half file."""
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A name to write to that becomes `path` at the end, so that no half file is left there."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        figure.savefig(temporary, dpi=dpi, format="png")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(figure: Any, path: Path, *, dpi: int) -> None:
+    """Writes the PNG and forgets the figure."""
+    try:
+        with replaced(path) as temporary:
+            figure.savefig(temporary, dpi=dpi, format="png")
+    finally:
         pyplot().close(figure)
 
 
@@ -103,9 +123,9 @@ def draw_sheet(
             if panel:
                 extent = (x, x + side, y + height, y)
                 axis.imshow(panel.image, interpolation="nearest", extent=extent, aspect="auto")
-                style: dict[str, Any] = {"ha": "center", "va": "bottom", "linespacing": 1.1}
+                style: dict[str, Any] = {"ha": "center", "va": "baseline", "linespacing": 1.1}
                 short = [textwrap.shorten(line, int(18 * side)) for line in panel.words.split("\n")]
-                axis.text(x + side / 2, y - 0.02, "\n".join(short), fontsize=8, **style)
+                axis.text(x + side / 2, y - 0.05, "\n".join(short), fontsize=8, **style)
                 scale = side / panel.image.shape[1]
                 for frame in panel.frames:
                     down, right, tall, wide = (scale * length for length in frame.box)

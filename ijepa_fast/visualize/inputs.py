@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ijepa_fast.weights import Encoder, load_encoder, read_weights
 
 __all__ = [
     "Networks",
+    "OpenedWeights",
     "ShownImages",
     "choose",
     "device",
@@ -29,6 +31,8 @@ __all__ = [
     "open_parts",
     "open_weights",
     "read_config",
+    "shown_images",
+    "source_of",
     "untrained_networks",
 ]
 
@@ -53,6 +57,17 @@ class ShownImages:
         """The class of an image in words, or nothing."""
         number = int(self.labels[row])
         return self.classes[number] if 0 <= number < len(self.classes) else ""
+
+
+class OpenedWeights(NamedTuple):
+    """A target encoder on its device, how images are made for it, its run's configuration if it is
+    of a run, and what it is in words.
+    """
+
+    encoder: Encoder
+    data: DataConfig
+    config: Config | None
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +108,8 @@ def read_config(path: Path | None, preset: str | None) -> Config:
     return parse(["--config", str(path)]).config
 
 
-def open_weights(source: Path) -> tuple[Encoder, DataConfig, Config | None, str]:
-    """The target encoder that RUN_OR_WEIGHTS names, how images are made for it, the run's
-    configuration, and what it is in words.
+def open_weights(source: Path) -> OpenedWeights:
+    """The target encoder that RUN_OR_WEIGHTS names, on the device.
 
     Raises:
         UsageError: no such weights, or no checkpoint.
@@ -105,7 +119,21 @@ def open_weights(source: Path) -> tuple[Encoder, DataConfig, Config | None, str]
     config = weights.config
     data = replace(config.data if config else DataConfig(), crop=weights.shape.image_size)
     name = source.name if weights.step is None else f"{source.name}, step {weights.step}"
-    return load_encoder(weights).to(device()), data, config, name
+    return OpenedWeights(load_encoder(weights).to(device()), data, config, name)
+
+
+def source_of(data: str | None, config: Config | None) -> str:
+    """The data set to show: as given, else the run's labelled one, else its own.
+
+    Raises:
+        UsageError: there is none.
+    """
+    named = data
+    if config and not data:
+        named = config.eval.data or next(iter(config.data.sources), None)
+    if named is None:
+        raise UsageError("data must be given (--data DIR): the configuration names none")
+    return named
 
 
 def load_networks(run: Path) -> Networks:
@@ -166,6 +194,11 @@ def _digest(weights: Mapping[str, Tensor], config: Config) -> str:
 def open_parts(root: str, data: DataConfig) -> tuple[evaluate.Split, evaluate.Split]:
     """Training and test part of any data set, labelled or not; see `evaluate.parts_of`."""
     return evaluate.parts_of(root, data, device())
+
+
+def shown_images(root: str, data: DataConfig, limit: int, *, seed: int = 0) -> ShownImages:
+    """Up to `limit` images of a data set: of its held-out part if that is a folder, else of all."""
+    return load_pictures(evaluate.shown_part(root, data, device()), limit, seed=seed)
 
 
 def choose(count: int, limit: int, *, seed: int = 0) -> NDArray[np.int64]:

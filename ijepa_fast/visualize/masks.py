@@ -94,7 +94,8 @@ def draw_geometries(
     patches = grid[0] * grid[1]
     patch = images.shape[1] // grid[0]
     group, title = config.truncation_group, f"grid {grid[0]}x{grid[1]}, "
-    title += "contexts whole" if group == 1 else f"contexts cut to the shortest of {group}"
+    cut_to = f"contexts cut to the shortest of {group} (rest pale)"
+    title += "contexts whole" if group == 1 else cut_to
     sheet = [[Panel(image, "image")] for image in images]
     for geometry in GEOMETRIES:
         settings = replace(config, geometry=geometry)

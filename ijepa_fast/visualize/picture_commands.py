@@ -1,14 +1,13 @@
 """Commands that draw data, masks, curves and features."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ijepa_fast.config import Config
 from ijepa_fast.errors import UsageError
-from ijepa_fast.visualize import curves, feature_pictures, inputs, masks
+from ijepa_fast.visualize import curves, feature_pictures, inputs, masks, report
 from ijepa_fast.visualize.figure import check_out
 
 __all__ = [
@@ -17,9 +16,9 @@ __all__ = [
     "NeighbourPicture",
     "PcaPicture",
     "Picture",
+    "Report",
     "RunFolderArgument",
     "at_least",
-    "source_of",
 ]
 
 RunFolderArgument = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -35,20 +34,6 @@ def at_least(low: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= low:
             raise UsageError(f"{name} must be at least {low:g}, got {value:g}")
-
-
-def source_of(data: str | None, config: Config | None) -> str:
-    """The data set to show: as given, else the run's labelled one, else its own.
-
-    Raises:
-        UsageError: there is none.
-    """
-    named = data
-    if config and not data:
-        named = config.eval.data or next(iter(config.data.sources), None)
-    if named is None:
-        raise UsageError("data must be given (--data DIR): the configuration names none")
-    return named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +68,8 @@ class MaskPicture(Picture):
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images)
         config = inputs.read_config(self.config, self.preset)
-        root = source_of(self.data or next(iter(config.data.sources), None), config)
-        pictures = inputs.load_pictures(
-            inputs.open_parts(root, config.data)[1], self.images, seed=self.seed
-        )
+        root = inputs.source_of(self.data or next(iter(config.data.sources), None), config)
+        pictures = inputs.shown_images(root, config.data, self.images, seed=self.seed)
         images, keys = pictures.images.numpy(), {"seed": self.seed, "step": self.step}
         masks.draw_geometries(self.out, images, config.masks, config.grid, **keys)
         print(f"{self.out}: masks of {len(pictures.images)} images of {root}")
@@ -110,13 +93,35 @@ class CurvePicture(Picture):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """One page about a run: settings, curves, accuracies, and the pictures in its folder."""
+
+    run: RunFolderArgument
+    """Folder of a run."""
+    out: Path | None = None
+    """HTML file to write; by default RUN/report.html, which is replaced."""
+    overwrite: bool = False
+    """Replace the file if it is there."""
+
+    def do(self) -> None:
+        """Writes the page."""
+        if not (self.run / "config.yaml").is_file():
+            raise UsageError(f"RUN must be the folder of a run (with config.yaml), got {self.run}")
+        out = self.out or self.run / "report.html"
+        check_out(out, ".html", overwrite=self.overwrite or not self.out)
+        report.write_report(out, self.run)
+        print(out)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PcaPicture(Picture):
     """First three principal components of patch features as colours, beside the images."""
 
     run: RunOrWeights
     """A run, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
-    """Folder of images (its test part), or a named set; by default the run's."""
+    """Folder of images (its sub-folder test or val if there is one), or a named set; by default the
+    run's."""
     images: int = 12
     """Images shown; one PCA over all of them."""
     size: int | None = None
@@ -129,22 +134,12 @@ class PcaPicture(Picture):
         """Draws the picture and writes `out`."""
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, images=self.images, size=self.size)
-        encoder, data, config, name = inputs.open_weights(self.run)
-        height, width = data.crop_size
-        patch = encoder.patch_size
-        if self.size:
-            other = patch * max(1, round(self.size * width / height / patch))
-            data = replace(data, crop=(self.size, other))
-        root = source_of(self.data, config)
-        pictures = inputs.load_pictures(
-            inputs.open_parts(root, data)[1], self.images, seed=self.seed
+        opened = inputs.open_weights(self.run)
+        root = inputs.source_of(self.data, opened.config)
+        shown = feature_pictures.pca(
+            self.out, opened, root, images=self.images, size=self.size, seed=self.seed
         )
-        found = feature_pictures.patch_features(encoder, pictures.images)
-        grid = (data.crop_size[0] // patch, data.crop_size[1] // patch)
-        colours = feature_pictures.pca_colours(found).reshape(len(found), *grid, 3)
-        title = f"{name}: principal components 1-3 of {grid[0]}x{grid[1]} patch features"
-        feature_pictures.draw_pca(self.out, pictures, colours, title)
-        print(f"{self.out}: {len(found)} images of {root}, {name}")
+        print(f"{self.out}: {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +149,8 @@ class NeighbourPicture(Picture):
     run: RunOrWeights
     """A run, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str | None = None
-    """Folder of images (its test part), or a named set; by default the run's."""
+    """Folder of images (its sub-folder test or val if there is one), or a named set; by default the
+    run's."""
     pool: int = 2000
     """Images among which neighbours are looked for."""
     queries: int = 6
@@ -169,19 +165,7 @@ class NeighbourPicture(Picture):
         check_out(self.out, ".png", overwrite=self.overwrite)
         at_least(1, queries=self.queries, k=self.k)
         at_least(2, pool=self.pool)
-        encoder, data, config, name = inputs.open_weights(self.run)
-        root = source_of(self.data, config)
-        pictures = inputs.load_pictures(inputs.open_parts(root, data)[1], self.pool, seed=self.seed)
-        found = feature_pictures.pooled_features(encoder, pictures.images)
-        queries = inputs.choose(len(found), self.queries, seed=self.seed + 1)
-        near = feature_pictures.nearest(found, queries, self.k)
-        same = [
-            pictures.labels[query] == pictures.labels[int(row)]
-            for query, rows in zip(queries, near.rows, strict=True)
-            for row in rows
-            if pictures.label(int(query))
-        ]
-        words = f"; {int(sum(same))} of {len(same)} have the query's class" if same else ""
-        title = f"{name}: nearest of {len(found)} images, cosine of centred pooled features{words}"
-        feature_pictures.draw_neighbours(self.out, pictures, queries, near, title)
-        print(f"{self.out}: {root}, {title}")
+        opened = inputs.open_weights(self.run)
+        root = inputs.source_of(self.data, opened.config)
+        keys = {"pool": self.pool, "queries": self.queries, "k": self.k, "seed": self.seed}
+        print(f"{self.out}: {feature_pictures.neighbours(self.out, opened, root, **keys)}")

@@ -301,22 +301,6 @@ def test_a_window_outside_the_image_is_the_files_fault(chelsea, request, decoder
     assert list(caught.value.failures) == [1]
 
 
-@pytest.mark.parametrize("decoder_name", ["pillow", pytest.param("dali", marks=needs_dali)])
-def test_a_jpeg_of_endless_scans_is_refused(request, decoder_name):
-    """Each scan passes over all pixels: megabytes would keep a decoder busy for minutes."""
-    decoder = request.getfixturevalue(decoder_name)
-    data = _encode(Image.new("L", (1600, 1600), 90), mode="L", progressive=True)
-    last = data.rindex(b"\xff\xda")
-    endless = data[:last] + data[last:-2] * 4000 + data[-2:]
-    windows = np.array([[0, 0, 50, 50]] * 2, dtype=np.int32)
-    with pytest.raises(
-        DecodeError, match=r"at most 8589934592, got 1600x1600 pixels in 40\d\d scans"
-    ):
-        decoder.decode([data, endless], windows, np.ones(2, dtype=bool))
-    few = data[:last] + data[last:-2] * 40 + data[-2:]
-    decoder.decode([data, few], windows, np.ones(2, dtype=bool))
-
-
 def test_an_image_has_its_time(chelsea, monkeypatch):
     """The thread that is at it is left to itself; the batch goes on without that image."""
     real, release, slow = pixels.decode_window, threading.Event(), _encode(chelsea, "PNG")

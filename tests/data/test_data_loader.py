@@ -1,7 +1,9 @@
 """The loader: identity across ranks and resumes, errors, running ahead, shutdown."""
 
 import errno
+import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,10 +13,12 @@ import traceback
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ijepa_fast.data import (
     Index,
     PillowDecoder,
+    Quarantine,
     build_index,
     crop_windows,
     decode_usable,
@@ -154,6 +158,24 @@ def test_what_cannot_be_used_is_left_out_and_named(index, monkeypatch, caplog):
     with pytest.raises(OSError, match="Input/output error"):
         decode_usable(index, rows, windows, decoder)
     decoder.close()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_jpeg_of_endless_scans_is_refused(tmp_path, decoder):
+    """Each scan passes over all pixels: megabytes would keep a decoder busy for minutes."""
+    root, buffer = folder(tmp_path, 10), io.BytesIO()
+    Image.new("L", (1600, 1600), 90).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    for name, scans in (("endless", 4000), ("many", 40)):
+        (root / f"{name}.jpg").write_bytes(data[:last] + data[last:-2] * scans + data[-2:])
+    index = build_index(root)
+    quarantine = Quarantine(None, 0.1, 12)
+    assert run(index, decoder=decoder, steps=10, quarantine=quarantine)
+    assert list(quarantine.files) == ["endless.jpg"]
+    words = r"at most 8589934592, got 1600x1600 pixels in 40\d\d scans"
+    assert re.search(words, quarantine.files["endless.jpg"])
+    assert dict(build_index(root, verify=True).bad) == quarantine.files
 
 
 class _Decoder:

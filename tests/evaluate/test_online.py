@@ -133,7 +133,7 @@ def test_without_labels(data, tmp_path, capsys):
     rows = _evaluations(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 5]
     assert all("knn" not in row and "data" not in row for row in rows)
-    assert "look at step 5  feature std" in capsys.readouterr().out
+    assert "evaluation at step 5  std" in capsys.readouterr().out
 
 
 def test_tensorboard(run):
@@ -245,7 +245,7 @@ def test_no_evaluation_unless_asked_for():
     assert replace(config.eval, whole=False) == EvalConfig()
     assert evaluation_interval(config, 1000) == 0
     with pytest.raises(UsageError, match=r"eval.every must be at least 1, got 0"):
-        parse(["--eval.every", "0"])
+        parse(["--data", "x", "--eval.every", "0"])
 
 
 def test_a_collapse_is_said(data, tmp_path, monkeypatch):

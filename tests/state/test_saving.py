@@ -199,7 +199,8 @@ def test_curves_are_drawn_while_training_goes_on(data, tmp_path, monkeypatch):
     drawn = []
 
     def draw(self, name, _):
-        drawn.append((name, threading.current_thread().name))
+        if name in ("masks.png", "curves.png"):
+            drawn.append((name, threading.current_thread().name))
 
     settings = {"checkpoint__minutes": 1e-9, "max_steps": 8}
     for minutes, share, between in ((0.0, 1.0, True), (0.0, 0.0, False), (60.0, 1.0, False)):

@@ -52,7 +52,8 @@ def test_conditions_against_one_sequence_at_a_time(networks, images, monkeypatch
     monkeypatch.setattr(module, "BATCH", 3)
     config = networks.config
     found = module.conditions(networks, images, side=8, passes=2, first_step=11)
-    assert len(found) == 2 * 7 * 4
+    blocks = config.masks.num_targets
+    assert len(found) == 2 * 7 * blocks
     whole = replace(config.masks, truncation_group=1)
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
     step, number = 11, 0
@@ -68,7 +69,7 @@ def test_conditions_against_one_sequence_at_a_time(networks, images, monkeypatch
                 ends = masks.context_cu[row : row + 2]
                 context = masks.context_index[ends[0] : ends[1]].long() - 16 * row
                 z = networks.encoder.encode(tokens[:, context])
-                for block in range(4):
+                for block in range(blocks):
                     target = masks.target_index[row, block].long()
                     y = networks.predictor(z, context[None], target[None])
                     torch.testing.assert_close(found.pooled[number], y[0].mean(dim=0))
@@ -88,7 +89,7 @@ def test_some_blocks_of_images_of_the_crops_size(networks, images):
     every = module.conditions(networks, images, side=8, first_step=2)
     some = module.conditions(networks, images, side=8, first_step=2, blocks=[2, 0])
     for name in ("pooled", "box", "pixels"):
-        values = getattr(every, name).view(7, 4, -1)[:, [2, 0]]
+        values = getattr(every, name).view(7, networks.config.masks.num_targets, -1)[:, [2, 0]]
         assert torch.equal(getattr(some, name).view(7, 2, -1), values)
     with pytest.raises(ValueError, match=r"training crop's size \(32, 32\), got \(16, 32\)"):
         module.conditions(networks, images[:, :16], side=8)
@@ -385,7 +386,7 @@ def test_from_run_to_picture(run, split, tmp_path, command):
     train = ("train-decoder", run, "--data", split, "--out", folder)
     assert "2 steps, loss" in command(*train, "--steps", "2", "--passes", "1", "--width", "8")
     about = load_decoder(folder).about
-    assert (about["step"], about["blocks"], about["data"]) == (4, 32 * 4, str(split))
+    assert (about["step"], about["blocks"], about["data"]) == (4, 32 * 6, str(split))
     assert "out must not exist" in command(*train, code=2)
     draw = ["predictor", run, "--data", split, "--decoder", folder, "--out", out]
     few = ("--images", "2", "--seeds", "2", "--sampling-steps", "2")

@@ -15,8 +15,6 @@ from ijepa_fast.masks import Masks, mean_tokens, sample_masks
 from ijepa_fast.model import initialise
 from ijepa_fast.visualize import (
     curves,
-    draw_curves,
-    draw_masks,
     feature_pictures,
     figure,
     inputs,
@@ -109,7 +107,7 @@ def test_masks_of_a_batch(tmp_path, sheets):
         max_context=6,
         target_index=torch.tensor([[[4, 5, 10, 11], [18, 19, 12, 13]]] * 3).int(),
     )
-    draw_masks(tmp_path / "masks.png", images, given, (4, 6), rows=2)
+    masks.draw_masks(tmp_path / "masks.png", images, given, (4, 6), rows=2)
     ((rows, _),) = sheets
     assert len(rows) == 2
     for number, row in enumerate(rows):
@@ -224,13 +222,13 @@ def test_curves_of_several_runs(tmp_path, monkeypatch, command):
         "loss": [([10], [4.0]), ([5, 10], [2.0, 1.0])],
         "learning rate": [([10], [0.01]), ([5, 10], [0.005, 0.01])],
         "weight decay": [([10], [0.1])],
-        "momentum of the target encoder": [([10], [0.99]), ([5, 10], [0.99, 0.99])],
-        "feature std of the target encoder": [([10], [0.2])],
+        "momentum": [([10], [0.99]), ([5, 10], [0.99, 0.99])],
+        "feature std": [([10], [0.2])],
         "images/s": [([10], [17.0]), ([5, 10], [12.0, 17.0])],
-        "kNN accuracy, %": [([0, 20, 40], [30.0, 50.0, 60.0])],
+        "kNN, %": [([0, 20, 40], [30.0, 50.0, 60.0])],
         "RankMe": [([40], [12.5])],
         "LiDAR": [([40], [3.0])],
-        "cosine of prediction and target": [([40], [0.25])],
+        "prediction cosine": [([40], [0.25])],
     }
     assert levels == [40.0]
     # one name is not enough where folders share it
@@ -240,11 +238,13 @@ def test_curves_of_several_runs(tmp_path, monkeypatch, command):
 
 
 def test_curves_on_paper(tmp_path):
-    draw_curves(tmp_path / "c.png", {"run": [_training(10 * n, 1.0 / n) for n in range(1, 7)]})
+    curves.draw_curves(
+        tmp_path / "c.png", {"run": [_training(10 * n, 1.0 / n) for n in range(1, 7)]}
+    )
     picture = _png(tmp_path / "c.png")
     # the loss falls, the learning rate rises
     blue = (abs(picture - np.array([31, 119, 180])) < 40).all(axis=2)
-    height, width = len(blue) // 2, blue.shape[1] // 3
+    height, width = len(blue), blue.shape[1] // 4
     for column, falls in ((0, True), (1, False)):
         part = blue[:height, column * width : (column + 1) * width]
         columns = np.flatnonzero(part.any(axis=0))
@@ -279,13 +279,13 @@ def test_accuracies_at_a_part_are_curves_of_their_own():
     ]
 
     def found(title):
-        return [(line.steps, line.values) for line in curves._panels(rows)[title]]
+        return [(line.steps, line.values) for line in curves.panels_of(rows)[title]]
 
-    assert found("kNN accuracy, %") == [([0, 25], [50.0, 60.0]), ([], [80.0])]
-    assert found("kNN accuracy, %, part of the images") == [([10, 20], [40.0, 45.0])]
+    assert found("kNN, %") == [([0, 25], [50.0, 60.0]), ([], [80.0])]
+    assert found("kNN on a part of the images, %") == [([10, 20], [40.0, 45.0])]
     # a run from other weights starts with them; the untrained network is a level
     rows[0]["knn"]["target encoder, step 0"] = 0.5625
-    assert found("kNN accuracy, %") == [([0, 25], [56.25, 60.0]), ([], [80.0]), ([], [50.0])]
+    assert found("kNN, %") == [([0, 25], [56.25, 60.0]), ([], [80.0]), ([], [50.0])]
 
 
 # --- principal components ------------------------------------------------------------------------
@@ -359,7 +359,8 @@ def test_pca_of_a_rectangle_rounds_its_width_to_the_patch(
     network = network_of(shape)
     initialise(network, torch.Generator().manual_seed(0))
     encoder = Encoder(network, patch_size=8, mean=DATA.mean, std=DATA.std)
-    given = (encoder, replace(DATA, crop=(16, 40)), None, "rectangle")
+    data = replace(DATA, crop=(16, 40))
+    given = inputs.OpenedWeights(encoder, data, None, "rectangle")
     monkeypatch.setattr(inputs, "open_weights", lambda _: given)
     size = ("--images", "2", "--size", "24")
     command("pca", "x", "--data", split, *size, "--out", tmp_path / "p.png")
@@ -431,17 +432,22 @@ def test_duplicates_are_nearest(run, tmp_path, sheets, command, monkeypatch):
 # --- images --------------------------------------------------------------------------------------
 
 
-def test_images_without_classes(split, tmp_path):
+def test_pictures_show_all_images_but_those_trained_on(split, run, tmp_path, sheets, command):
+    """Of a folder without parts none is held back; labels are not needed."""
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
         for number, file in enumerate(sorted((split / part).rglob("*.jpg"))):
             shutil.copy(file, tmp_path / part / f"{number:02d}.jpg")
-    for root, held_out in ((tmp_path / "train", None), (tmp_path, 12)):
-        parts = [inputs.load_pictures(p, 99) for p in inputs.open_parts(str(root), DATA)]
-        assert held_out in (None, len(parts[1].images))
-        names = [name for part in parts for name in part.names]
-        assert len(names) == 32 + (held_out or 0)
-        assert parts[1].label(0) == ""
+    for root, count in ((tmp_path / "train", 32), (tmp_path, 12)):
+        shown = inputs.shown_images(str(root), DATA, 99)
+        assert sorted(shown.names) == [f"{number:02d}.jpg" for number in range(count)]
+        assert shown.label(0) == ""
+    argv = ("--data", tmp_path / "train", "--out", tmp_path / "n.png")
+    printed = command("neighbours", run, *argv, "--k", "31", "--queries", "1")
+    assert "nearest of 32 images" in printed
+    assert "class" not in printed
+    ((rows, _),) = sheets
+    assert len(rows[0]) == 33
 
 
 def test_pictures_keep_their_labels_and_names(split, tmp_path):
@@ -450,7 +456,7 @@ def test_pictures_keep_their_labels_and_names(split, tmp_path):
     parts = inputs.open_parts(str(data), DATA)
     with tiny.log_lines() as lines:
         both = [inputs.load_pictures(part, 1000, seed=3) for part in parts]
-    assert [line for line in lines if "left out class1/bad.png" in line]
+    assert [line for line in lines if "left out 'class1/bad.png'" in line]
     assert sum(len(part.images) for part in both) == 32
     for part in both:
         assert len(part.images) == len(part.labels) == len(part.names)

@@ -155,12 +155,8 @@ def test_prove_command(run, split, tmp_path, command, monkeypatch):
     assert (result["control"]["step"], result["decoder"]["step"]) == (0, 4)
     untrained = inputs.untrained_networks(inputs.read_config(run, None)).digest
     assert result["control"]["digest"] == untrained != result["decoder"]["digest"]
-    assert set(result["accuracy"]) == {
-        "real blocks",
-        "prediction",
-        "shuffled conditions",
-        "untrained network",
-    }
+    names = {"real blocks", "prediction", "shuffled conditions", "untrained network"}
+    assert set(result["accuracy"]) == names
     # the control trained on the spot is the same
     command(*prove, *few, "--overwrite")
     assert json.loads(out.read_text())["accuracy"] == result["accuracy"]

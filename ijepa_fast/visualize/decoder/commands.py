@@ -24,7 +24,7 @@ from ijepa_fast.visualize.decoder.decoder import (
     train_decoder,
 )
 from ijepa_fast.visualize.figure import check_out
-from ijepa_fast.visualize.picture_commands import Picture, RunFolderArgument, at_least, source_of
+from ijepa_fast.visualize.picture_commands import Picture, RunFolderArgument, at_least
 
 __all__ = ["PredictorPicture", "Prove", "TrainDecoder"]
 
@@ -108,7 +108,7 @@ class TrainDecoder:
         minutes = 5.0 if self.minutes is None and self.steps is None else self.minutes
         decoder = _train(
             networks,
-            source_of(self.data, networks.config),
+            inputs.source_of(self.data, networks.config),
             Budget(minutes, self.steps),
             images=self.images,
             passes=self.passes,
@@ -148,7 +148,7 @@ class PredictorPicture(Picture):
         networks = inputs.load_networks(self.run)
         decoder = load_decoder(self.decoder)
         require_match(decoder, networks, self.decoder)
-        config, root = networks.config, source_of(self.data, networks.config)
+        config, root = networks.config, inputs.source_of(self.data, networks.config)
         pictures = inputs.load_pictures(
             inputs.open_parts(root, config.data)[1], self.images, seed=self.seed
         )
@@ -208,7 +208,7 @@ class Prove:
         networks = inputs.load_networks(self.run)
         decoder = load_decoder(self.decoder)
         require_match(decoder, networks, self.decoder)
-        config, root = networks.config, source_of(self.data, networks.config)
+        config, root = networks.config, inputs.source_of(self.data, networks.config)
         about = decoder.about
         if about["data"] != _named(root):
             raise UsageError(
