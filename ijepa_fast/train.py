@@ -32,6 +32,7 @@ from ijepa_fast.evaluate import ScheduledEvaluation
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
 from ijepa_fast.run import Run, check_data, check_start
+from ijepa_fast.settings import settle
 from ijepa_fast.state import (
     Allowance,
     Journal,
@@ -350,12 +351,15 @@ def main(argv: list[str] | None = None) -> int:
     ranks = None
     try:
         invocation = parse(argv)
+        if invocation.open_:
+            ranks = distributed.start(invocation.config.device)
+            invocation = settle(argv, invocation, ranks)
         if invocation.print_config:
             for note in invocation.notes:
                 print(f"# {note}")
             print(dump_yaml(invocation.config), end="")
             return 0
-        ranks = distributed.start(invocation.config.device)
+        ranks = ranks or distributed.start(invocation.config.device)
         if invocation.dry_run:
             _dry_run(invocation, ranks)
             distributed.stop()

@@ -27,6 +27,7 @@ import tyro
 import yaml
 from torch.distributed import run as torchrun
 
+from ijepa_fast import __main__ as console
 from ijepa_fast.config import Config, cli, released_yaml
 from ijepa_fast.config.presets import PRESETS
 from ijepa_fast.ranks.faults import Faults
@@ -157,17 +158,22 @@ def _run(path: Path, argv: Sequence[str], parse_only: bool = False) -> str:
     return call(main, [str(path), *argv], parse_only)
 
 
-def _module(name: str) -> Path:
+def _module(name: str, argv: Sequence[str], parse_only: bool = False) -> str:
+    """`python -m NAME`; of `ijepa_fast` without what ends the process."""
+    package, _, command = name.partition(".")
+    if package == "ijepa_fast":
+        return call(functools.partial(console.main, [command, *argv]), [name], parse_only)
     path = ROOT.joinpath(*name.split("."))
     for file in (path.with_suffix(".py"), path / "__main__.py"):
         if file.is_file():
-            return file
+            return _run(file, argv, parse_only)
     raise ValueError(f"there is no command {name}")
 
 
 def _train(argv: Sequence[str]) -> None:
     """The whole configuration is valid, and has data."""
-    asked = cli.parse([word for word in argv if word != "$@"])
+    whole = ["--preset", "demo"]
+    asked = cli.parse([w for word in argv for w in (whole if word == "$@" else [word])])
     if not asked.config.data.root:
         raise ValueError("--data is missing")
 
@@ -186,9 +192,9 @@ def _python(words: Sequence[str], inline: bool) -> None:
         if quick and not inline:
             # made-up folders of images are the tiny data set; runs are in the folder already
             given = [re.sub("^(/images|LABELLED_FOLDER|DIR)$", "images", word) for word in rest]
-            _run(_module(module), [*given, *quick[0]])
+            _module(module, [*given, *quick[0]])
         else:
-            _run(_module(module), rest, parse_only=True)
+            _module(module, rest, parse_only=True)
 
 
 def _console(words: Sequence[str], inline: bool) -> None:
@@ -289,9 +295,9 @@ def options() -> set[str]:
     names = ("train", "data", "doctor", "embed", "evaluate", "export", "parity", "replay")
     asked = [[f"ijepa_fast.{name}"] for name in (*names, "visualize")] + [["benchmarks"]]
     asked += [list(key) for key in RUN if key[0] == "ijepa_fast.visualize"]
-    text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN_OPTIONS)
+    text = torchrun.get_args_parser().format_help() + " ".join(f"--{n}" for n in cli.OWN)
     with mock.patch.dict(os.environ, {"COLUMNS": "400"}):
-        text += "".join(_run(_module(name), [*rest, "--help"]) for name, *rest in asked)
+        text += "".join(_module(name, [*rest, "--help"]) for name, *rest in asked)
     return {name.replace("_", "-") for name in re.findall(r"--[a-z][\w.-]*", text)}
 
 

@@ -2,6 +2,7 @@
 trainer's YAML.
 """
 
+from ijepa_fast.config.choose import Facts, choose, describe
 from ijepa_fast.config.cli import (
     Invocation,
     TrainArguments,
@@ -12,6 +13,7 @@ from ijepa_fast.config.cli import (
     from_tree,
     load_yaml,
     parse,
+    read_yaml,
 )
 from ijepa_fast.config.command import run_command
 from ijepa_fast.config.presets import PRESETS, preset
@@ -40,6 +42,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "Facts",
     "Invocation",
     "LogConfig",
     "MaskConfig",
@@ -47,12 +50,15 @@ __all__ = [
     "OptimConfig",
     "TrainArguments",
     "as_dict",
+    "choose",
     "completed",
+    "describe",
     "dump_yaml",
     "flatten",
     "from_tree",
     "load_yaml",
     "parse",
     "preset",
+    "read_yaml",
     "run_command",
 ]

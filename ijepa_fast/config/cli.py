@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +15,11 @@ import tyro
 import yaml
 
 from ijepa_fast import __version__
+from ijepa_fast.config.choose import CHOSEN, EVALUATION, EXAMPLE, choose
 from ijepa_fast.config.command import parse_arguments
 from ijepa_fast.config.presets import preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
-from ijepa_fast.config.schema import Config
+from ijepa_fast.config.schema import Config, DataConfig
 from ijepa_fast.errors import UsageError
 
 __all__ = [
@@ -58,8 +61,9 @@ DESCRIPTION = "Trains I-JEPA. Short names: " + ", ".join(
 class TrainArguments:
     """The options of `train` that are no settings, and the settings."""
 
-    preset: str = "demo"
-    """Start from a named recipe."""
+    preset: str | None = None
+    """Start from a named recipe; without one the settings that are not given are chosen to fit the
+    images and the machine, and printed."""
     config: Path | None = None
     """YAML with the same nested names as the flags, or one of the released trainer's files, whose
     keys are converted and reported; flags win over it."""
@@ -75,6 +79,8 @@ class TrainArguments:
 OWN = tuple(
     option.name for option in dataclasses.fields(TrainArguments) if option.name != "settings"
 )
+# where no preset is named: the published recipe, and data that must be given
+_WITHOUT = Config(data=DataConfig(root=""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,10 @@ class Invocation:
     dry_run: bool
     notes: tuple[str, ...] = ()
     """What the keys of a released trainer's file became, and what was fitted; a line each."""
+    open_: tuple[str, ...] = ()
+    """Settings that `choose` may set once the data are known: nothing else gives them."""
+    given: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """The words behind each flag, a file's settings as flags."""
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
@@ -293,8 +303,49 @@ def _canonical(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
     return written, names
 
 
-def parse(argv: Sequence[str] | None = None) -> Invocation:
+def _given(arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The words behind each flag, under the name of its setting."""
+    known, given = _known(), dict[str, tuple[str, ...]]()
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument[2:].partition("=")
+            head, _, tail = (name := flag.replace("-", "_")).rpartition(".")
+            positive = f"{head}{'.' if head else ''}{tail.removeprefix('no_')}"
+            name = positive if isinstance(known.get(positive), bool) else name
+            given[name] = (value,) if equals else ()
+        elif name:
+            given[name] += (argument,)
+    return given
+
+
+def _open(
+    named: str | None, start: Config, given: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """The settings that are chosen when the data are known."""
+    if not named:
+        return tuple(key for key in CHOSEN if key not in given)
+    others = given.get("data.root", start.data.sources) != start.data.sources
+    # what a preset evaluates on belongs to its own images
+    alien = start.eval.data and others and "eval.data" not in given
+    return tuple(key for key in EVALUATION if alien and key not in given)
+
+
+def _own_folder(root: str) -> str:
+    """Where a run on these images goes by default."""
+    name = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(root)).stem).strip("-.")
+    return f"runs/{name or 'images'}"
+
+
+def parse(
+    argv: Sequence[str] | None = None, choices: Mapping[str, Any] | None = None
+) -> Invocation:
     """Command line to a validated configuration.
+
+    Args:
+        argv: the command line, by default this process's.
+        choices: for the settings in `Invocation.open_`; by default what would be chosen for an
+            example, so that everything that is given is checked before the data are known.
 
     Raises:
         UsageError: an unknown or contradictory value, in one line.
@@ -307,7 +358,7 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
     first.add_argument("--resume", type=Path)
     try:
         files, _ = first.parse_known_args(arguments)
-        start = preset(files.preset or "demo")
+        start = preset(files.preset) if files.preset else _WITHOUT
     except (argparse.ArgumentError, ValueError) as error:
         raise UsageError(str(error)) from None
     group = start.masks.truncation_group
@@ -316,30 +367,42 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
         files.config = files.resume / "config.yaml"
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = {}
+    released = False
     if files.config:
         read = read_yaml(files.config, batch_given="batch.global" in names)
         if isinstance(read, Conversion):
             _refuse_preset(files, "a released trainer's file, which is a whole recipe")
-            # the published recipe, and data that must be given
-            start = Config(data=replace(Config().data, root=""), out=f"runs/{files.config.stem}")
-            settings, notes = dict(read.settings), read.notes
+            start = replace(_WITHOUT, out=f"runs/{files.config.stem}")
+            settings, notes, released = dict(read.settings), read.notes, True
             # of its GPUs' batch, and as little asked for by the user as a preset's
             group = settings.pop(GROUP, start.masks.truncation_group)
         else:
             settings = read
     if files.resume:
         settings |= {"out": str(files.resume), "allow_changed_recipe": False}
+    given, helps = _given([*_as_arguments(settings), *arguments]), "help" in names
+    open_ = () if helps or released else _open(files.preset, start, given)
+    roots = given.get("data.root", ())
+    if open_ and roots and not files.preset:
+        start = replace(start, out=_own_folder(roots[0]))
+    if choices is None:
+        choices = choose(EXAMPLE, given, open_) if open_ else {}
+    chosen = {key: choices[key] for key in open_ if key in choices}
     # fitted when the batch is known; until then the group is 1, which divides any
-    fits = GROUP not in settings and names.isdisjoint({GROUP, "help"})
+    fits = GROUP not in {*given, *chosen} and not helps
     start = replace(start, masks=replace(start.masks, truncation_group=1 if fits else group))
     parsed: TrainArguments = parse_arguments(
         TrainArguments,
-        [*_as_arguments(settings), *arguments],
+        [*_as_arguments(chosen), *_as_arguments(settings), *arguments],
         "train",
         default=TrainArguments(settings=start),
         description=DESCRIPTION,
     )
     config = parsed.settings
+    if not (files.preset or released or any(config.data.sources)):
+        raise UsageError(
+            "--data must name images where no --preset brings its own (as demo does), got neither"
+        )
     if fits:
         batch = config.batch.global_
         fitted = next(n for n in range(min(batch, group), 0, -1) if batch % n == 0)
@@ -350,7 +413,12 @@ def parse(argv: Sequence[str] | None = None) -> Invocation:
                 f"batch.global {batch}",
             )
     return Invocation(
-        config=config, print_config=parsed.print_config, dry_run=parsed.dry_run, notes=notes
+        config=config,
+        print_config=parsed.print_config,
+        dry_run=parsed.dry_run,
+        notes=notes,
+        open_=open_,
+        given=given,
     )
 
 

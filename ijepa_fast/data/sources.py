@@ -179,7 +179,8 @@ def _folder(root: str) -> Source:
         except OSError as error:
             if error.errno in OUT_OF_FILES:
                 raise
-            source.bad.append(Bad(relative + os.sep, f"the folder {describe(error)}"))
+            name = os.path.join(relative or ".", "")
+            source.bad.append(Bad(name, f"the folder {describe(error)}"))
             continue
         if _is_run({entry.name for entry in listed}):
             runs.append(relative)

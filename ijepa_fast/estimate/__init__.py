@@ -3,7 +3,7 @@ text of `--dry-run`.
 """
 
 from ijepa_fast.estimate.costs import Costs, Rows
-from ijepa_fast.estimate.report import measured_flops, report
+from ijepa_fast.estimate.report import measured_flops, report, run_length
 from ijepa_fast.estimate.total import Estimate, device_batch, device_memory, estimate
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "estimate",
     "measured_flops",
     "report",
+    "run_length",
 ]

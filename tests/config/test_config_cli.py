@@ -22,6 +22,7 @@ from ijepa_fast.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    EvalConfig,
     LogConfig,
     MaskConfig,
     ModelConfig,
@@ -233,6 +234,9 @@ def test_an_unknown_preset_names_the_valid_ones():
 # --- flags over YAML over preset -----------------------------------------------------------------
 
 
+DEMO = ("--preset", "demo")
+
+
 def _yaml(folder: Path, text: str) -> str:
     path = folder / "settings.yaml"
     path.write_text(text)
@@ -241,13 +245,6 @@ def _yaml(folder: Path, text: str) -> str:
 
 def _config(*arguments: str) -> Config:
     return parse(arguments).config
-
-
-def test_no_arguments_mean_the_demo():
-    invocation = parse([])
-    assert invocation.config == preset("demo")
-    assert not invocation.print_config
-    assert not invocation.dry_run
 
 
 def test_flags_win_over_yaml_and_yaml_over_preset(tmp_path):
@@ -287,15 +284,18 @@ def test_flags_win_over_yaml_and_yaml_over_preset(tmp_path):
 )
 def test_data_is_short_for_the_root(arguments):
     assert _config(*arguments).data.root == "/some/where"
-    assert _config(*arguments).eval.data == "fashion_mnist_10k"
+    config = _config(*DEMO, *arguments)
+    assert config.data.root == "/some/where"
+    # of the preset's own images
+    assert config.eval == EvalConfig()
 
 
 @pytest.mark.parametrize("text", ["1e-3", "2E-4", ".5e-3", "1.5e-3", "0.001", "1", "'1e-3'"])
 def test_yaml_floats_in_every_notation(tmp_path, text):
     # PyYAML reads 1e-3, without a dot, as a string
     file = _yaml(tmp_path, f"optim: {{lr: {text}, final_lr: 0}}")
-    assert _config("--config", file).optim.lr == float(text.strip("'"))
-    assert _config("--config", file).optim.final_lr == 0.0
+    config = _config(*DEMO, "--config", file)
+    assert (config.optim.lr, config.optim.final_lr) == (float(text.strip("'")), 0.0)
 
 
 def test_yaml_none_and_negative_numbers_and_special_characters(tmp_path):
@@ -313,7 +313,7 @@ def test_yaml_none_and_negative_numbers_and_special_characters(tmp_path):
 
 
 def test_an_empty_yaml_file_changes_nothing(tmp_path):
-    assert _config("--config", _yaml(tmp_path, "# nothing\n")) == preset("demo")
+    assert _config(*DEMO, "--config", _yaml(tmp_path, "# nothing\n")) == preset("demo")
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -353,12 +353,12 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--preset", "vith16_448_in1k", "--batch.global", "40"], 10),
         # a prime beyond the preset's: contexts whole
         (["--preset", "vitb16_in1k", "--batch.global", "131"], 1),
-        (["--batch.global", "48", "--batch.device", "auto"], 48),
+        ([*DEMO, "--batch.global", "48", "--batch.device", "auto"], 48),
     ],
 )
 def test_a_group_that_is_not_given_fits_the_batch(arguments, group, tmp_path):
     (tmp_path / "batch.yaml").write_text("batch: {global: 7}\nmasks: {min_keep: 5}\n")
-    start = preset(arguments[1] if arguments[0] == "--preset" else "demo").masks.truncation_group
+    start = preset(arguments[1]).masks.truncation_group
     for more, keep in (([], None), (["--config", str(tmp_path / "batch.yaml")], 5)):
         invocation = parse([*arguments, *more])
         config = invocation.config
@@ -370,7 +370,7 @@ def test_a_group_that_is_not_given_fits_the_batch(arguments, group, tmp_path):
         assert len(said) == (group != start)
         # what a run writes down and reads again says the group, and needs no note
         (tmp_path / "config.yaml").write_text(dump_yaml(config))
-        again = parse(["--config", str(tmp_path / "config.yaml")])
+        again = parse([*arguments[:2], "--config", str(tmp_path / "config.yaml")])
         assert (again.config, again.notes) == (config, ())
 
 
@@ -391,7 +391,7 @@ def test_a_group_that_is_given_stays(flag, tmp_path, capsys):
 
 def test_a_fitted_group_is_said(tmp_path, capsys):
     said = "masks.truncation_group 48 instead of 64: none is given, and it must divide"
-    arguments = ["--batch.global", "48", "--batch.device", "auto"]
+    arguments = [*DEMO, "--batch.global", "48", "--batch.device", "auto"]
     assert train.main([*arguments, "--print-config"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"# {said}")
@@ -402,7 +402,7 @@ def test_a_fitted_group_is_said(tmp_path, capsys):
     assert "(truncation group 48)" in text
     # the preset's own is what help shows
     with pytest.raises(SystemExit):
-        train.main(["--help"])
+        train.main([*DEMO, "--help"])
     assert re.search(r"truncation-group INT.*?default: 64", capsys.readouterr().out, re.DOTALL)
 
 
@@ -426,7 +426,7 @@ def test_a_fitted_group_is_said(tmp_path, capsys):
 )
 def test_contradictions_are_one_line_and_exit_code_2(arguments, message, tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = [*arguments, "--data", str(tmp_path / "missing"), "--out", str(out)]
+    arguments = [*DEMO, *arguments, "--data", str(tmp_path / "missing"), "--out", str(out)]
     assert _refused(arguments, capsys) == message
     assert not out.exists()
 
@@ -526,12 +526,12 @@ def test_an_unknown_yaml_key_names_the_nearest(text, key, near, tmp_path, capsys
     ],
 )
 def test_wrong_yaml_is_one_line(text, part, tmp_path, capsys):
-    assert part in _refused(["--config", _yaml(tmp_path, text)], capsys)
+    assert part in _refused([*DEMO, "--config", _yaml(tmp_path, text)], capsys)
 
 
 def test_masks_that_the_grid_cannot_hold_are_refused_before_data(tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["--data.crop", "8", "--data", str(tmp_path / "missing"), "--out", str(out)]
+    arguments = [*DEMO, "--data.crop", "8", "--data", str(tmp_path / "missing"), "--out", str(out)]
     message = _refused(arguments, capsys)
     assert message.startswith("masks.")
     assert "grid of 2x2" in message
@@ -540,7 +540,7 @@ def test_masks_that_the_grid_cannot_hold_are_refused_before_data(tmp_path, capsy
 
 def test_the_command_itself_refuses_at_once(tmp_path):
     started = time.monotonic()
-    command = [sys.executable, "-m", "ijepa_fast.train", "--data.crop", "97"]
+    command = [sys.executable, "-m", "ijepa_fast.train", *DEMO, "--data.crop", "97"]
     result = subprocess.run(
         [*command, "--data", "/nonexistent", "--out", str(tmp_path / "run")],
         capture_output=True,

@@ -500,7 +500,7 @@ def test_a_folder_that_cannot_be_listed_ends_the_run_unless_allowed(tmp_path, mo
     real = os.scandir
 
     def scandir(path):
-        if str(path).endswith("class1"):
+        if str(path).rstrip("/").endswith("class1"):
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(path)
 
@@ -510,6 +510,8 @@ def test_a_folder_that_cannot_be_listed_ends_the_run_unless_allowed(tmp_path, mo
     assert "must be whole, got 'class1/': the folder cannot be read: Permission denied" in error
     assert tiny.run(data, tmp_path / "out", data__allow_missing=True, max_steps=1) == 0
     assert "'class1/' is not whole" in capsys.readouterr().out
+    with pytest.raises(NoImages, match=r"the first: '\./': the folder cannot be read"):
+        build_index(data / "class1")
 
 
 def test_too_few_open_files_condemn_nothing(tmp_path):

@@ -245,7 +245,7 @@ def test_no_evaluation_unless_asked_for():
     assert replace(config.eval, whole=False) == EvalConfig()
     assert evaluation_interval(config, 1000) == 0
     with pytest.raises(UsageError, match=r"eval.every must be at least 1, got 0"):
-        parse(["--eval.every", "0"])
+        parse(["--data", "x", "--eval.every", "0"])
 
 
 def test_a_collapse_is_said(data, tmp_path, monkeypatch):

@@ -118,7 +118,7 @@ def arguments(data: Path, out: Path, **settings) -> list[str]:
     recipe = out.parent / "recipe.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump(RECIPE))
-    argv = ["--config", str(recipe), "--data", str(data), "--out", str(out)]
+    argv = ["--config", str(recipe), "--preset", "demo", "--data", str(data), "--out", str(out)]
     for name, value in settings.items():
         flag = "--" + name.replace("__", ".").replace("_", "-")
         argv += [flag] if value is True else [flag, str(value)]
