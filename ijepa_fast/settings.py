@@ -77,10 +77,12 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     text = np.frombuffer(json.dumps(choices).encode(), np.uint8)
     told = distributed.broadcast_arrays({"json": text} if ranks.is_main else None)
     settled = parse(argv, json.loads(told["json"].tobytes()))
-    if images and not (settled.print_config or settled.dry_run):
+    if images >= settled.config.batch.global_ and not (settled.print_config or settled.dry_run):
         steps, hours, _ = estimate.run_length(settled.config, ranks.world, ranks.device, images)
-        time = f"{hours:.0f} hours" if hours >= 2 else f"{60 * hours + 1:.0f} minutes"
-        lines.append(f"{steps:,} steps, which take about {time} by an estimate")
+        minutes = 60 * hours
+        time = f"{hours:.0f} hours" if hours >= 2 else f"{minutes:.0f} minutes"
+        time = "less than two minutes" if minutes < 2 else f"about {time}"
+        lines.append(f"{steps:,} steps take {time} here, by an estimate")
     return replace(settled, notes=(*settled.notes, *lines))
 
 

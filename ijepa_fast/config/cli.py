@@ -339,9 +339,10 @@ def _open(
     return tuple(key for key in EVALUATION if alien and key not in given)
 
 
-def _own_folder(root: str) -> str:
+def _own_folder(roots: Sequence[str]) -> str:
     """Where a run on these images goes by default."""
-    name = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(root)).stem).strip("-.")
+    names = "-".join(Path(os.path.abspath(root)).stem for root in roots[:4])
+    name = re.sub(r"[^\w.-]+", "-", names)[:80].strip("-.")
     return f"runs/{name or 'images'}"
 
 
@@ -392,7 +393,7 @@ def parse(
     open_ = () if helps or released else _open(files.preset, start, given)
     roots = given.get("data.root", ())
     if open_ and roots and not files.preset:
-        start = replace(start, out=_own_folder(roots[0]))
+        start = replace(start, out=_own_folder(roots))
     if choices is None:
         choices = choose(EXAMPLE, given, open_) if open_ else {}
     chosen = {key: choices[key] for key in open_ if key in choices}
