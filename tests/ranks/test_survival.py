@@ -399,20 +399,22 @@ def test_a_slow_disk_is_waited_for_and_said(data, out, whole, monkeypatch):
 
 def test_time_in_which_the_process_was_stopped_does_not_count(data, out, monkeypatch):
     """As after SIGSTOP: the clock has gone on by much more than `data.timeout`."""
-    read, begun, stopped = Index.read, time.monotonic(), [0.0]
+    read, stopped = Index.read, [0.0]
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + stopped[0], perf_counter=time.perf_counter
     )
 
     def slow(self, row):
-        if not stopped[0] and time.monotonic() - begun > 0.2:
+        if not stopped[0] and threading.current_thread().name.startswith("ijepa-read"):
+            # the step waits by then
+            time.sleep(0.3)
             stopped[0] = 1000.0
-            time.sleep(0.5)
+            time.sleep(0.9)
         return read(self, row)
 
     monkeypatch.setattr(Index, "read", slow)
     monkeypatch.setattr("ijepa_fast.data.loader.time", clock)
-    assert tiny.run(data, out, data__timeout=0.4, optim__epochs=20) == 0
+    assert tiny.run(data, out, data__timeout=2.0, max_steps=1) == 0
     assert stopped == [1000.0]
 
 
