@@ -264,6 +264,7 @@ def _commands(run: Path) -> str:
     name = escape(str(run))
     return (
         f"<pre>python -m ijepa_fast.evaluate {name} --data DIR\n"
+        f"python -m ijepa_fast.embed --weights {name} --data DIR --out features.npy\n"
         f"python -m ijepa_fast.visualize neighbours {name} --data DIR --out neighbours.png\n"
         f"python -m ijepa_fast.export {name} --out encoder</pre>"
     )
