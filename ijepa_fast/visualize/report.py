@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 # points of a curve: more are not seen
 _POINTS = 400
 # width and height of a curve, and the place of its labels
-_WIDTH, _HEIGHT, _LEFT, _BELOW = 300, 150, 48, 16
+_WIDTH, _HEIGHT, _LEFT, _BELOW = 300, 150, 52, 16
 _FIGURES = (
     (
         "masks.png",
