@@ -549,10 +549,7 @@ def test_the_command_itself(tmp_path):
         timeout=60,
     )
     assert result.returncode == 2
-    assert [line.partition(",")[0] for line in result.stdout.splitlines()] == [
-        f"ijepa-fast {__version__}: loading PyTorch",
-        f"ijepa-fast {__version__}",
-    ]
+    assert result.stdout.startswith(f"ijepa-fast {__version__}: loading PyTorch\n")
     assert result.stderr.startswith("error: data.root must be an existing folder")
     assert result.stderr.count("\n") == 1
     # with the traceback, for whoever looks for the cause
