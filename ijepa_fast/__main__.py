@@ -4,6 +4,7 @@ Exit codes: those of the named command; 2 for wrong input, 5 where stdout cannot
 after Ctrl-C, 141 where what reads stdout has gone.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -93,8 +94,13 @@ def main(argv: Sequence[str]) -> int:
             from ijepa_fast.config import parse
 
             asked = parse(rest)
+            if asked.print_config and not asked.open_:
+                print(asked.as_yaml(), end="")
+                return 0
             if not (asked.print_config or asked.dry_run) and os.environ.get("RANK", "0") == "0":
-                print(f"ijepa-fast {__version__}: loading PyTorch", flush=True)
+                # a run goes on without a stdout that is full
+                with contextlib.suppress(OSError):
+                    print(f"ijepa-fast {__version__}: loading PyTorch", flush=True)
         found = importlib.util.find_spec(f"ijepa_fast.{name}") if name in COMMANDS else None
         if found is None:
             raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")

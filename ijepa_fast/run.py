@@ -49,12 +49,7 @@ def check_data(config: Config, images: int, device: torch.device) -> None:
     """
     steps_per_epoch(images, config.batch.global_)
     if config.eval.data:
-        try:
-            labelled_data(config.eval.data, config.data, device)
-        except (ValueError, OSError) as error:
-            raise UsageError(
-                f"eval.data must be labelled images, got {config.eval.data}: {error}"
-            ) from None
+        labelled_data(config.eval.data, config.data, device, name="eval.data")
 
 
 class Run:

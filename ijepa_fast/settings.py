@@ -30,7 +30,7 @@ from ijepa_fast.data import Index, named_data, open_index
 from ijepa_fast.evaluate import labelled_data
 from ijepa_fast.masks import check_masks
 from ijepa_fast.ranks import distributed
-from ijepa_fast.state import checkpoint_folders
+from ijepa_fast.state import Console, checkpoint_folders
 from ijepa_fast.weights import read_weights
 
 __all__ = ["settle"]
@@ -77,17 +77,19 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     text = np.frombuffer(json.dumps(choices).encode(), np.uint8)
     told = distributed.broadcast_arrays({"json": text} if ranks.is_main else None)
     settled = parse(argv, json.loads(told["json"].tobytes()))
-    if images and not (settled.print_config or settled.dry_run):
+    if images >= settled.config.batch.global_ and not (settled.print_config or settled.dry_run):
         steps, hours, _ = estimate.run_length(settled.config, ranks.world, ranks.device, images)
-        time = f"{hours:.0f} hours" if hours >= 2 else f"{60 * hours + 1:.0f} minutes"
-        lines.append(f"{steps:,} steps, which take about {time} by an estimate")
+        minutes = 60 * hours
+        time = f"{hours:.0f} hours" if hours >= 2 else f"{minutes:.0f} minutes"
+        time = "less than two minutes" if minutes < 2 else f"about {time}"
+        lines.append(f"{steps:,} steps take {time} here, by an estimate")
     return replace(settled, notes=(*settled.notes, *lines))
 
 
 @contextlib.contextmanager
 def _shown(stream: Any) -> Iterator[None]:
     """Shows what the package logs before a run's folder does: a large data set takes minutes."""
-    logger, handler = logging.getLogger("ijepa_fast"), logging.StreamHandler(stream)
+    logger, handler = logging.getLogger("ijepa_fast"), Console(stream)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

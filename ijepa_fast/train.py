@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import __version__, estimate
-from ijepa_fast.config import Config, Invocation, as_dict, dump_yaml, parse
+from ijepa_fast.config import Config, Invocation, as_dict, parse
 from ijepa_fast.data import Loader, default_threads, make_decoder, positions
 from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code
 from ijepa_fast.evaluate import ScheduledEvaluation
@@ -355,9 +355,7 @@ def main(argv: list[str] | None = None) -> int:
             ranks = distributed.start(invocation.config.device)
             invocation = settle(argv, invocation, ranks)
         if invocation.print_config:
-            for note in invocation.notes:
-                print(f"# {note}")
-            print(dump_yaml(invocation.config), end="")
+            print(invocation.as_yaml(), end="")
             return 0
         ranks = ranks or distributed.start(invocation.config.device)
         if invocation.dry_run:

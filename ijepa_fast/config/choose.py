@@ -171,13 +171,15 @@ def _grid(size: int, given: Mapping[str, Sequence[str]]) -> tuple[int, tuple[int
     size = max(size, least)
     patch = _whole(given, "model.patch_size")
     words = given.get("data.crop", ())
-    crop = tuple(int(word) for word in words if word.isdecimal() and int(word) > 0)
+    crop = tuple(int(word) for word in words if word.isdecimal() and 0 < len(word) < 10)
+    crop = crop if all(crop) else ()
     if not crop:
         patch = patch or next(p for p in _PATCHES if size // p >= least)
         return patch, (patch * min(max(size // patch, least), most),)
     if not patch:
-        divisors = [n for n in range(1, min(crop) // least + 1) if not any(s % n for s in crop)]
-        fits = [n for n in divisors if min(crop) // n <= most]
+        grids = [n for n in range(most, least - 1, -1) if min(crop) % n == 0]
+        patches = (min(crop) // n for n in grids)
+        fits = [n for n in patches if all(side % n == 0 for side in crop)]
         if not fits:
             raise UsageError(
                 f"data.crop must be {least} to {most} patches where model.patch_size is not given, "
@@ -224,11 +226,11 @@ def describe(facts: Facts, chosen: Mapping[str, Any]) -> list[str]:
     """
     if chosen.keys() <= set(EVALUATION):
         return [f"eval.data {facts.labelled}: the preset's is of other images"]
-    cores = f"a CPU with {facts.cores} cores and" if facts.device == "cpu" else "a GPU with"
-    ranks = f" on each of {facts.world} ranks" if facts.world > 1 else ""
+    device = "GPU" if facts.device != "cpu" else f"CPU, {facts.cores} cores"
+    ranks = f", for each of {facts.world} ranks" if facts.world > 1 else ""
     why = (
-        f"{facts.images:,} images of about {facts.width} x {facts.height} pixels, {cores} "
-        f"{facts.memory / 2**30:.0f} GiB{ranks}; no preset, so chosen:"
+        f"{facts.images:,} images of about {facts.width} x {facts.height} pixels; {device}, "
+        f"{facts.memory / 2**30:.0f} GiB{ranks}. No preset, so chosen:"
     )
     settings = ", ".join(f"{key} {_text(chosen[key])}" for key in _SHOWN if key in chosen)
     # a setting and its value stay on one line
@@ -236,7 +238,7 @@ def describe(facts: Facts, chosen: Mapping[str, Any]) -> list[str]:
     lines = [*_wrapped(why, ""), *_wrapped(text, "    ")]
     if facts.images < _FEW_IMAGES and not facts.network:
         lines.append(
-            f"{facts.images:,} images: expect little; start from published weights with --init"
+            f"{facts.images:,} images: expect little; start from published weights with --init FILE"
         )
     return [line.replace("\0", " ") for line in lines]
 

@@ -17,7 +17,7 @@ import yaml
 from ijepa_fast import __version__
 from ijepa_fast.config.choose import CHOSEN, EVALUATION, EXAMPLE, choose
 from ijepa_fast.config.command import parse_arguments
-from ijepa_fast.config.presets import preset
+from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
 from ijepa_fast.config.schema import Config, DataConfig
 from ijepa_fast.errors import UsageError
@@ -61,9 +61,13 @@ DESCRIPTION = "Trains I-JEPA. Short names: " + ", ".join(
 class TrainArguments:
     """The options of `train` that are no settings, and the settings."""
 
-    preset: str | None = None
-    """Start from a named recipe; without one the settings that are not given are chosen to fit the
-    images and the machine, and printed."""
+    preset: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Start from a named recipe: {', '.join(PRESETS)}. Without one the settings that "
+            "are not given are chosen to fit the images and the machine, and printed."
+        ),
+    ] = None
     config: Path | None = None
     """YAML with the same nested names as the flags, or one of the released trainer's files, whose
     keys are converted and reported; flags win over it."""
@@ -96,6 +100,10 @@ class Invocation:
     """Settings that `choose` may set once the data are known: nothing else gives them."""
     given: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """The words behind each flag, a file's settings as flags."""
+
+    def as_yaml(self) -> str:
+        """The whole configuration as YAML, the notes as comments."""
+        return "".join(f"# {note}\n" for note in self.notes) + dump_yaml(self.config)
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
@@ -331,9 +339,10 @@ def _open(
     return tuple(key for key in EVALUATION if alien and key not in given)
 
 
-def _own_folder(root: str) -> str:
+def _own_folder(roots: Sequence[str]) -> str:
     """Where a run on these images goes by default."""
-    name = re.sub(r"[^\w.-]+", "-", Path(os.path.abspath(root)).stem).strip("-.")
+    names = "-".join(Path(os.path.abspath(root)).stem for root in roots[:4])
+    name = re.sub(r"[^\w.-]+", "-", names)[:80].strip("-.")
     return f"runs/{name or 'images'}"
 
 
@@ -384,7 +393,7 @@ def parse(
     open_ = () if helps or released else _open(files.preset, start, given)
     roots = given.get("data.root", ())
     if open_ and roots and not files.preset:
-        start = replace(start, out=_own_folder(roots[0]))
+        start = replace(start, out=_own_folder(roots))
     if choices is None:
         choices = choose(EXAMPLE, given, open_) if open_ else {}
     chosen = {key: choices[key] for key in open_ if key in choices}

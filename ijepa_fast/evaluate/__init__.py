@@ -2,7 +2,8 @@
 network.
 
 ``python -m ijepa_fast.evaluate RUN_OR_WEIGHTS --data DIR`` works on anything that
-`ijepa_fast.weights` reads, and any labelled folder. Features are the target encoder's (paper,
+`ijepa_fast.weights` reads, and any labelled folder; ``python -m ijepa_fast.embed`` writes the
+features of any folder into a file. Features are the target encoder's (paper,
 section 4), averaged over patches; images are cropped centrally.
 """
 

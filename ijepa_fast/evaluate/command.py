@@ -29,7 +29,6 @@ from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import initialise
 from ijepa_fast.weights import (
     Encoder,
-    EncoderKind,
     Pretrained,
     ReadOptions,
     load_encoder,
@@ -53,8 +52,6 @@ class EvaluateArgs(ReadOptions):
     methods: tuple[Method, ...] = ("knn",)
     """Any of knn, ridge (closed form), linear (SGD: last layer and last four, with and without
     BatchNorm, sweep of learning rates) and finetune."""
-    encoder: EncoderKind = "target"
-    """Which of the two encoders."""
     k: int = 20
     """Nearest training images that vote on an image's class."""
     linear_epochs: int | None = None

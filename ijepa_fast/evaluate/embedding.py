@@ -123,8 +123,6 @@ class EmbedArgs(ReadOptions):
     out: Path
     """File to write: features.npy (a NumPy array), or features.safetensors (tensor `features`).
     Row i is of the image `paths[i]` of features.json beside it. Neither may exist."""
-    encoder: EncoderKind = "target"
-    """Which of the two encoders."""
     layers: Layers = "last"
     """The last layer, or the last four one after the other; averaged over patches."""
     batch: int = 128

@@ -14,12 +14,13 @@ from ijepa_fast.state.metrics import (
     read_rows,
 )
 from ijepa_fast.state.preparation import Preparation
-from ijepa_fast.state.run_folder import RunFolder
+from ijepa_fast.state.run_folder import Console, RunFolder
 from ijepa_fast.state.sample_log import SampleLog
 from ijepa_fast.state.saves import Saves
 
 __all__ = [
     "Allowance",
+    "Console",
     "HasState",
     "Journal",
     "Meter",

@@ -15,7 +15,7 @@ from ijepa_fast.config import Config, as_dict, completed, dump_yaml, load_yaml
 from ijepa_fast.errors import UsageError
 from ijepa_fast.state.checkpoint import checkpoint_folders, recipe_of
 
-__all__ = ["RunFolder", "recipe_difference"]
+__all__ = ["Console", "RunFolder", "recipe_difference"]
 
 _logger = logging.getLogger(__name__)
 
@@ -71,17 +71,18 @@ class _Plain(logging.Formatter):
         return super().format(record).translate(self._ESCAPES)
 
 
-class _Console(logging.StreamHandler[Any]):
+class Console(logging.StreamHandler[Any]):
     """A terminal or pipe that may go or fill up: the run goes on, and its log with it."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Of an error that is not the stream's own, what logging does."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
             return
         logger = logging.getLogger("ijepa_fast")
         logger.removeHandler(self)
-        logger.warning("stdout must be writable, got %s: what follows is in train.log only", error)
+        logger.warning("stdout must be writable, got %s: nothing more is shown", error)
 
 
 class _LogFile(logging.FileHandler):
@@ -263,7 +264,7 @@ class RunFolder:
             rich.setFormatter(_Plain("%(message)s"))
             self._handlers.append(rich)
         else:
-            plain = _Console(sys.stdout)
+            plain = Console(sys.stdout)
             plain.setFormatter(_Plain("%(message)s"))
             self._handlers.append(plain)
         self._handlers[1].setLevel(logging.INFO)

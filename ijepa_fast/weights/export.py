@@ -268,8 +268,6 @@ class ExportArgs(ReadOptions):
     """Folder to write; it must not exist."""
     format: Format = "hf"
     """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
-    encoder: EncoderKind = "target"
-    """Which of the two encoders; the target encoder has the better features."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,14 @@ from ijepa_fast.errors import UsageError
 from ijepa_fast.state import checkpoint
 from ijepa_fast.weights.fit import require_whole
 from ijepa_fast.weights.names import our_names
-from ijepa_fast.weights.pretrained import METADATA, NETWORKS, Pretrained, Shape, channel_values
+from ijepa_fast.weights.pretrained import (
+    METADATA,
+    NETWORKS,
+    EncoderKind,
+    Pretrained,
+    Shape,
+    channel_values,
+)
 
 __all__ = ["ReadOptions", "read_weights"]
 
@@ -94,6 +101,8 @@ def read_weights(
 class ReadOptions:
     """Options of commands that read weights."""
 
+    encoder: EncoderKind = "target"
+    """Which of a run's two encoders; the target encoder has the better features."""
     image_size: tuple[int, int] | None = None
     """Height and width that the weights were trained at, where their file does not tell."""
     heads: int | None = None

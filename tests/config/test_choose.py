@@ -126,6 +126,8 @@ def test_a_file_gives_settings_as_flags_do(tmp_path):
     [
         ([], "--data must name images where no --preset brings its own"),
         (["--data", "x", "--data.crop", "97"], "data.crop must be 7 to 14 patches where model.pat"),
+        (["--data", "x", "--data.crop", "999999937"], "data.crop must be"),
+        (["--data", "x", "--data.crop", "0"], "data.crop must be at least 1 pixel, got 0"),
         (["--data", "x", "--optim.epochs", "0"], "optim.epochs must be at least 1, got 0"),
         (["--data", "x", "--batch.global", "0.5"], "--batch.global"),
         (["--data", "x", "--optim.warmup", "1e400"], "optim.warmup must be"),
@@ -148,7 +150,7 @@ def test_a_folder_trains_and_resumes_with_what_was_chosen(tmp_path, monkeypatch,
     argv = ["--data", str(data), "--out", str(out), *FAST]
     assert tiny._main([*argv, "--max-steps", "2"], pictures=False) == 0
     said = capsys.readouterr().out
-    assert "27 images of about 40 x 37 pixels, a CPU with" in said
+    assert "27 images of about 40 x 37 pixels; CPU, " in said
     assert "batch.global 4" in said
     assert "27 images: expect little" in said
     config = yaml.safe_load((out / "config.yaml").read_text())

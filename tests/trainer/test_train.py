@@ -110,10 +110,13 @@ def test_what_a_run_leaves(whole):
         "checkpoints",
         "masks.png",
         "curves.png",
+        "pca.png",
+        "neighbours.png",
+        "report.html",
     }
     # no epoch's end asks for a checkpoint
     assert _steps(whole) == [15]
-    for name in ("masks.png", "curves.png"):
+    for name in ("masks.png", "curves.png", "pca.png", "neighbours.png"):
         with Image.open(whole / name) as image:
             assert min(image.size) > 200
     log = (whole / "train.log").read_text()
@@ -202,7 +205,7 @@ def test_a_complete_run_says_so_and_changes_nothing(data, whole, tmp_path, capsy
     assert tiny.run(data, out, pictures=True) == 0
     assert "the run is complete at step 15" in capsys.readouterr().out
     before, after = tiny.snapshot(whole), tiny.snapshot(out)
-    for name in ("train.log", "config.yaml"):  # new lines; another --out
+    for name in ("train.log", "config.yaml", "report.html"):  # new lines; another --out
         before.pop(name)
         after.pop(name)
     assert after == before
