@@ -1,5 +1,5 @@
 """Features of all images of a folder, labelled or not, as a file:
-``python -m ijepa_fast.embed --weights RUN_OR_WEIGHTS --data DIR --out features.npy``.
+``python -m ijepa_fast.embed RUN_OR_WEIGHTS --data DIR --out features.npy``.
 """
 
 import json
@@ -115,7 +115,7 @@ class EmbedArgs(ReadOptions):
     the same name.
     """
 
-    weights: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
+    weights: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
     """A run's folder, a checkpoint, a Hugging Face folder, or a file of weights."""
     data: str
     """Folder, list file or tar shards, labelled or not, or the name of a set: its training

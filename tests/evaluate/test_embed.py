@@ -53,7 +53,7 @@ def test_features_are_those_of_load_encoder(
     which, suffix, layers, count, run, folder, tmp_path, capsys
 ):
     out = tmp_path / f"features{suffix}"
-    argv = ["--weights", str(run), "--data", str(folder), "--out", str(out)]
+    argv = [str(run), "--data", str(folder), "--out", str(out)]
     argv += ["--encoder", which, "--layers", layers, "--batch", "2", "--decoder", "pillow"]
     assert command.main(argv) == 0
     printed = capsys.readouterr()
@@ -86,7 +86,7 @@ def test_features_are_those_of_load_encoder(
 )
 def test_wrong_arguments(change, message, run, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = {"--weights": str(run), "--data": str(folder), "--out": "x.npy", **change}
-    assert command.main([word for pair in argv.items() for word in pair]) == 2
+    argv = {"--data": str(folder), "--out": "x.npy", **change}
+    assert command.main([str(run), *(word for pair in argv.items() for word in pair)]) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -544,7 +544,8 @@ def test_unusable_data_ends_with_2_before_training(tmp_path, out, capsys, name):
 
 def test_the_command_itself(tmp_path):
     """As a user types it: exit code and one line, after those that say what begins."""
-    argv = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+    argv = ["--preset", "demo", "--eval.data", "None", "--data", str(tmp_path / "none")]
+    argv += ["--out", str(tmp_path / "run")]
     result = subprocess.run(
         [sys.executable, "-m", "ijepa_fast.train", *argv],
         check=False,
