@@ -137,7 +137,7 @@ def _other(out):
     ("before", "settings", "message"),
     [
         (None, {"init": "/nonexistent"}, "init must name weights, got /nonexistent"),
-        (None, {"eval__data": "/nonexistent"}, "eval.data must be labelled images, got /nonexist"),
+        (None, {"eval__data": "/nonexistent"}, "eval.data must be "),
         (None, {"masks__min_keep": 15}, "masks.min_keep must be"),
         (None, {"batch__global": 64, "batch__device": 64}, "batch.global must be at most the numb"),
         (_occupied, {}, "out must be a folder that can be written, got "),
