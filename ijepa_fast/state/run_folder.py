@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -160,7 +161,7 @@ class RunFolder:
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Refuses what a run would be refused for, and writes nothing.
+        """Refuses what a run would be refused for, and leaves nothing.
 
         Raises:
             UsageError: as of the class.
@@ -168,8 +169,8 @@ class RunFolder:
         path = Path(config.out)
         try:
             there = next(folder for folder in (path, *path.parents) if folder.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-                raise PermissionError(f"{there} is no folder that can be written")
+            with tempfile.TemporaryFile(dir=there):
+                pass
             if (path / ".lock").exists():
                 cls._locked(config).close()
         except OSError as error:

@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 # points of a curve: more are not seen
 _POINTS = 400
 # width and height of a curve, and the place of its labels
-_WIDTH, _HEIGHT, _LEFT, _BELOW = 300, 150, 48, 16
+_WIDTH, _HEIGHT, _LEFT, _BELOW = 300, 150, 52, 16
 _FIGURES = (
     (
         "masks.png",
@@ -264,6 +264,7 @@ def _commands(run: Path) -> str:
     name = escape(str(run))
     return (
         f"<pre>python -m ijepa_fast.evaluate {name} --data DIR\n"
+        f"python -m ijepa_fast.embed --weights {name} --data DIR --out features.npy\n"
         f"python -m ijepa_fast.visualize neighbours {name} --data DIR --out neighbours.png\n"
         f"python -m ijepa_fast.export {name} --out encoder</pre>"
     )

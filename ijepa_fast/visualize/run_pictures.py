@@ -88,8 +88,8 @@ class Pictures:
         left = self.allowance.share * self.allowance.elapsed - self.allowance.spent
         if seconds > left:
             _logger.info(
-                "pca.png and neighbours.png are left out: they take about %.0f s, and a run gives "
-                "%g %% of its time; draw them with python -m ijepa_fast.visualize",
+                "no pca.png, no neighbours.png: %.0f s are over %g %% of the run "
+                "(ijepa-fast visualize draws them)",
                 *(seconds, 100 * self.allowance.share),
             )
         return seconds <= left

@@ -672,7 +672,7 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
 
 def test_dry_run_of_a_missing_folder_is_one_line(tmp_path, capsys):
     path = str(tmp_path / "missing")
-    assert path in _refused([*DEMO, "--data", path, "--dry-run"], capsys)
+    assert path in _refused([*DEMO, "--eval.data=None", "--data", path, "--dry-run"], capsys)
 
 
 def test_fashion_mnist_is_the_released_recipe_on_a_small_scale():

@@ -272,9 +272,8 @@ def test_wrong_usage_is_exit_code_2(tmp_path, capsys):
     file.write_text("")
     assert main(["--out", str(file)]) == 2
     assert capsys.readouterr().err.startswith("error: --out must be a folder")
-    with pytest.raises(SystemExit) as stop:
-        main(["--jsn"])
-    assert stop.value.code == 2
+    assert main(["--jsn"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown option --jsn")
 
 
 def test_a_part_that_fails_does_not_end_the_report(monkeypatch, capsys):

@@ -155,7 +155,7 @@ def test_pictures_of_features_keep_to_their_share(split, tmp_path, monkeypatch):
     with tiny.log_lines() as lines:
         assert tiny.run(split / "train", tmp_path / "a", pictures=True, **settings) == 0
     assert not drawn
-    assert [line for line in lines if "pca.png and neighbours.png are left out" in line]
+    assert [line for line in lines if "no pca.png, no neighbours.png: " in line]
     assert (tmp_path / "a" / "report.html").is_file()
     elapsed = property(lambda _: 1e5)
     monkeypatch.setattr("ijepa_fast.state.Allowance.elapsed", elapsed)
