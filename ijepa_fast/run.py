@@ -4,6 +4,7 @@ on.
 
 import logging
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,12 @@ from ijepa_fast.state import Preparation, RunFolder, checkpoint, checkpoint_fold
 from ijepa_fast.step import make_step
 from ijepa_fast.weights import start_weights
 
-__all__ = ["Run", "check_data", "check_start"]
+__all__ = ["Run", "check_data", "check_start", "check_step"]
 
 _logger = logging.getLogger(__name__)
+
+# wider ones fit no machine, and not one block of them may be made for a question
+_WIDE = 32_768
 
 
 def check_start(config: Config) -> None:
@@ -50,6 +54,19 @@ def check_data(config: Config, images: int, device: torch.device) -> None:
     steps_per_epoch(images, config.batch.global_)
     if config.eval.data:
         labelled_data(config.eval.data, config.data, device, name="eval.data")
+
+
+def check_step(config: Config, ranks: distributed.Ranks) -> None:
+    """Whether this machine can do what is asked of a step: with one block of each network.
+
+    Raises:
+        ValueError: the back end, the precision or the graphs cannot be had here.
+    """
+    model = replace(config.model, depth=1, predictor_depth=1)
+    if max(model.architecture.width, model.architecture.mlp_hidden) <= _WIDE:
+        networks = build_models(model, config.data.crop_size)
+        small = replace(config, model=model)
+        make_step(small, *networks, ranks.device, local_world=ranks.local_world)
 
 
 class Run:

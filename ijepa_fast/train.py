@@ -31,7 +31,7 @@ from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_co
 from ijepa_fast.evaluate import ScheduledEvaluation
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
-from ijepa_fast.run import Run, check_data, check_start
+from ijepa_fast.run import Run, check_data, check_start, check_step
 from ijepa_fast.settings import settle
 from ijepa_fast.state import (
     Allowance,
@@ -336,6 +336,7 @@ def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
     distributed.on_main(ranks, lambda: check_start(config))
     images = len(load_index(config, ranks)) if config.data.sources else None
     make_decoder(config.data, ranks.device, max_batch=1)[0].close()
+    check_step(config, ranks)
     if images is not None:
         distributed.on_main(ranks, lambda: check_data(config, images, ranks.device))
     memory = estimate.device_memory(ranks.device, ranks.local_world)

@@ -140,6 +140,8 @@ def _other(out):
         (None, {"eval__data": "/nonexistent"}, "eval.data must be "),
         (None, {"masks__min_keep": 15}, "masks.min_keep must be"),
         (None, {"batch__global": 64, "batch__device": 64}, "batch.global must be at most the numb"),
+        (None, {"graphs": "on"}, "graphs must be auto or off on a CPU, got on"),
+        (None, {"attention": "fa3"}, "attention must be "),
         (_occupied, {}, "out must be a folder that can be written, got "),
         (_other, {}, "the recipe differs from the one in "),
     ],
