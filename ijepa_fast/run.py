@@ -187,10 +187,11 @@ class Run:
             "%d images in %d classes; %d steps of %d images",
             *(len(self.index), len(self.index.classes), self.end, config.batch.global_),
         )
-        _logger.info(
-            "%s on %s, %d ranks x %d on the device x %d accumulated",
-            *(config.optim.precision, ranks.device, ranks.world, self.device_batch, accumulation),
-        )
+        shares = ""
+        if ranks.world > 1 or accumulation > 1:
+            parts = f"{self.device_batch} on the device x {accumulation} accumulated"
+            shares = f", {ranks.world} ranks x {parts}"
+        _logger.info("%s on %s%s", config.optim.precision, ranks.device, shares)
         for text in self.training.describe().splitlines():
             for line in textwrap.wrap(text, 100, subsequent_indent="  "):
                 _logger.info("%s", line)

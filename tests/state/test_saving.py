@@ -326,7 +326,7 @@ MOUNT = 'mount -t tmpfs -o size={size}{options} none "{folder}" && exec {command
 
 @pytest.mark.parametrize(
     ("size", "options", "words"),
-    [("100k", "", "No space left"), ("10m", ",ro", "no folder that can be written")],
+    [("100k", "", "No space left"), ("10m", ",ro", "Read-only file system")],
 )
 def test_full_and_read_only_file_systems(data, tmp_path, size, options, words):
     folder = tmp_path / "disk"

