@@ -55,10 +55,8 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     config, lines = invocation.config, list[str]()
     # masks that are given on a grid that is given are refused before the data are read
     check_masks(config.masks, config.grid)
-    images = 0
 
     def decide() -> dict[str, Any]:
-        nonlocal images
         recorded = Path(config.out) / "config.yaml"
         if checkpoint_folders(Path(config.out) / "checkpoints") and recorded.is_file():
             old = read_yaml(recorded)
@@ -67,7 +65,6 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
             return {key: old[key] for key in invocation.open_ if key in old}
         _logger.info("looking at the images in %s", ", ".join(config.data.sources))
         facts = _facts(config, ranks)
-        images = facts.images
         choices = choose(facts, invocation.given, invocation.open_)
         lines.extend(describe(facts, choices))
         return choices
@@ -77,12 +74,6 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     text = np.frombuffer(json.dumps(choices).encode(), np.uint8)
     told = distributed.broadcast_arrays({"json": text} if ranks.is_main else None)
     settled = parse(argv, json.loads(told["json"].tobytes()))
-    if images >= settled.config.batch.global_ and not (settled.print_config or settled.dry_run):
-        steps, hours, _ = estimate.run_length(settled.config, ranks.world, ranks.device, images)
-        minutes = 60 * hours
-        time = f"{hours:.0f} hours" if hours >= 2 else f"{minutes:.0f} minutes"
-        time = "less than two minutes" if minutes < 2 else f"about {time}"
-        lines.append(f"{steps:,} steps take {time} here, by an estimate")
     return replace(settled, notes=(*settled.notes, *lines))
 
 

@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ijepa_fast.__main__ import main
 from ijepa_fast.visualize import run_pictures
 from ijepa_fast.visualize.report import write_report
 from tests.trainer import tiny
@@ -62,6 +64,17 @@ def whole_run(split, tmp_path_factory):
     settings = {"eval__data": split, "optim__epochs": 4}
     assert tiny.run(split / "train", out, pictures=True, **settings) == 0
     return out
+
+
+def test_what_a_run_tells_to_type_next(whole_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log = (whole_run / "train.log").read_text().splitlines()
+    commands = [shlex.split(line[line.index("ijepa-fast ") :]) for line in log if "  ijepa" in line]
+    assert [words[1] for words in commands] == ["evaluate", "embed", "export"]
+    for words in commands:
+        assert main(words[1:]) == 0, capsys.readouterr().err
+    assert (tmp_path / "features.npy").is_file()
+    assert (tmp_path / f"hf-{whole_run.name}" / "config.json").is_file()
 
 
 def test_a_run_ends_with_its_pictures_and_a_page_that_stands_alone(whole_run):
