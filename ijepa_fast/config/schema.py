@@ -373,8 +373,8 @@ class EvalConfig:
     """
     seconds: float = 10.0
     """The most seconds of an evaluation on a part of the images, which gets smaller where it would
-    take longer. A run whose steps take less than this is not evaluated, unless `every` asks for it;
-    0 is no limit.
+    take longer. A run whose steps take less than this is not evaluated, unless `every` or `whole`
+    asks for it; 0 is no limit.
     """
 
     def __post_init__(self) -> None:

@@ -163,8 +163,9 @@ class OnlineEvaluation:
         """Training and test images that `eval.seconds` pays for, by one forward pass that is
         measured: none where the run's steps take less.
         """
-        limit, part = self.config.eval.seconds, (TRAIN_ROWS, TEST_ROWS)
-        if not limit or self.config.eval.every is not None:
+        asked, part = self.config.eval, (TRAIN_ROWS, TEST_ROWS)
+        limit = asked.seconds
+        if not limit or asked.whole or asked.every is not None:
             return part
         mean, std = (torch.zeros(3, device=self.device), torch.ones(3, device=self.device))
         x = normalise(self._images[0].to(self.device), mean, std)
