@@ -510,6 +510,9 @@ def test_a_folder_that_cannot_be_listed_ends_the_run_unless_allowed(tmp_path, mo
     assert "must be whole, got 'class1/': the folder cannot be read: Permission denied" in error
     assert tiny.run(data, tmp_path / "out", data__allow_missing=True, max_steps=1) == 0
     assert "'class1/' is not whole" in capsys.readouterr().out
+    # also where settings are chosen from the data
+    argv = ["--data", str(data), "--data.allow-missing", "--print-config"]
+    assert tiny._main(argv, pictures=False) == 0
     with pytest.raises(NoImages, match=r"the first: '\./': the folder cannot be read"):
         build_index(data / "class1")
 
