@@ -26,7 +26,7 @@ from ijepa_fast.config import (
     parse,
     read_yaml,
 )
-from ijepa_fast.data import Index, named_data, open_index
+from ijepa_fast.data import Index, open_index
 from ijepa_fast.evaluate import labelled_data
 from ijepa_fast.masks import check_masks
 from ijepa_fast.ranks import distributed
@@ -92,9 +92,7 @@ def _shown(stream: Any) -> Iterator[None]:
 
 
 def _facts(config: Config, ranks: distributed.Ranks) -> Facts:
-    sources = config.data.sources
-    folder = named_data(sources[0]) if len(sources) == 1 else None
-    index, _ = open_index(str(folder / "train") if folder else sources)
+    index, _ = open_index(config.data.sources, allow_missing=config.data.allow_missing)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Facts(
         images=len(index),
