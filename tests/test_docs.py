@@ -100,8 +100,12 @@ def split(line: str) -> list[list[str]]:
 
 def commands(path: Path) -> Iterator[tuple[str, list[str], bool]]:
     """(text, words, inline) of every command."""
-    code = "".join(blocks(path, "(?:bash)?")).replace("\\\n", " ")
-    lines = [(line.strip().removeprefix("$ "), False) for line in code.splitlines()]
+    lines: list[tuple[str, bool]] = []
+    for code in blocks(path, "(?:bash)?"):
+        typed = [line.strip() for line in code.replace("\\\n", " ").splitlines()]
+        # behind a prompt, where there is one: the rest is what was printed
+        prompted = [line.removeprefix("$ ") for line in typed if line.startswith("$ ")]
+        lines += [(line, False) for line in prompted or typed]
     if path.suffix == ".md":
         lines += [(span, True) for span in spans(path) if " " in span]
     for text, inline in lines:
