@@ -4,6 +4,7 @@ scripts and no other file.
 
 import base64
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -261,12 +262,12 @@ def _value(value: Any) -> str:
 
 
 def _commands(run: Path) -> str:
-    name = escape(str(run))
+    name = escape(shlex.quote(str(run)))
     return (
-        f"<pre>python -m ijepa_fast.evaluate {name} --data DIR\n"
-        f"python -m ijepa_fast.embed --weights {name} --data DIR --out features.npy\n"
-        f"python -m ijepa_fast.visualize neighbours {name} --data DIR --out neighbours.png\n"
-        f"python -m ijepa_fast.export {name} --out encoder</pre>"
+        f"<pre>ijepa-fast evaluate {name} --data DIR\n"
+        f"ijepa-fast embed {name} --data DIR --out features.npy\n"
+        f"ijepa-fast visualize neighbours {name} --data DIR --out neighbours.png\n"
+        f"ijepa-fast export {name} encoder</pre>"
     )
 
 

@@ -1,9 +1,12 @@
 """The report of a run: what it says, that it stands alone, and what a browser makes of it."""
 
 import base64
+import functools
+import html
 import html.parser
 import io
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ijepa_fast.__main__ import main
 from ijepa_fast.visualize import run_pictures
 from ijepa_fast.visualize.report import write_report
+from tests.test_docs import call
 from tests.trainer import tiny
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -88,6 +93,17 @@ def test_a_run_ends_with_its_pictures_and_a_page_that_stands_alone(whole_run):
     assert f"{rows[1]['loss']:.3f} → {rows[-2]['loss']:.3f}" in text
     # every setting with its value
     assert ["predictor_", "width", "16"] in read.rows
+
+
+def test_the_commands_of_the_page_are_taken(whole_run):
+    page = (whole_run / "report.html").read_text()
+    (block,) = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    commands = [shlex.split(line) for line in html.unescape(block).splitlines()]
+    assert len(commands) == 4
+    for program, *words in commands:
+        assert program == "ijepa-fast"
+        assert str(whole_run) in words
+        call(functools.partial(main, words), words, parse_only=True)
 
 
 @pytest.mark.skipif(BROWSER is None, reason=f"needs a browser: {', '.join(BROWSERS)}")
