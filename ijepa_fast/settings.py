@@ -79,10 +79,7 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     settled = parse(argv, json.loads(told["json"].tobytes()))
     if images >= settled.config.batch.global_ and not (settled.print_config or settled.dry_run):
         steps, hours, _ = estimate.run_length(settled.config, ranks.world, ranks.device, images)
-        minutes = 60 * hours
-        time = f"{hours:.0f} hours" if hours >= 2 else f"{minutes:.0f} minutes"
-        time = "less than two minutes" if minutes < 2 else f"about {time}"
-        lines.append(f"{steps:,} steps take {time} here, by an estimate")
+        lines.append(f"{steps:,} steps take {estimate.in_words(hours)} here, by an estimate")
     return replace(settled, notes=(*settled.notes, *lines))
 
 

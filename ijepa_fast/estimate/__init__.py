@@ -3,7 +3,7 @@ text of `--dry-run`.
 """
 
 from ijepa_fast.estimate.costs import Costs, Rows
-from ijepa_fast.estimate.report import measured_flops, report, run_length
+from ijepa_fast.estimate.report import in_words, measured_flops, report, run_length
 from ijepa_fast.estimate.total import Estimate, device_batch, device_memory, estimate
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "device_batch",
     "device_memory",
     "estimate",
+    "in_words",
     "measured_flops",
     "report",
     "run_length",
