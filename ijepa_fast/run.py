@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ijepa_fast import estimate
 from ijepa_fast.config import Config
 from ijepa_fast.data import Quarantine, steps_per_epoch
 from ijepa_fast.errors import UsageError
@@ -183,9 +184,14 @@ class Run:
         """Says what is about to run."""
         config, ranks = self.config, self.ranks
         accumulation = config.batch.global_ // (self.device_batch * ranks.world)
+        if not ranks.is_main:
+            return
+        steps = self.end - self.step
+        hours, _ = estimate.hours(config, ranks.world, ranks.device, steps, seconds=0.3)
         _logger.info(
-            "%d images in %d classes; %d steps of %d images",
-            *(len(self.index), len(self.index.classes), self.end, config.batch.global_),
+            "%d images in %d classes; %d steps of %d images, %s by an estimate",
+            *(len(self.index), len(self.index.classes), steps, config.batch.global_),
+            estimate.in_words(hours),
         )
         shares = ""
         if ranks.world > 1 or accumulation > 1:

@@ -26,7 +26,7 @@ from ijepa_fast.config import (
     parse,
     read_yaml,
 )
-from ijepa_fast.data import Index, named_data, open_index
+from ijepa_fast.data import Index, open_index
 from ijepa_fast.evaluate import labelled_data
 from ijepa_fast.masks import check_masks
 from ijepa_fast.ranks import distributed
@@ -55,10 +55,8 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     config, lines = invocation.config, list[str]()
     # masks that are given on a grid that is given are refused before the data are read
     check_masks(config.masks, config.grid)
-    images = 0
 
     def decide() -> dict[str, Any]:
-        nonlocal images
         recorded = Path(config.out) / "config.yaml"
         if checkpoint_folders(Path(config.out) / "checkpoints") and recorded.is_file():
             old = read_yaml(recorded)
@@ -67,7 +65,6 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
             return {key: old[key] for key in invocation.open_ if key in old}
         _logger.info("looking at the images in %s", ", ".join(config.data.sources))
         facts = _facts(config, ranks)
-        images = facts.images
         choices = choose(facts, invocation.given, invocation.open_)
         lines.extend(describe(facts, choices))
         return choices
@@ -77,9 +74,6 @@ def settle(argv: list[str] | None, invocation: Invocation, ranks: distributed.Ra
     text = np.frombuffer(json.dumps(choices).encode(), np.uint8)
     told = distributed.broadcast_arrays({"json": text} if ranks.is_main else None)
     settled = parse(argv, json.loads(told["json"].tobytes()))
-    if images >= settled.config.batch.global_ and not (settled.print_config or settled.dry_run):
-        steps, hours, _ = estimate.run_length(settled.config, ranks.world, ranks.device, images)
-        lines.append(f"{steps:,} steps take {estimate.in_words(hours)} here, by an estimate")
     return replace(settled, notes=(*settled.notes, *lines))
 
 
@@ -98,9 +92,7 @@ def _shown(stream: Any) -> Iterator[None]:
 
 
 def _facts(config: Config, ranks: distributed.Ranks) -> Facts:
-    sources = config.data.sources
-    folder = named_data(sources[0]) if len(sources) == 1 else None
-    index, _ = open_index(str(folder / "train") if folder else sources)
+    index, _ = open_index(config.data.sources, allow_missing=config.data.allow_missing)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Facts(
         images=len(index),

@@ -129,11 +129,14 @@ def test_names_are_utf_8_in_every_locale():
     assert 'out: "\\xFC"' in out
 
 
-def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path, monkeypatch):
     def unknown():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for relative in ("", "cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert cache_folder() == tmp_path / ".cache"
     monkeypatch.setattr(Path, "home", unknown)
     with pytest.raises(UsageError, match="XDG_CACHE_HOME must be a folder where there is no home"):
         cache_folder()

@@ -44,7 +44,7 @@ def demo() -> Config:
             precision="float32",
         ),
         batch=BatchConfig(global_=64),
-        eval=EvalConfig(data="fashion_mnist_10k", whole=True, seconds=0),
+        eval=EvalConfig(data="fashion_mnist_10k", whole=True),
         out="runs/demo",
         log=LogConfig(interval=20),
     )

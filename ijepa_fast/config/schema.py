@@ -368,14 +368,13 @@ class EvalConfig:
     pays for.
     """
     whole: bool = False
-    """At the start and the end take all labelled images for the kNN accuracy, whatever that costs,
-    and end with a table of kNN and ridge regression; otherwise, and in between, kNN is of at most
-    2,048 training and 512 test images.
+    """End with a table of kNN and ridge regression on all labelled images, whatever that costs;
+    otherwise, and before, kNN is of at most 2,048 training and 512 test images.
     """
     seconds: float = 10.0
     """The most seconds of an evaluation on a part of the images, which gets smaller where it would
-    take longer. A run whose steps take less than this is not evaluated, unless `every` asks for it;
-    0 is no limit.
+    take longer. A run whose steps take less than this is not evaluated, unless `every` or `whole`
+    asks for it; 0 is no limit.
     """
 
     def __post_init__(self) -> None:

@@ -365,7 +365,7 @@ def lost_parts(index: Index) -> dict[str, int]:
         Name -> number of images that are missing, as the other shards let expect; 0: not known.
     """
     lost = dict.fromkeys(
-        (name for name, _ in index.bad if name.endswith((os.sep, *SHARDS))),
+        (name for name, _ in index.bad if name.lower().endswith((os.sep, *SHARDS))),
         0,
     )
     if any(not name.endswith(os.sep) for name in lost):

@@ -158,7 +158,7 @@ class Loader(Iterator[Batch]):
         lost = lost_parts(index)
         single = [entry for entry in index.bad if entry[0] not in lost]
         quarantine.add_known(single, write=rank == 0)
-        for name, count in lost.items():
+        for name, count in lost.items() if rank == 0 else ():
             about = f": about {count} images are missing" if count else ""
             logger.warning("%r is not whole%s", name, about)
         self._bad = known_bad(index, quarantine)

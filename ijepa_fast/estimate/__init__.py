@@ -3,7 +3,7 @@ text of `--dry-run`.
 """
 
 from ijepa_fast.estimate.costs import Costs, Rows
-from ijepa_fast.estimate.report import in_words, measured_flops, report, run_length
+from ijepa_fast.estimate.report import hours, in_words, measured_flops, report
 from ijepa_fast.estimate.total import Estimate, device_batch, device_memory, estimate
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "device_batch",
     "device_memory",
     "estimate",
+    "hours",
     "in_words",
     "measured_flops",
     "report",
-    "run_length",
 ]

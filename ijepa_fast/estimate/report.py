@@ -8,7 +8,7 @@ import torch
 from ijepa_fast.config import Config
 from ijepa_fast.estimate.total import device_batch, estimate, ways_of
 
-__all__ = ["in_words", "measured_flops", "report", "run_length"]
+__all__ = ["hours", "in_words", "measured_flops", "report"]
 
 # what it assumes of the measured matrix rate, for hours
 ASSUMED_UTILISATION = 0.4
@@ -28,21 +28,19 @@ def measured_flops(device: torch.device, precision: str, seconds: float = 1.0) -
     return 2 * size**3 / best
 
 
-def run_length(
-    config: Config, world: int, device: torch.device, images: int
-) -> tuple[int, float, float]:
-    """What a run on so many images takes: steps, hours, and the FLOP/s measured for them."""
-    steps = config.optim.epochs * (images // config.batch.global_)
-    steps = min(steps, config.max_steps or steps)
-    rate = measured_flops(device, config.optim.precision)
+def hours(
+    config: Config, world: int, device: torch.device, steps: int, *, seconds: float = 1.0
+) -> tuple[float, float]:
+    """What so many steps take, and the FLOP/s that are measured for it in so many seconds."""
+    rate = measured_flops(device, config.optim.precision, seconds)
     total = steps * config.batch.global_ * estimate(config).flops
-    return steps, total / (rate * ASSUMED_UTILISATION * world) / 3600, rate
+    return total / (rate * ASSUMED_UTILISATION * world) / 3600, rate
 
 
 def in_words(hours: float) -> str:
     """A run's length, as well as an estimate knows it."""
-    if hours < 1 / 30:
-        return "less than two minutes"
+    if hours < 1 / 60:
+        return "less than a minute"
     return f"about {hours:,.0f} hours" if hours >= 2 else f"about {60 * hours:.0f} minutes"
 
 
@@ -94,9 +92,11 @@ def report(
         f"{(keep + 1) * state / 2**30:.2f} GiB"
     )
     if images is not None:
-        steps, hours, rate = run_length(config, world, device, images)
+        steps = config.optim.epochs * (images // config.batch.global_)
+        steps = min(steps, config.max_steps or steps)
+        time, rate = hours(config, world, device, steps)
         lines.append(
-            f"run               {images:,} images, {steps:,} steps; {in_words(hours)} at "
+            f"run               {images:,} images, {steps:,} steps; {in_words(time)} at "
             f"{100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e12:.3g} TFLOP/s that a matrix "
             f"product reached here ({config.optim.precision})"
         )

@@ -197,10 +197,11 @@ def _report(args: EvaluateArgs) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     result = _evaluate(args)
     text = json.dumps(result, indent=1)
+    # first what cannot fail
+    print(text if args.json else _printed(result), flush=True)
     if args.out is not None:
         with args.out.open("x", encoding="utf-8") as file:
             file.write(text + "\n")
-    print(text if args.json else _printed(result))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,8 +78,11 @@ def embed(
     """
     require(batch >= 1, "batch", "at least 1", batch)
     read = weights if isinstance(weights, Pretrained) else read_weights(weights)
+    cuda = torch.cuda.is_available()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if cuda else "cpu"
+    rule = "auto or cpu where torch sees no CUDA device"
+    require(cuda or not device.startswith("cuda"), "device", rule, device)
     network = load_encoder(read, encoder=encoder).to(device)
     try:
         # what is missing is listed with what cannot be used

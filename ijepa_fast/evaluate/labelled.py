@@ -20,7 +20,7 @@ from ijepa_fast.data import (
     named_data,
     open_index,
 )
-from ijepa_fast.errors import UsageError
+from ijepa_fast.errors import TooManyBadFiles, UsageError
 from ijepa_fast.keyed_random import Stream, uniform
 from ijepa_fast.weights import Pretrained
 
@@ -177,6 +177,7 @@ def parts_of(
 
     Raises:
         UsageError: there are no images, or an empty part.
+        TooManyBadFiles: a shard is damaged or a folder cannot be listed.
     """
     parts = _split(root, data, device, name)
     _check_not_empty(parts, root, name)
@@ -194,8 +195,9 @@ def shown_part(root: str, data: DataConfig, device: torch.device) -> Split:
 def _split(root: str, data: DataConfig, device: torch.device, name: str) -> tuple[Split, Split]:
     try:
         parts, chosen = _tables(root, data.allow_missing)
-    except ValueError as error:
-        raise UsageError(str(error).replace("data.root", name)) from None
+    except (ValueError, TooManyBadFiles) as error:
+        kind = UsageError if isinstance(error, ValueError) else TooManyBadFiles
+        raise kind(str(error).replace("data.root", name)) from None
     train, test = (
         Split(index=part, rows=rows, data=data, device=device)
         for part, rows in zip(parts, chosen, strict=True)

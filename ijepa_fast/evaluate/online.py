@@ -123,12 +123,12 @@ class OnlineEvaluation:
         Args:
             weights: `encoder.*`, `target_encoder.*` and `predictor.*`, whole.
             name: of the target encoder at this step.
-            whole: kNN on all of the labelled set, not a part of it.
+            whole: the table, on all of the labelled set, not a part of it; not for the first.
             first: also kNN of raw pixels and of the untrained network.
 
         Returns:
             `monitors`; if there is a labelled set `data`, `knn`, on a part of it `images`, and on
-            all of it, unless it is the first, `table`, see `final_table`; `timing`.
+            all of it `table`, see `final_table`; `timing`.
         """
         started = time.perf_counter()
         context, target, predictor = self.networks(weights)
@@ -150,7 +150,7 @@ class OnlineEvaluation:
             if name != UNTRAINED and (first or whole):
                 encoders = {UNTRAINED: untrained(self.config).to(self.device), **encoders}
             precision = self.config.optim.precision
-            if whole and not first:
+            if whole:
                 row["table"] = final_table(encoders, splits, precision=precision)
                 row["knn"] = {name: row["table"][name]["kNN"]}
             else:
@@ -163,8 +163,9 @@ class OnlineEvaluation:
         """Training and test images that `eval.seconds` pays for, by one forward pass that is
         measured: none where the run's steps take less.
         """
-        limit, part = self.config.eval.seconds, (TRAIN_ROWS, TEST_ROWS)
-        if not limit or self.config.eval.every is not None:
+        asked, part = self.config.eval, (TRAIN_ROWS, TEST_ROWS)
+        limit = asked.seconds
+        if not limit or asked.whole or asked.every is not None:
             return part
         mean, std = (torch.zeros(3, device=self.device), torch.ones(3, device=self.device))
         x = normalise(self._images[0].to(self.device), mean, std)

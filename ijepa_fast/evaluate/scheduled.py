@@ -90,7 +90,7 @@ class ScheduledEvaluation:
     def _evaluate(self, step: int, *, ends: bool) -> None:
         weights = self._weights()
         file, root = self._journal.file, self._config.eval.data
-        whole = ends and self._config.eval.whole
+        whole = ends and step > 0 and self._config.eval.whole
         if not file or not self._journal.reporter or self._too_short:
             return
         self._journal.flush()
@@ -103,7 +103,7 @@ class ScheduledEvaluation:
         if done and not (whole and root):
             return
         # a run that was made before there were tables, or on a part of the images, gets its own
-        if any("images" not in row and (not step or "table" in row) for row in done):
+        if any("table" in row for row in done):
             return
         untrained = not step and self._config.init is None
         name = UNTRAINED if untrained else f"target encoder, step {step}"

@@ -122,17 +122,6 @@ class MetricsFile:
         temporary.replace(self._path)
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def begin_anew(self) -> None:
-        """Writes all rows into a new file: the folder of the one before has gone.
-
-        Raises:
-            OSError: it cannot.
-        """
-        with self._lock:
-            file = self._begin()
-            os.close(self._file)
-            self._file, self._waiting = file, b""
-
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row and hands it to the system; what a full disk refuses waits for the next
         row, or the next checkpoint.
@@ -155,12 +144,17 @@ class MetricsFile:
             _logger.info("metrics.jsonl is written again, nothing is lost")
 
     def sync(self) -> None:
-        """Forces the rows to the disk; called before a checkpoint counts as written.
+        """Forces the rows to the disk; called before a checkpoint counts as written. Where the file
+        was moved or deleted, all rows go into a new one.
 
         Raises:
             OSError: it cannot.
         """
         with self._lock:
+            if not self._path.exists():
+                file = self._begin()
+                os.close(self._file)
+                self._file, self._waiting = file, b""
             self._write()
             os.fsync(self._file)
 

@@ -20,6 +20,8 @@ __all__ = ["Console", "RunFolder", "recipe_difference"]
 
 _logger = logging.getLogger(__name__)
 
+_CONFIG_TMP = ".config.yaml.tmp"
+
 # what may change between two starts of one run: where and how it runs, not what is computed
 NOT_RECIPE = (
     "out",
@@ -137,17 +139,17 @@ class RunFolder:
         self._status = self.path.stat()
         return lock
 
-    def begin_anew(self) -> bool:
-        """Makes OUT again if it was moved or deleted while the run writes to it; returns whether it
-        was.
+    def begin_anew(self) -> None:
+        """Makes OUT again if it was moved or deleted while the run writes to it.
 
         Raises:
             OSError: it cannot, or another folder stands there.
         """
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self.path.stat(), self._status):
-                return False
-            if any(self.path.iterdir()):
+                return
+            # what a try before left, as on a full disk, is ours
+            if {path.name for path in self.path.iterdir()} - {".lock", _CONFIG_TMP}:
                 raise OSError(f"{self.path} is another folder now than the run began in")
         gone, self._lock = self._lock, self._begin()
         gone.close()
@@ -157,7 +159,6 @@ class RunFolder:
         self._handlers[0] = log
         logger.addHandler(log)
         _logger.warning("%s was moved or deleted, and is made anew with all metrics", self.path)
-        return True
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -228,7 +229,7 @@ class RunFolder:
         if self._changes(config) and path.exists():
             # a copy: a kill between here and the end leaves no folder without config.yaml
             shutil.copyfile(path, self._spare("config", ".yaml"))
-        temporary = self.path / ".config.yaml.tmp"
+        temporary = self.path / _CONFIG_TMP
         temporary.write_text(dump_yaml(config), encoding="utf-8")
         temporary.replace(path)
 

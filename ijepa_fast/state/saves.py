@@ -205,8 +205,7 @@ class Saves:
     def _write(self, state: checkpoint.State, last: bool) -> bool:
         assert self._folder is not None
         file, folder = self._journal.file, self._folder.checkpoints
-        if self._folder.begin_anew() and file:
-            file.begin_anew()
+        self._folder.begin_anew()
         # a checkpoint counts once the rows before it are on the disk
         if file:
             file.sync()

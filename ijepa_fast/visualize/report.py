@@ -17,7 +17,7 @@ from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.curves import Line, panels_of
 from ijepa_fast.visualize.figure import replaced
 
-__all__ = ["write_report"]
+__all__ = ["next_commands", "write_report"]
 
 Rows = Sequence[Mapping[str, Any]]
 # points of a curve: more are not seen
@@ -144,7 +144,11 @@ def write_report(path: Path, run: Path, status: str = "") -> None:
         ("Evaluations", "Of the target encoder's features while it trained.", _evaluations(rows)),
         *[(title, text, _image(run / name)) for name, title, text in _FIGURES],
         ("Settings", "All of them, as in <code>config.yaml</code>.", _settings(settings)),
-        ("What comes next", "", _commands(run)),
+        (
+            "What comes next",
+            "",
+            f"<pre>{escape(chr(10).join(next_commands(run, settings)))}</pre>",
+        ),
     ]
     page = _PAGE.substitute(
         name=escape(run.resolve().name),
@@ -261,13 +265,15 @@ def _value(value: Any) -> str:
     return escape(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
 
-def _commands(run: Path) -> str:
-    name = escape(shlex.quote(str(run)))
+def next_commands(run: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to type after a run whose `config.yaml` has these settings."""
+    name, evaluation = shlex.quote(str(run)), settings.get("eval", {}).get("data")
+    root = settings["data"]["root"]
+    images, labelled = root[0] if isinstance(root, list) else root, evaluation or "LABELLED_FOLDER"
     return (
-        f"<pre>ijepa-fast evaluate {name} --data DIR\n"
-        f"ijepa-fast embed {name} --data DIR --out features.npy\n"
-        f"ijepa-fast visualize neighbours {name} --data DIR --out neighbours.png\n"
-        f"ijepa-fast export {name} encoder</pre>"
+        f"ijepa-fast evaluate {name} --data {shlex.quote(labelled)} --methods knn ridge linear",
+        f"ijepa-fast embed {name} --data {shlex.quote(images)} --out features.npy",
+        f"ijepa-fast export {name} {shlex.quote(f'hf-{run.resolve().name}')} --format hf",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ijepa_fast.config import load_yaml
 from ijepa_fast.data import Batch
 from ijepa_fast.masks import Masks
 from ijepa_fast.state import Allowance, checkpoint_folders
@@ -13,7 +14,7 @@ from ijepa_fast.visualize import feature_pictures
 from ijepa_fast.visualize.curves import draw_curves
 from ijepa_fast.visualize.inputs import open_weights, source_of
 from ijepa_fast.visualize.masks import draw_masks
-from ijepa_fast.visualize.report import write_report
+from ijepa_fast.visualize.report import next_commands, write_report
 
 __all__ = ["Pictures"]
 
@@ -74,6 +75,11 @@ class Pictures:
             if done and rows and self._time_for_features(rows):
                 self._draw("pca.png and neighbours.png", lambda path: self._features(path.parent))
             self._draw("report.html", lambda path: write_report(path, path.parent, status))
+        if done:
+            settings = load_yaml((self.folder / "config.yaml").read_text(encoding="utf-8"))
+            _logger.info("on one page: %s; what to type next:", self.folder / "report.html")
+            for command in next_commands(self.folder, settings):
+                _logger.info("  %s", command)
 
     def _time_for_features(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Whether pictures of features fit into the share of the time, by an estimate."""

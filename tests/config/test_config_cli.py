@@ -668,7 +668,7 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     assert "fast, memory none, bfloat16, shard none" in text
     assert 0 < _number(r"the fast path leaves out (\d+) %", text) < 50
     # floor(20 / 8) = 2 steps an epoch
-    assert "20 images, 6 steps; less than two minutes at 40 %" in text
+    assert "20 images, 6 steps; less than a minute at 40 %" in text
 
 
 def test_dry_run_of_a_missing_folder_is_one_line(tmp_path, capsys):

@@ -495,6 +495,15 @@ def test_a_cut_shard_ends_the_run_unless_allowed(tmp_path, capsys):
     assert len(open_index(source, cache=cache)[0]) == 40
 
 
+def test_a_cut_shard_is_one_in_capitals_too(tmp_path):
+    for name in ("A.TAR", "B.TAR"):
+        shard(tmp_path / name, samples(10))
+    whole = (tmp_path / "B.TAR").read_bytes()
+    (tmp_path / "B.TAR").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TooManyBadFiles, match=r"must be whole, got 'B\.TAR'"):
+        open_index(tmp_path, cache=tmp_path / "cache")
+
+
 def test_a_folder_that_cannot_be_listed_ends_the_run_unless_allowed(tmp_path, monkeypatch, capsys):
     data = tiny.write_images(tmp_path / "data")
     real = os.scandir
@@ -510,6 +519,9 @@ def test_a_folder_that_cannot_be_listed_ends_the_run_unless_allowed(tmp_path, mo
     assert "must be whole, got 'class1/': the folder cannot be read: Permission denied" in error
     assert tiny.run(data, tmp_path / "out", data__allow_missing=True, max_steps=1) == 0
     assert "'class1/' is not whole" in capsys.readouterr().out
+    # also where settings are chosen from the data
+    argv = ["--data", str(data), "--data.allow-missing", "--print-config"]
+    assert tiny._main(argv, pictures=False) == 0
     with pytest.raises(NoImages, match=r"the first: '\./': the folder cannot be read"):
         build_index(data / "class1")
 

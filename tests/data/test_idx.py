@@ -61,6 +61,22 @@ def test_written_once(files, tmp_path, monkeypatch):
         write_idx(folder, tmp_path / "cache")
 
 
+def test_the_loser_of_a_race_uses_the_winners(files, tmp_path, monkeypatch):
+    folder, _ = files
+    real, times = idx._write, []
+
+    def overtaken(found, own):
+        monkeypatch.setattr(idx, "_write", real)
+        winners = write_idx(folder, tmp_path) / "manifest.json"
+        times.append(winners.stat().st_ino)
+        return real(found, own)
+
+    monkeypatch.setattr(idx, "_write", overtaken)
+    written = write_idx(folder, tmp_path)
+    assert [(written / "manifest.json").stat().st_ino] == times
+    assert list(written.parent.iterdir()) == [written]
+
+
 def test_other_files_go_elsewhere(files, tmp_path):
     folder, made = files
     first = write_idx(folder, tmp_path / "cache")

@@ -82,10 +82,12 @@ def test_features_are_those_of_load_encoder(
         ({"--out": "none/x.npy"}, "out must lie in a folder that exists"),
         ({"--data": "nowhere"}, "data must be an existing folder"),
         ({"--batch": "0"}, "batch must be at least 1, got 0"),
+        ({"--device": "cuda"}, "device must be auto or cpu where torch sees no CUDA device"),
     ],
 )
 def test_wrong_arguments(change, message, run, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = {"--data": str(folder), "--out": "x.npy", **change}
     assert command.main([str(run), *(word for pair in argv.items() for word in pair)]) == 2
     assert f"error: {message}" in capsys.readouterr().err

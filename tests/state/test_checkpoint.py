@@ -125,6 +125,14 @@ def test_captured_tensors_are_copies():
     assert all(torch.equal(v, captured.tensors[k]) for k, v in before.items())
 
 
+def test_before_the_first_update_moments_are_zero():
+    captured = _capture(_training(0), step=0, meta={})
+    moments = [v for k, v in captured.tensors.items() if k.startswith("exp_avg")]
+    assert captured.adam_step == 0
+    assert moments
+    assert not any(v.any() for v in moments)
+
+
 def test_another_architecture_is_refused():
     training = _training(0)
     captured = _capture(training, step=0, meta={})

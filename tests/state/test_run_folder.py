@@ -6,7 +6,7 @@ import pytest
 
 from ijepa_fast.config import as_dict
 from ijepa_fast.fast import FastStep
-from ijepa_fast.state import saves
+from ijepa_fast.state import MetricsFile, RunFolder, saves
 from ijepa_fast.state.run_folder import recipe_difference
 from tests.trainer import tiny
 
@@ -73,11 +73,29 @@ def _at_step(step, act, monkeypatch):
     monkeypatch.setattr(FastStep, "update", acting)
 
 
+def _fails_once(monkeypatch, kind, name):
+    real, left = getattr(kind, name), [OSError("no space left")]
+
+    def failing(self, *arguments):
+        if left:
+            raise left.pop()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(kind, name, failing)
+
+
 @pytest.mark.parametrize("deleted", [False, True])
 def test_a_folder_that_goes_is_made_anew(data, out, tmp_path, monkeypatch, deleted):
     def act():
-        shutil.rmtree(out) if deleted else out.rename(tmp_path / "elsewhere")
+        if not deleted:
+            out.rename(tmp_path / "elsewhere")
+            return
+        shutil.rmtree(out)
+        # as on a full disk
+        for kind, name in ((RunFolder, "_write_config"), (MetricsFile, "_begin")):
+            _fails_once(monkeypatch, kind, name)
 
+    monkeypatch.setattr(saves, "BACKOFF", (0.0, 0.0))
     _at_step(7, act, monkeypatch)
     assert tiny.run(data, out) == 0
     assert {"config.yaml", "metrics.jsonl", "train.log"} <= {p.name for p in out.iterdir()}
