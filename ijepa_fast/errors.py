@@ -1,5 +1,7 @@
 """Errors that end a command, each with its exit code."""
 
+from pathlib import PurePath
+
 __all__ = [
     "CheckpointError",
     "MainRankError",
@@ -67,6 +69,7 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
         UsageError: it does not hold.
     """
     if not holds:
+        value = str(value) if isinstance(value, PurePath) else value
         raise UsageError(f"{name} must be {rule}, got {value!r}")
 
 

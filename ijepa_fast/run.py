@@ -188,11 +188,10 @@ class Run:
             return
         steps = self.end - self.step
         hours, _ = estimate.hours(config, ranks.world, ranks.device, steps, seconds=0.3)
-        time = f"{hours:.0f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
         _logger.info(
             "%d images in %d classes; %d steps of %d images, %s by an estimate",
             *(len(self.index), len(self.index.classes), steps, config.batch.global_),
-            f"about {time}" if hours >= 1 / 60 else "less than a minute",
+            estimate.in_words(hours),
         )
         shares = ""
         if ranks.world > 1 or accumulation > 1:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_version_benchmarks_and_completion(capsys):
     assert all(word in script for word in (*COMMANDS, "--optim.lr", "--resume"))
     with pytest.raises(UsageError, match="--completion must be one of bash, zsh, fish, got 'csh'"):
         main(["--completion", "csh"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["embed"], "what is required must be given: RUN_OR_WEIGHTS, --data, --out"),
+        (["embed", "a", "--data", "b", "--out"], "--out must be followed by a value, got none"),
+        (["embed", "a", "--data", "b", "--out", "c.txt"], "out must be .npy or .*, got 'c.txt'"),
+        (["visualize"], "COMMAND must be one of masks, .*, prove, got none"),
+        (["visualize", "pcaa"], "COMMAND must be one of masks, .*, prove, got pcaa"),
+    ],
+)
+def test_what_is_missing_or_misspelt_is_named(words, message, capsys):
+    assert main(words) == 2
+    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
 
 
 def test_a_command_runs_as_its_module_does(capsys):

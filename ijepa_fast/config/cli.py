@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,8 +53,13 @@ SHORT = {
     "workers": "data.threads",
     "num_workers": "data.threads",
 }
-DESCRIPTION = "Trains I-JEPA. Short names: " + ", ".join(
-    f"--{short.replace('_', '-')} for --{name}" for short, name in SHORT.items()
+DESCRIPTION = "\n".join(
+    textwrap.wrap(
+        "Trains I-JEPA. Short names: "
+        + ", ".join(f"--{short.replace('_', '-')} for --{name}" for short, name in SHORT.items()),
+        100,
+        break_on_hyphens=False,
+    )
 )
 
 
@@ -73,9 +79,9 @@ class TrainArguments:
     keys are converted and reported; flags win over it."""
     resume: Path | None = None
     """Go on with the run in this folder: short for --config RUN/config.yaml --out RUN."""
-    print_config: bool = False
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the whole configuration as YAML and stop."""
-    dry_run: bool = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print parameters, FLOPs, token counts, memory and hours, and stop."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -272,8 +278,8 @@ def _as_arguments(flat: dict[str, Any]) -> list[str]:
     for key, value in flat.items():
         flag = "--" + key
         if isinstance(value, bool):
-            head, _, tail = key.rpartition(".")
-            arguments.append(flag if value else f"--{head}{'.' if head else ''}no-{tail}")
+            head, dot, tail = key.rpartition(".")
+            arguments.append(flag if value else f"--{head}{dot}no-{tail}")
         elif isinstance(value, list | tuple):
             arguments += [flag, *(str(item) for item in value)]
         else:
@@ -283,6 +289,14 @@ def _as_arguments(flat: dict[str, Any]) -> list[str]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _setting(flag: str, known: Mapping[str, Any]) -> str:
+    """What `--flag` sets: its own name, without `no-` where that switches a setting off."""
+    name = flag.replace("-", "_")
+    head, dot, tail = name.rpartition(".")
+    positive = f"{head}{dot}{tail.removeprefix('no_')}"
+    return positive if isinstance(known.get(positive), bool) else name
 
 
 def _canonical(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -299,9 +313,7 @@ def _canonical(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
             flag, equals, value = argument.partition("=")
             name = flag[2:].replace("-", "_")
             name = SHORT.get(name, name)
-            head, _, tail = name.rpartition(".")
-            positive = f"{head}{'.' if head else ''}{tail.removeprefix('no_')}"
-            if name not in known and name not in OWN and not isinstance(known.get(positive), bool):
+            if name not in OWN and _setting(name, known) not in known:
                 near = _nearest(name, [*SHORT, *known, *OWN], _flag)
                 raise UsageError(f"unknown option {flag}{near}")
             names.add(name)
@@ -318,9 +330,7 @@ def _given(arguments: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, value = argument[2:].partition("=")
-            head, _, tail = (name := flag.replace("-", "_")).rpartition(".")
-            positive = f"{head}{'.' if head else ''}{tail.removeprefix('no_')}"
-            name = positive if isinstance(known.get(positive), bool) else name
+            name = _setting(flag, known)
             given[name] = (value,) if equals else ()
         elif name:
             given[name] += (argument,)

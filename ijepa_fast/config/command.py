@@ -14,8 +14,14 @@ from ijepa_fast.errors import UsageError, exit_code
 __all__ = ["parse_arguments", "run_command"]
 
 
+def _required(match: re.Match[str]) -> str:
+    """The names alone: tyro puts the help of each behind it."""
+    names = re.findall(r"(?:^|\(required\) )(\S+)", match[1])
+    return f"what is required must be given: {', '.join(names)}"
+
+
 # tyro's words (of 1.0) in ours; what it words otherwise stays as it is
-WORDS = (
+WORDS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (
         r"Error parsing (-\S+): invalid literal for int\(\) .*: (.+)",
         r"\1 must be a whole number, got \2",
@@ -31,10 +37,19 @@ WORDS = (
     (r"Error parsing (-\S+): Could not parse .*\[(.*)\] into .*\[(.*)\]", r"\1 must be \3, got \2"),
     (r"invalid choice (.+) for argument '(.+)'\. .*\((.+)\)\.", r"\2 must be one of \3, got \1"),
     (
-        r"Missing value for argument '(.+)'\. Expected (\d+) .*",
-        r"\1 must be followed by \2 value(s), got fewer",
+        r"Missing value for argument '(.+)'\. Expected 1 .*",
+        r"\1 must be followed by a value, got none",
     ),
-    (r"Missing from [^:]+: (.+)", r"what is required must be given: \1"),
+    (
+        r"Missing value for argument '(.+)'\. Expected (\d+) .*",
+        r"\1 must be followed by \2 values, got fewer",
+    ),
+    (r"Missing from [^:]+: (.+)", _required),
+    (r"Expected one of \{(.+)\}\.", r"COMMAND must be one of \1, got none"),
+    (
+        r"Unrecognized options: (\S+).* Available subcommands: (.+)",
+        r"COMMAND must be one of \2, got \1",
+    ),
     (r"Unrecognized options: (-[^,]+).*", r"unknown option \1"),
     (r"Unrecognized options: (.+)", r"unexpected argument \1"),
     # rules of the dataclass itself
@@ -66,6 +81,8 @@ def _in_one_line(box: str) -> str:
     lines = [line.strip(" │") for line in box.splitlines()[1:]]
     lines = [line if line.strip("─-╰╯") else "" for line in lines]
     first, _, rest = "\n".join(lines).strip("\n").partition("\n\n")
+    if rest.startswith("Available subcommands"):
+        first, _, rest = f"{first}\n{rest}".partition("\n\n")
     text = " ".join(first.split())
     for theirs, ours in WORDS:
         if re.fullmatch(theirs, text):

@@ -36,10 +36,11 @@ def make_decoder(
     """
     device = torch.device(device)
     size, threads = config.crop_size, config.threads or default_threads()
+    used = f"{threads} thread{'s' * (threads > 1)}"
 
     def pillow(why: str) -> tuple[ImageDecoder, str]:
         made = PillowDecoder(size, threads, device, config.timeout)
-        return made, f"decoder: Pillow ({threads} threads), {why}"
+        return made, f"decoder: Pillow ({used}), {why}"
 
     if config.decoder == "pillow":
         return pillow("as asked")
@@ -60,6 +61,6 @@ def make_decoder(
                 f"(data.decoder=pillow does without it): {last_line(error)}"
             ) from error
         return pillow(f"because DALI fails: {last_line(error)}")
-    where = f"{threads} threads, {'GPU' if device.type == 'cuda' else 'CPU'}"
+    where = f"{used}, {'GPU' if device.type == 'cuda' else 'CPU'}"
     asked = "as asked" if config.decoder == "dali" else "the default where it is installed"
     return decoder, f"decoder: DALI {version}, {asked} ({where})"

@@ -3,7 +3,7 @@ text of `--dry-run`.
 """
 
 from ijepa_fast.estimate.costs import Costs, Rows
-from ijepa_fast.estimate.report import hours, measured_flops, report
+from ijepa_fast.estimate.report import hours, in_words, measured_flops, report
 from ijepa_fast.estimate.total import Estimate, device_batch, device_memory, estimate
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "device_memory",
     "estimate",
     "hours",
+    "in_words",
     "measured_flops",
     "report",
 ]

@@ -1,5 +1,6 @@
 """What `--dry-run` prints."""
 
+import textwrap
 import time
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from ijepa_fast.config import Config
 from ijepa_fast.estimate.total import device_batch, estimate, ways_of
 
-__all__ = ["hours", "measured_flops", "report"]
+__all__ = ["hours", "in_words", "measured_flops", "report"]
 
 # what it assumes of the measured matrix rate, for hours
 ASSUMED_UTILISATION = 0.4
@@ -34,6 +35,13 @@ def hours(
     rate = measured_flops(device, config.optim.precision, seconds)
     total = steps * config.batch.global_ * estimate(config).flops
     return total / (rate * ASSUMED_UTILISATION * world) / 3600, rate
+
+
+def in_words(hours: float) -> str:
+    """A run's length, as well as an estimate knows it."""
+    if hours < 1 / 60:
+        return "less than a minute"
+    return f"about {hours:,.0f} hours" if hours >= 2 else f"about {60 * hours:.0f} minutes"
 
 
 def report(
@@ -69,8 +77,8 @@ def report(
         + (f", of which the fast path leaves out {left_out:.0f} %" if fast else ""),
         f"tokens            grid {grid}, context {e.context_tokens:.1f} "
         f"(truncation group {config.masks.truncation_group}), target block {e.target_tokens:.1f}",
-        f"batch             global {config.batch.global_} = {world} ranks x {batch} on the device "
-        f"x {accumulation} accumulated{fits}",
+        f"batch             global {config.batch.global_} = {world} "
+        f"rank{'s' * (world > 1)} x {batch} on the device x {accumulation} accumulated{fits}",
         f"memory estimate   {e.memory(batch, accumulation) / 2**30:.2f} GiB a rank: "
         f"{e.state(accumulation) / 2**30:.2f} weights and optimiser + {batch} images x "
         f"{e.image_bytes / 2**20:.1f} MiB ({e.activation_bytes / 2**20:.1f} for the backward pass)",
@@ -88,8 +96,10 @@ def report(
         steps = min(steps, config.max_steps or steps)
         time, rate = hours(config, world, device, steps)
         lines.append(
-            f"run               {images} images, {steps} steps; about {time:.2g} hours at "
+            f"run               {images:,} images, {steps:,} steps; {in_words(time)} at "
             f"{100 * ASSUMED_UTILISATION:.0f} % of the {rate / 1e12:.3g} TFLOP/s that a matrix "
             f"product reached here ({config.optim.precision})"
         )
-    return "\n".join(lines)
+    return "\n".join(
+        part for line in lines for part in textwrap.wrap(line, 100, subsequent_indent=" " * 18)
+    )

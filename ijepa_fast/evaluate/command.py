@@ -159,9 +159,8 @@ def _scores(
         if "ridge" in args.methods:
             parts.append(score_ridge(train, test, seed=args.seed))
         if "linear" in args.methods:
-            _say("linear probes")
             scores, details["linear"] = linear_scores(
-                train, test, seed=args.seed, device=device, epochs=args.linear_epochs
+                train, test, seed=args.seed, device=device, epochs=args.linear_epochs, say=_say
             )
             parts.append(scores)
     if "finetune" in args.methods:

@@ -101,7 +101,13 @@ def final_table(
 
 
 def linear_scores(
-    train: Features, test: Features, *, seed: int, device: torch.device, epochs: int | None
+    train: Features,
+    test: Features,
+    *,
+    seed: int,
+    device: torch.device,
+    epochs: int | None,
+    say: Callable[[str], None],
 ) -> tuple[Scores, dict[str, Any]]:
     """Linear probes of every subject: one pass for all its heads.
 
@@ -112,6 +118,7 @@ def linear_scores(
     scores: Scores = {}
     details: dict[str, Any] = {}
     for name, sets in train.sets.items():
+        say(f"linear probes of {name}")
         given, held_out = _for_regression(train, test, name)
         result = linear_probe(
             given,

@@ -204,7 +204,7 @@ def _forward_rows(
 class ParityArgs:
     """Computes a recording of the published trainer again and compares step for step."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RECORDING")]
     """Recording (safetensors)."""
     path: PathName = "reference"
     """Which implementation of the step to hold against it."""

@@ -166,7 +166,7 @@ def _show(title: str, names: list[Any], total: int) -> None:
 class Arguments:
     """Computes a recorded step again and names what is not finite in it."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """OUT/replay-step-<n>.safetensors, written by a run that ended with exit code 4."""
     path: Literal["both", "fast", "reference"] = "both"
     """Which step computes it."""

@@ -262,9 +262,9 @@ def _run_metrics(run: Path) -> dict[str, float]:
 class ExportArgs(ReadOptions):
     """Writes a run's weights for other libraries."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
     """A run's folder, one of its checkpoints, or any weights that `evaluate` takes."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder to write; it must not exist."""
     format: Format = "hf"
     """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""

@@ -205,5 +205,5 @@ def test_dry_run_says_what_is_chosen(tmp_path, capsys):
     assert tiny._main(argv, pictures=False) == 0
     said = capsys.readouterr().out
     assert "8 images of about 40 x 37 pixels" in said
-    assert "8 images, 1600 steps" in said
+    assert "8 images, 1,600 steps" in said
     assert not (tmp_path / "run").exists()

@@ -298,7 +298,7 @@ def test_data_is_short_for_the_root(arguments):
     config = _config(*DEMO, *arguments)
     assert config.data.root == "/some/where"
     # of the preset's own images
-    assert config.eval == EvalConfig()
+    assert config.eval == EvalConfig(seconds=preset("demo").eval.seconds)
 
 
 @pytest.mark.parametrize(
@@ -498,13 +498,13 @@ def test_contradictions_are_one_line_and_exit_code_2(arguments, message, tmp_pat
     [
         (["--optim.lr", "fast"], ["--optim.lr must be a number, got 'fast'"]),
         (["--seed", "3.5"], ["--seed must be a whole number, got '3.5'"]),
-        (["--optim.lr"], ["--optim.lr must be followed by 1 value(s), got fewer"]),
+        (["--optim.lr"], ["--optim.lr must be followed by a value, got none"]),
         (["--batch.device", "x"], ["--batch.device must be INT|{auto}, got 'x'"]),
         (
             ["--model.name", "vit_hug"],
             ["--model.name must be one of 'vit_tiny', ", "got 'vit_hug'"],
         ),
-        (["--data.scale", "0.5"], ["--data.scale must be followed by 2 value(s), got fewer"]),
+        (["--data.scale", "0.5"], ["--data.scale must be followed by 2 values, got fewer"]),
         (["--data.scale", "0.5", "x"], ["--data.scale must be float, float, got '0.5', 'x'"]),
         (["--data"], ["data.root must be a path or several, got ()"]),
         (["--preset", "vitb"], ["preset", "vitb16_in1k", "'vitb'"]),
@@ -635,7 +635,9 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     arguments += ["--batch.global", "8", "--batch.device", "4", "--device", "cpu"]
     arguments += ["--masks.min-keep", "4"]
     assert train.main([*arguments, "--dry-run"]) == 0
-    text = capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[1:])) <= 100
+    text = " ".join(printed.split())
     assert not out.exists()
     # 6 blocks of 12 * 192^2 + 13 * 192, patches of 48 values, a final norm
     encoder = 6 * (12 * 192**2 + 13 * 192) + 49 * 192 + 2 * 192
@@ -654,7 +656,7 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     assert 4 < _number(r"context ([\d.]+) \(truncation group 4\)", text) < 49
     # on 8 x 8 patches a target block has 3x3 to 4x3 of them
     assert 9 <= _number(r"target block ([\d.]+)", text) <= 12
-    assert "global 8 = 1 ranks x 4 on the device x 2 accumulated" in text
+    assert "global 8 = 1 rank x 4 on the device x 2 accumulated" in text
     # weights, gradients, moments and averages in float32, weights and targets in bfloat16
     fixed = 4 * (4 * (encoder + predictor) + encoder) + 2 * (2 * encoder + predictor)
     shown = _number(r"([\d.]+) weights and optimiser", text)
@@ -666,8 +668,7 @@ def test_dry_run_prints_sizes_and_hours_and_writes_nothing(tmp_path, capsys):
     assert "fast, memory none, bfloat16, shard none" in text
     assert 0 < _number(r"the fast path leaves out (\d+) %", text) < 50
     # floor(20 / 8) = 2 steps an epoch
-    assert "20 images, 6 steps" in text
-    assert _number(r"about ([\d.e+-]+) hours", text) > 0
+    assert "20 images, 6 steps; less than a minute at 40 %" in text
 
 
 def test_dry_run_of_a_missing_folder_is_one_line(tmp_path, capsys):
