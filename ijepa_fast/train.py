@@ -76,7 +76,7 @@ class _Beside:
         self.journal = Journal(metrics, reporter)
         allowance = Allowance(doing=self._doing)
         folder = run.folder.path if run.folder else None
-        self.pictures = Pictures(folder, allowance, whole=config.eval.whole)
+        self.pictures = Pictures(folder, allowance, len(run.index), whole=config.eval.whole)
         self.evaluation = ScheduledEvaluation(
             config,
             run.index,

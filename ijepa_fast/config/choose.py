@@ -225,7 +225,7 @@ def describe(facts: Facts, chosen: Mapping[str, Any]) -> list[str]:
         chosen: the settings.
     """
     if chosen.keys() <= set(EVALUATION):
-        return [f"eval.data {facts.labelled}: the preset's is of other images"]
+        return [f"eval.data {facts.labelled}: the preset evaluates on other images"]
     device = "GPU" if facts.device != "cpu" else f"CPU, {facts.cores} cores"
     ranks = f", for each of {facts.world} ranks" if facts.world > 1 else ""
     why = (

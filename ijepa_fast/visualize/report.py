@@ -136,7 +136,10 @@ def write_report(path: Path, run: Path, status: str = "") -> None:
         run: folder of a run: `config.yaml`, `metrics.jsonl`, and pictures as far as they are there.
         status: how the run ended, in words; by default the last step that has metrics.
     """
-    rows, settings = read_rows(run / "metrics.jsonl"), load_yaml((run / "config.yaml").read_text())
+    rows, settings = (
+        read_rows(run / "metrics.jsonl"),
+        load_yaml((run / "config.yaml").read_text(encoding="utf-8")),
+    )
     status = status or f"metrics up to step {rows[-1]['step'] if rows else 0}"
     sections = [
         ("Accuracy", *_accuracy(rows)),

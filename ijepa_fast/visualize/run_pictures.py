@@ -34,11 +34,15 @@ class Pictures:
     Args:
         folder: the run's, None on the ranks that write nothing.
         allowance: where the time comes from.
+        images: how many the run has.
         whole: draw all of them at the end, whatever that takes (`eval.whole`).
     """
 
-    def __init__(self, folder: Path | None, allowance: Allowance, *, whole: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, allowance: Allowance, images: int, *, whole: bool = False
+    ) -> None:
         self.folder, self.allowance, self.whole = folder, allowance, whole
+        self._pool = min(images, _POOL)
         self._drawn = time.monotonic()
 
     def masks(self, batch: Batch, masks: Masks, grid: tuple[int, int]) -> None:
@@ -88,7 +92,7 @@ class Pictures:
             return True
         rates = [row["timing"].get("images_per_second") for row in rows if "loss" in row]
         seconds = max(_SECONDS, 4 * self.allowance.last.get("picture", 0.0))
-        seconds += _POOL / max(1e-3, rates[-1] or 0.0) if rates else 0.0
+        seconds += self._pool / max(1e-3, rates[-1] or 0.0) if rates else 0.0
         for folder in checkpoint_folders(self.folder / "checkpoints")[:1]:
             seconds += (folder / "state.safetensors").stat().st_size / _READ
         left = self.allowance.share * self.allowance.elapsed - self.allowance.spent
