@@ -10,6 +10,7 @@
 """
 
 import io
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "check_scans",
     "decode_window",
     "describe",
+    "is_complete",
     "is_plain",
     "open_image",
     "to_rgb",
@@ -90,6 +92,22 @@ def check_scans(encoded: bytes, width: int, height: int) -> None:
             f"pixels times scans of a JPEG must be at most {MOST_SCANNED}, got {width}x{height} "
             f"pixels in {scans} scans"
         )
+
+
+def is_complete(encoded: bytes) -> bool:
+    """Whether the scans of a progressive JPEG hold every bit of the coefficients: where some are
+    missing, each decoder smooths in its own way.
+    """
+    missing: dict[tuple[int, int], int] = {}
+    # up to the end marker, scans of 1 to 4 components
+    for scan in re.finditer(rb"\xff(?:\xd9|\xda..([\x01-\x04]))", encoded, re.DOTALL):
+        ids = 2 * scan[1][0] if scan[1] else 0
+        header = encoded[scan.end() : scan.end() + ids + 3]
+        if not ids or len(header) < ids + 3:
+            break
+        first, last, bits = header[ids:]
+        missing |= {(c, k): bits & 15 for c in header[:ids:2] for k in range(first, last + 1)}
+    return len(missing) % 64 == 0 and not any(missing.values())
 
 
 def is_plain(image: "Image.Image", header: bytes) -> bool:

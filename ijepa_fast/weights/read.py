@@ -429,6 +429,7 @@ def _described(
         not isinstance(size, list | tuple)
         or len(size) != 2
         or not all(type(pixels) is int and pixels > 0 for pixels in size)
+        or any(pixels % patch for pixels in size)
         or (size[0] // patch) * (size[1] // patch) != patches
     ):
         raise UsageError(

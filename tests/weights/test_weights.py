@@ -575,6 +575,8 @@ def test_dimensions_that_a_file_does_not_tell(tmp_path):
         read_weights(tmp_path / "a.safetensors", image_size=(16, 40))
     with pytest.raises(UsageError, match="image_size must give 10 patches"):
         read_weights(tmp_path / "a.safetensors", heads=2)
+    with pytest.raises(UsageError, match=r"image_size must give 10 .*, got \(16, 44\)"):
+        read_weights(tmp_path / "a.safetensors", heads=2, image_size=(16, 44))
     read = read_weights(tmp_path / "a.safetensors", image_size=(16, 40), heads=2)
     assert read.shape == WIDE
 
