@@ -159,8 +159,8 @@ def _own(path: Path) -> Pretrained:
     return Pretrained(
         networks=networks,
         shape=shape,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=channel_values("mean", config.data.mean, f" for {path}"),
+        std=channel_values("std", config.data.std, f" for {path}"),
         source=f"step {state.step} of {path}",
         config=config,
         step=state.step,

@@ -195,8 +195,8 @@ def test_mutated_pictures(tmp_path, mutations, verify):
     """Only wholly decoded once, a file is known to have no damage behind its last pixel, which DALI
     does not read.
     """
-    files, counts, slowest, refused = _whole_pictures(), Counter(), 0.0, 0
-    differ = []
+    files, slowest, refused, differ = _whole_pictures(), 0.0, 0, []
+    counts: Counter[str] = Counter()
     for first in range(0, mutations, 500):
         folder = tmp_path / str(first)
         folder.mkdir()

@@ -6,13 +6,14 @@ import itertools
 import re
 import struct
 import zlib
+from typing import Any
 
 from PIL import Image
 
 __all__ = ["bend", "mutate", "mutate_picture", "picture_files"]
 
 _EXTREMES = (0, 1, 2, 127, 255, 256, 0x3FFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-_ODD = (
+_ODD: tuple[object, ...] = (
     None,
     True,
     -1,
@@ -60,7 +61,7 @@ def mutate(data, rng):
 
 def picture_files(images):
     """Extension -> files of RGB images (H, W, 3) in every kind that their format is written in."""
-    kinds = {
+    kinds: dict[str, tuple[dict[str, Any], ...]] = {
         "jpg": ({}, {"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}),
         "png": ({}, {"optimize": True}),
         "webp": ({}, {"lossless": True}),

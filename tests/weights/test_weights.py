@@ -406,6 +406,14 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_a_checkpoints_mean_is_one_that_an_export_could_hold(run, tmp_path):
+    state = _latest(run / "checkpoints")
+    state.meta["config"]["data"]["mean"] = [1e18, 0.5, 0.5]
+    path = checkpoint.write(tmp_path, state)
+    with pytest.raises(UsageError, match=r"mean must be 3 numbers, got \(1e\+18, .*step-00000006"):
+        read_weights(path)
+
+
 def test_a_checkpoint_of_integers_is_no_weights(run, tmp_path):
     """With hashes that fit: whoever forges it can compute them."""
     folder = shutil.copytree(run / "checkpoints" / "step-00000006", tmp_path / "step-00000006")
