@@ -10,6 +10,7 @@
 """
 
 import io
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,9 @@ MOST_SCANNED = 1 << 33
 about ten."""
 LEAST_SCAN = 10
 """Bytes of a scan's header."""
+# the end, or a scan of 1 to 4 components
+_SCAN = re.compile(rb"\xff(?:\xd9|\xda..([\x01-\x04]))", re.DOTALL)
+_MOST_SCANS = 1000
 _RGB_COMPONENTS = (ord("R"), ord("G"), ord("B"))
 
 
@@ -99,8 +103,9 @@ def is_complete(encoded: bytes) -> bool:
     missing, each decoder smooths in its own way.
     """
     missing: dict[tuple[int, int], int] = {}
-    # up to the end marker, scans of 1 to 4 components
-    for scan in re.finditer(rb"\xff(?:\xd9|\xda..([\x01-\x04]))", encoded, re.DOTALL):
+    # from the frame's header on, which is behind any thumbnail, to the end marker
+    scans = _SCAN.finditer(encoded, max(encoded.find(b"\xff\xc2"), 0))
+    for scan in itertools.islice(scans, _MOST_SCANS):
         ids = 2 * scan[1][0] if scan[1] else 0
         header = encoded[scan.end() : scan.end() + ids + 3]
         if not ids or len(header) < ids + 3:
