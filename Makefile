@@ -21,9 +21,10 @@ demo: venv
 test: venv
 	$(IN_VENV) -m pytest -q -n 2 --benchmark-disable --durations=8
 
-# hours of a run's accidents in minutes: kills, lost ranks, a pulled cable, hostile files
+# a run's accidents: kills, lost ranks, a pulled cable, hostile files, a soak of three hours. Shorter:
+# make torture TORTURE="--mutations 500 --kills 80 --soak-minutes 5"
 torture: venv
-	$(IN_VENV) -m pytest --torture -q -s tests/torture
+	$(IN_VENV) -m pytest --torture -q -s $(TORTURE) tests/torture
 
 lint: venv
 	$(VENV)/bin/ruff check .

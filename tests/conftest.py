@@ -11,6 +11,10 @@ os.environ["MKL_NUM_THREADS"] = "1"
 
 def pytest_addoption(parser):
     parser.addoption("--torture", action="store_true", help="the long campaigns, too")
+    long = parser.getgroup("torture", "how long the campaigns of --torture are")
+    long.addoption("--mutations", type=int, default=10_000, help="files a campaign damages")
+    long.addoption("--kills", type=int, default=1_000, help="kill -9, in all")
+    long.addoption("--soak-minutes", type=float, default=180, help="one run, watched for growth")
 
 
 def pytest_ignore_collect(collection_path, config):

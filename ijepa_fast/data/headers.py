@@ -19,6 +19,7 @@ from ijepa_fast.data.pixels import (
     check_pixels,
     check_scans,
     describe,
+    is_complete,
     is_plain,
     open_image,
 )
@@ -167,7 +168,9 @@ def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image
         verified = verify or (marker is not None and marker not in tail)
         if verified:
             if name == "JPEG":
-                check_scans(os.pread(descriptor, length, offset), width, height)
+                encoded = os.pread(descriptor, length, offset)
+                check_scans(encoded, width, height)
+                plain = plain and (not image.info.get("progressive") or is_complete(encoded))
             image.load()
     return Image(
         member="",

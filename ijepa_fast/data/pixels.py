@@ -10,6 +10,8 @@
 """
 
 import io
+import itertools
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +29,7 @@ __all__ = [
     "check_scans",
     "decode_window",
     "describe",
+    "is_complete",
     "is_plain",
     "open_image",
     "to_rgb",
@@ -47,6 +50,9 @@ MOST_SCANNED = 1 << 33
 about ten."""
 LEAST_SCAN = 10
 """Bytes of a scan's header."""
+# the end, or a scan of 1 to 4 components
+_SCAN = re.compile(rb"\xff(?:\xd9|\xda..([\x01-\x04]))", re.DOTALL)
+_MOST_SCANS = 1000
 _RGB_COMPONENTS = (ord("R"), ord("G"), ord("B"))
 
 
@@ -90,6 +96,23 @@ def check_scans(encoded: bytes, width: int, height: int) -> None:
             f"pixels times scans of a JPEG must be at most {MOST_SCANNED}, got {width}x{height} "
             f"pixels in {scans} scans"
         )
+
+
+def is_complete(encoded: bytes) -> bool:
+    """Whether the scans of a progressive JPEG hold every bit of the coefficients: where some are
+    missing, each decoder smooths in its own way.
+    """
+    missing: dict[tuple[int, int], int] = {}
+    # from the frame's header on, which is behind any thumbnail, to the end marker
+    scans = _SCAN.finditer(encoded, max(encoded.find(b"\xff\xc2"), 0))
+    for scan in itertools.islice(scans, _MOST_SCANS):
+        ids = 2 * scan[1][0] if scan[1] else 0
+        header = encoded[scan.end() : scan.end() + ids + 3]
+        if not ids or len(header) < ids + 3:
+            break
+        first, last, bits = header[ids:]
+        missing |= {(c, k): bits & 15 for c in header[:ids:2] for k in range(first, last + 1)}
+    return len(missing) % 64 == 0 and not any(missing.values())
 
 
 def is_plain(image: "Image.Image", header: bytes) -> bool:

@@ -159,8 +159,8 @@ def _own(path: Path) -> Pretrained:
     return Pretrained(
         networks=networks,
         shape=shape,
-        mean=config.data.mean,
-        std=config.data.std,
+        mean=channel_values("mean", config.data.mean, f" for {path}"),
+        std=channel_values("std", config.data.std, f" for {path}"),
         source=f"step {state.step} of {path}",
         config=config,
         step=state.step,
@@ -429,6 +429,7 @@ def _described(
         not isinstance(size, list | tuple)
         or len(size) != 2
         or not all(type(pixels) is int and pixels > 0 for pixels in size)
+        or any(pixels % patch for pixels in size)
         or (size[0] // patch) * (size[1] // patch) != patches
     ):
         raise UsageError(

@@ -114,6 +114,15 @@ def test_what_dali_may_decode(tmp_path, name, data, plain):
     assert build_index(_write(tmp_path, {name: data()})).plain.tolist() == [plain]
 
 
+def test_an_incomplete_progressive_jpeg_is_pillows_once_it_is_verified(tmp_path):
+    """The bits that its scans lack are smoothed over, by each decoder in its own way."""
+    whole = _encode(progressive=True)
+    last = whole.rindex(b"\xff\xc4")
+    files = {"cut.jpg": whole[:last] + b"\xff\xd9", "whole.jpg": whole}
+    root = _write(tmp_path, files)
+    assert build_index(root, verify=True).plain.tolist() == [False, True]
+
+
 def _hostile(root):
     """One good image and every kind of bad file; returns bad name -> words of its reason."""
     jpeg, png = _encode((64, 64)), _encode((64, 64), fmt="PNG")

@@ -3,11 +3,13 @@
 Pillow's own test images come from its source distribution (PILLOW_SDIST names a copy of it).
 """
 
+import faulthandler
 import hashlib
 import io
 import json
 import os
 import resource
+import shutil
 import tarfile
 import time
 import urllib.request
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
@@ -27,6 +30,7 @@ from ijepa_fast.data import (
     PillowDecoder,
     build_index,
     crop_windows,
+    named_data,
 )
 from ijepa_fast.data.cache import load_table, save_table
 from ijepa_fast.data.index import COLUMNS, Index, Texts
@@ -36,12 +40,16 @@ from ijepa_fast.errors import CheckpointError
 from ijepa_fast.state import checkpoint
 from tests.data.test_data_sources import damage_shards
 from tests.state.test_saving import _state
-from tests.trainer.damage import mutate
+from tests.trainer.damage import mutate, mutate_picture, picture_files
 from tests.trainer.small_folder import HAS_DALI
 
-MUTATIONS = 10_000
 # what Pillow warns of is no failure
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def mutations(pytestconfig):
+    return pytestconfig.getoption("--mutations")
 
 
 def _sdist(folder):
@@ -64,11 +72,14 @@ def _sdist(folder):
 
 
 def _compare(index, *, rounds=2):
-    """Every usable image through both decoders, one by one: counts of what came out."""
+    """Every usable image through both decoders, one by one: counts of what came out. A picture that
+    takes a minute ends the tests, with what every thread is at.
+    """
     pillow, dali = PillowDecoder((64, 64), 2), DaliDecoder((64, 64), 2, max_batch=1)
     counts: Counter[str] = Counter()
     differ = []
     for row in range(len(index)):
+        faulthandler.dump_traceback_later(60, exit=True)
         for epoch in range(rounds):
             ids = np.array([row])
             windows = crop_windows(
@@ -95,6 +106,7 @@ def _compare(index, *, rounds=2):
             if kind in ("refused by one", "different"):
                 off = "" if one is None or two is None else int((one.int() - two.int()).abs().max())
                 differ.append((index.name(row), epoch, kind, off))
+    faulthandler.cancel_dump_traceback_later()
     pillow.close()
     dali.close()
     return counts, differ
@@ -167,15 +179,65 @@ def test_damaged_at_every_percent(tmp_path, kind, damage):
     assert counts["refused by one"] == 0
 
 
+def _whole_pictures():
+    """Photographs and Fashion-MNIST's: extension -> files."""
+    folder = Path(skimage.data.__file__).parent
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+    photographs = [Image.open(folder / name).convert("RGB").resize((96, 72)) for name in names]
+    clothes = build_index(named_data("fashion_mnist_10k"))
+    small = [Image.open(io.BytesIO(clothes.read(row))).convert("RGB") for row in range(5)]
+    return picture_files([np.asarray(image) for image in photographs + small])
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
+@pytest.mark.parametrize("verify", [False, True])
+def test_mutated_pictures(tmp_path, mutations, verify):
+    """Only wholly decoded once, a file is known to have no damage behind its last pixel, which DALI
+    does not read.
+    """
+    files, slowest, refused, differ = _whole_pictures(), 0.0, 0, []
+    counts: Counter[str] = Counter()
+    for first in range(0, mutations, 500):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        for seed in range(first, min(first + 500, mutations)):
+            rng = np.random.default_rng(seed)
+            extension = list(files)[seed % len(files)]
+            kinds = files[extension]
+            whole, other = (kinds[int(n)] for n in rng.integers(0, len(kinds), 2))
+            (folder / f"{seed}.{extension}").write_bytes(mutate_picture(whole, other, rng))
+        faulthandler.dump_traceback_later(600, exit=True)
+        started = time.monotonic()
+        index = build_index(folder, verify=verify)
+        slowest = max(slowest, time.monotonic() - started)
+        found, unlike = _compare(index, rounds=1)
+        counts += found
+        differ += unlike
+        refused += len(index.bad)
+        assert all(reason.isprintable() and reason for _, reason in index.bad)
+        index.close()
+        shutil.rmtree(folder)
+    print(
+        f"TORTURE pictures, verified {verify}: {mutations} mutations, {refused} refused by the "
+        f"table, {slowest:.1f} s for its slowest 500; decoded: {dict(counts)}; {differ[:5]}"
+    )
+    if verify:
+        assert not differ
+    assert all(
+        (name.endswith(".jpg") and kind == "refused by one") or off <= 8
+        for name, _, kind, off in differ
+    )
+
+
 @pytest.mark.parametrize("forged", [False, True])
-def test_mutated_checkpoints(tmp_path, forged):
+def test_mutated_checkpoints(tmp_path, mutations, forged):
     """Damaged files; hostile ones with a manifest that fits them: no crash, no unbounded memory."""
     path = checkpoint.write(tmp_path, _state(7))
     whole = {file.name: file.read_bytes() for file in path.iterdir()}
     expected = checkpoint.read(path)
     refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     names = sorted(whole.keys() - ({"manifest.json"} if forged else set()))
-    for seed in range(MUTATIONS):
+    for seed in range(mutations):
         name = names[seed % len(names)]
         data = mutate(whole[name], np.random.default_rng(seed))
         (path / name).write_bytes(data)
@@ -197,20 +259,20 @@ def test_mutated_checkpoints(tmp_path, forged):
         (path / name).write_bytes(whole[name])
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(
-        f"TORTURE checkpoints, forged {forged}: {MUTATIONS} mutations, {refused} refused, "
+        f"TORTURE checkpoints, forged {forged}: {mutations} mutations, {refused} refused, "
         f"memory grew by {grown:.0f} MiB"
     )
     assert grown < 300
 
 
-def test_mutated_tables(tmp_path):
+def test_mutated_tables(tmp_path, mutations):
     for number in range(4):
         Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"{number}.png")
     path = tmp_path / "t.safetensors"
     save_table(path, build_index(tmp_path))
     whole = path.read_bytes()
     refused = 0
-    for seed in range(MUTATIONS):
+    for seed in range(mutations):
         path.write_bytes(mutate(whole, np.random.default_rng(seed)))
         try:
             index = load_table(path)
@@ -220,13 +282,13 @@ def test_mutated_tables(tmp_path):
         # what is opened can be used: every row has a name, and lies in a file of the table
         assert len(index) == 4
         assert len([index.path(row) + index.name(row) for row in range(4)]) == 4
-    print(f"TORTURE tables: {MUTATIONS} mutations, {refused} refused, no crash")
-    assert refused > MUTATIONS // 2
+    print(f"TORTURE tables: {mutations} mutations, {refused} refused, no crash")
+    assert refused > mutations // 2
 
 
-def test_mutated_shards(tmp_path):
-    refused, slowest = damage_shards(tmp_path, MUTATIONS)
-    print(f"TORTURE shards: {MUTATIONS} mutations, {refused} without an image, {slowest:.2f} s")
+def test_mutated_shards(tmp_path, mutations):
+    refused, slowest = damage_shards(tmp_path, mutations)
+    print(f"TORTURE shards: {mutations} mutations, {refused} without an image, {slowest:.2f} s")
     assert slowest < 5
 
 

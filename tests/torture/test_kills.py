@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from ijepa_fast.data import Index
 from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[2]
 KILLS = 20
+"""In one run at most, which is over by then or soon."""
 
 
 @pytest.fixture(scope="module")
@@ -38,46 +42,59 @@ def _steps(out):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("path", ["fast", "reference"])
-def test_killed_at_twenty_moments(data, tmp_path, path, world):
-    """Also inside a save; the result is the uninterrupted run's, bit for bit."""
-    out, settings = tmp_path / "run", _settings(path)
-    argv, output = tiny.arguments(data, out, **settings), tmp_path / "output.txt"
-    moments, in_a_save, lives = random.Random(world), 0, 0
-    for kill in range(KILLS):
+def test_killed_at_random_moments(data, tmp_path, pytestconfig, path, world):
+    """Also inside a save; the result is the uninterrupted run's, bit for bit. A quarter of --kills,
+    in as many runs as it takes.
+    """
+    wanted, settings = pytestconfig.getoption("--kills") // 4, _settings(path)
+    codes, text = tiny.run_ranks(data, tmp_path / "whole", world=world, **settings)
+    assert codes == [0] * world, text
+    moments, kills, in_a_save, runs = random.Random(world), 0, 0, 0
+    while kills < wanted:
+        out = tmp_path / f"run{runs}"
+        done, saving = _kill_again_and_again(
+            data, out, moments, min(KILLS, wanted - kills), path, world
+        )
+        codes, text = tiny.run_ranks(data, out, world=world, **settings)
+        assert codes == [0] * world, text
+        tiny.assert_same_state(out, tmp_path / "whole")
+        shutil.rmtree(out)
+        kills, in_a_save, runs = kills + done, in_a_save + saving, runs + 1
+    print(
+        f"TORTURE kills: {path}, {world} ranks: {kills} kills of {runs} runs, {in_a_save} with a "
+        "save under way"
+    )
+    assert in_a_save
+
+
+def _kill_again_and_again(data, out, moments, most, path, world):
+    """Kills a run so many times, or until it is over: how often, and how often inside a save."""
+    argv, output = tiny.arguments(data, out, **_settings(path)), out.parent / "output.txt"
+    in_a_save = kills = 0
+    while kills < most and max(_steps(out), default=0) < 400:
         before = max(_steps(out), default=0)
         environments = tiny.rank_environments(world) if world > 1 else [{}]
         children = [tiny.start(argv, output, e) for e in environments]
-        lives += 1
         # every other one is let come a step further, so that there is something to lose
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and children[0].is_alive():
-            if kill % 2 == 0 or max(_steps(out), default=0) > before:
+            if kills % 2 == 0 or max(_steps(out), default=0) > before:
                 break
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.25 if kill % 2 else 3.0))
-        if kill % 4 == 3:
+        time.sleep(moments.uniform(0, 0.25 if kills % 2 else 3.0))
+        if kills % 4 == 3:
             while children[0].is_alive() and not any((out / "checkpoints").glob(".tmp-*")):
                 pass
         victim = children[moments.randrange(world)]
+        alive = victim.is_alive()
         victim.kill()
         victim.join()
         in_a_save += any((out / "checkpoints").glob(".tmp-*")) if out.exists() else 0
         for child in children:
             child.kill()
             child.join()
-        if max(_steps(out), default=0) >= 400:
-            break
-    if world > 1:
-        codes, text = tiny.run_ranks(data, out, **settings)
-        assert codes == [0] * world, text
-        codes, text = tiny.run_ranks(data, tmp_path / "whole", **settings)
-        assert codes == [0] * world, text
-    else:
-        assert tiny.run(data, out, **settings) == 0
-        assert tiny.run(data, tmp_path / "whole", **settings) == 0
-    tiny.assert_same_state(out, tmp_path / "whole")
-    print(f"TORTURE kills: {path}, {world} ranks: {lives} kills, {in_a_save} with a save under way")
-    assert in_a_save
+        kills += alive
+    return kills, in_a_save
 
 
 @pytest.mark.parametrize("kind", ["kill", "raise", "stop", "term"])
@@ -137,3 +154,72 @@ def test_signals_at_random_moments(data, tmp_path, number):
         assert codes == [0, 0], text[-5000:]
     tiny.assert_same_state(out, tmp_path / "whole")
     print(f"TORTURE signals: {number.name} left within {longest:.1f} s")
+
+
+def _with_slow_reads(argv, output, environment):
+    read = Index.read
+
+    def slow(self, row):
+        time.sleep(1.0)
+        return read(self, row)
+
+    Index.read = slow  # type: ignore[method-assign]
+    tiny._in_child(argv, output, environment)
+
+
+def test_two_ranks_stopped_while_they_wait_for_data(data, tmp_path):
+    """Longer than `data.timeout`: that was no time without data."""
+    out, output = tmp_path / "run", tmp_path / "output.txt"
+    settings = {"batch__device": 4, "data__timeout": 3.0, "rank_timeout": 60}
+    argv = tiny.arguments(data, out, **settings)
+    children = [
+        tiny._FORKS.Process(target=_with_slow_reads, args=(argv, output, environment))
+        for environment in tiny.rank_environments(2)
+    ]
+    for child in children:
+        child.start()
+    for seconds, stopped in ((4, children[:1]), (4, children[1:]), (5, children)):
+        time.sleep(1)
+        for number, pause in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0)):
+            for child in stopped:
+                os.kill(child.pid, number)
+            time.sleep(pause)
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0], output.read_text()
+    codes, text = tiny.run_ranks(data, tmp_path / "whole", **settings)
+    assert codes == [0, 0], text
+    tiny.assert_same_state(out, tmp_path / "whole")
+    print("TORTURE stopped: both ranks, one after the other and together, same result")
+
+
+def test_two_ranks_with_out_inside_data(data, tmp_path):
+    """What a run writes does not become data of the same run, nor of the next one."""
+    shutil.copytree(data, tmp_path / "data")
+    settings = {"batch__device": 4, "checkpoint__keep_every": 1}
+    for stop in (7, 15):
+        codes, text = tiny.run_ranks(
+            tmp_path / "data", tmp_path / "data" / "run", max_steps=stop, **settings
+        )
+        assert codes == [0, 0], text
+        Image.new("RGB", (64, 64)).save(tmp_path / "data" / "run" / "masks.png")
+    codes, text = tiny.run_ranks(data, tmp_path / "whole", **settings)
+    assert codes == [0, 0], text
+    tiny.assert_same_state(tmp_path / "data" / "run", tmp_path / "whole")
+
+
+def test_two_ranks_with_another_runs_checkpoint(data, tmp_path):
+    """It is refused by both ranks, and the folder stays as it is."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    settings = {"batch__device": 4}
+    for out, stop, seed in ((ours, 5, 3), (other, 9, 4)):
+        codes, text = tiny.run_ranks(data, out, max_steps=stop, seed=seed, **settings)
+        assert codes == [0, 0], text
+    shutil.copytree(other / "checkpoints", ours / "checkpoints", dirs_exist_ok=True)
+    before = tiny.snapshot(ours)
+    codes, text = tiny.run_ranks(data, ours, seed=3, **settings)
+    assert codes[0] == 2, text
+    assert 0 not in codes, text
+    assert "the recipe differs from the one in" in text
+    assert "seed: 4 -> 3" in text
+    assert tiny.snapshot(ours) == before

@@ -406,6 +406,14 @@ def test_nothing_is_overwritten(run, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_a_checkpoints_mean_is_one_that_an_export_could_hold(run, tmp_path):
+    state = _latest(run / "checkpoints")
+    state.meta["config"]["data"]["mean"] = [1e18, 0.5, 0.5]
+    path = checkpoint.write(tmp_path, state)
+    with pytest.raises(UsageError, match=r"mean must be 3 numbers, got \(1e\+18, .*step-00000006"):
+        read_weights(path)
+
+
 def test_a_checkpoint_of_integers_is_no_weights(run, tmp_path):
     """With hashes that fit: whoever forges it can compute them."""
     folder = shutil.copytree(run / "checkpoints" / "step-00000006", tmp_path / "step-00000006")
@@ -575,6 +583,8 @@ def test_dimensions_that_a_file_does_not_tell(tmp_path):
         read_weights(tmp_path / "a.safetensors", image_size=(16, 40))
     with pytest.raises(UsageError, match="image_size must give 10 patches"):
         read_weights(tmp_path / "a.safetensors", heads=2)
+    with pytest.raises(UsageError, match=r"image_size must give 10 .*, got \(16, 44\)"):
+        read_weights(tmp_path / "a.safetensors", heads=2, image_size=(16, 44))
     read = read_weights(tmp_path / "a.safetensors", image_size=(16, 40), heads=2)
     assert read.shape == WIDE
 
