@@ -36,12 +36,14 @@ def our_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Our names, float32; heads of classifiers are left out.
 
     Raises:
-        UsageError: there is more in it than an I-JEPA encoder, or a tensor that is not plain, not
-            of floating-point numbers, or not finite.
+        UsageError: there is more in it than an I-JEPA encoder, a name with control characters, or
+            a tensor that is not plain, not of floating-point numbers, or not finite.
     """
     plain: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
+        if not full.isprintable():
+            raise UsageError(f"names of weights must be printable, got {full!r} in {path}")
         name = re.sub(r"^(?:module\.|_orig_mod\.|ijepa\.)+", "", full)
         if name.startswith(("head.", "classifier.", "pooler.")) or name == "embeddings.mask_token":
             continue

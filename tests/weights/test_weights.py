@@ -539,6 +539,7 @@ def test_both_shapes_are_named():
     ("change", "message"),
     [
         ({"cls_token": torch.zeros(1, 1, 32)}, "I-JEPA encoder, got cls_token"),
+        ({"norm\n\x1b[2J": torch.zeros(1)}, r"must be printable, got 'norm\\n\\x1b\[2J' in"),
         ({"pos_embed": None}, "with pos_embed"),
         ({"pos_embed": torch.zeros(1, 10, 32)}, "image_size must give 10 patches of 8 x 8"),
         ({"blocks.1.norm1.bias": None}, r"blocks.1.norm1.bias must be \(32,\), got none"),
