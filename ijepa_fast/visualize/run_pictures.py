@@ -81,7 +81,8 @@ class Pictures:
             self._draw("report.html", lambda path: write_report(path, path.parent, status))
         if done:
             settings = load_yaml((self.folder / "config.yaml").read_text(encoding="utf-8"))
-            _logger.info("on one page: %s; what to type next:", self.folder / "report.html")
+            _logger.info("on one page: %s", self.folder / "report.html")
+            _logger.info("what to type next:")
             for command in next_commands(self.folder, settings):
                 _logger.info("  %s", command)
 
