@@ -139,10 +139,12 @@ def measure(folder: Path, steps_an_epoch: int) -> dict[str, float]:
     few = build_index(data)
     rows = np.arange(steps_an_epoch * BATCH) % len(few)
     index = replace(few, **{name: getattr(few, name)[rows] for name in COLUMNS})
-    argv = ["--preset", "demo", "--data", str(data), "--out", str(folder / "run")]
+    argv = ["--preset", "fashion_mnist_published", "--data", str(data), "--out"]
+    argv += [str(folder / "run"), "--data.crop", "64", "--model.patch-size", "8"]
+    argv += ["--optim.precision", "float32", "--masks.min-keep", "4"]
     argv += ["--batch.global", str(BATCH), "--masks.truncation-group", str(BATCH)]
     argv += ["--optim.epochs", "100", "--max-steps", str(STEPS), "--device", "cpu"]
-    argv += ["--eval.data", str(data), "--eval.no-whole", "--model.depth", "2"]
+    argv += ["--eval.data", str(data), "--eval.seconds", "0", "--model.depth", "2"]
     argv += ["--data.decoder", "pillow", "--data.threads", "1"]
     clock, threads, started = Clock(), torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(1)
