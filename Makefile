@@ -10,7 +10,7 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(IN_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,log,viz,test]'
+	$(IN_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[train,log,wandb,mlflow,viz,onnx,hub,docs,test]'
 	# for its tests; what it asks for includes torchvision, of which no CPU build goes with this torch
 	$(IN_VENV) -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps timm
 	touch $@

@@ -29,7 +29,7 @@ import torch
 from ijepa_fast import run, train
 from ijepa_fast.data import Index, build_index
 from ijepa_fast.data.index import COLUMNS
-from ijepa_fast.evaluate import ScheduledEvaluation
+from ijepa_fast.evaluation import ScheduledEvaluation
 from ijepa_fast.fast import FastStep
 from ijepa_fast.state import allowance, checkpoint, saves
 from ijepa_fast.visualize import run_pictures as pictures

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ijepa_fast.config import Config
 from ijepa_fast.config.presets import preset
-from ijepa_fast.evaluate import Split, knn_scores, labelled_data, untrained
+from ijepa_fast.evaluation import Split, knn_scores, labelled_data, untrained
 from ijepa_fast.fast import FastStep
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.model import build_models

@@ -1,11 +1,11 @@
-"""The command: `ijepa-fast NAME ...`, or `python -m ijepa_fast.NAME ...`.
+"""The command: `ijepa-fast NAME ...`, or `python -m ijepa_fast NAME ...`.
 
 Exit codes: those of the named command; 2 for wrong input, 5 where stdout cannot be written, 130
 after Ctrl-C, 141 where what reads stdout has gone.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +30,17 @@ COMMANDS = {
     "bench": "where the benchmarks are",
     "parity": "hold a training step against a recording of the published trainer",
     "replay": "compute a step again that was not finite",
+}
+# where the others have their `main`
+MODULES = {
+    "data": "data.__main__",
+    "evaluate": "evaluation.command",
+    "embed": "evaluation.embedding",
+    "export": "weights.export",
+    "visualize": "visualize.__main__",
+    "doctor": "doctor.__main__",
+    "parity": "verify.parity",
+    "replay": "verify.replay",
 }
 SHELLS = ("bash", "zsh", "fish")
 USAGE = "\n".join(
@@ -101,11 +112,9 @@ def main(argv: Sequence[str]) -> int:
                 # a run goes on without a stdout that is full
                 with contextlib.suppress(OSError):
                     print(f"ijepa-fast {__version__}: loading PyTorch", flush=True)
-        found = importlib.util.find_spec(f"ijepa_fast.{name}") if name in COMMANDS else None
-        if found is None:
-            raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")
-        module = f"{found.name}.__main__" if found.submodule_search_locations else found.name
-        return importlib.import_module(module).main(rest)
+        require(name in COMMANDS, "COMMAND", f"one of {', '.join(COMMANDS)}", name)
+        module = importlib.import_module(f"ijepa_fast.{MODULES.get(name, name)}")
+        return module.main(rest)
     return 0
 
 

@@ -14,7 +14,7 @@ from ijepa_fast import estimate
 from ijepa_fast.config import Config
 from ijepa_fast.data import Quarantine, steps_per_epoch
 from ijepa_fast.errors import UsageError
-from ijepa_fast.evaluate import labelled_data
+from ijepa_fast.evaluation import labelled_data
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import check_masks
 from ijepa_fast.model import build_models

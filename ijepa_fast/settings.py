@@ -27,7 +27,7 @@ from ijepa_fast.config import (
     read_yaml,
 )
 from ijepa_fast.data import Index, open_index
-from ijepa_fast.evaluate import labelled_data
+from ijepa_fast.evaluation import labelled_data
 from ijepa_fast.masks import check_masks
 from ijepa_fast.ranks import distributed
 from ijepa_fast.state import Console, checkpoint_folders

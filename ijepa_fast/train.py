@@ -28,7 +28,7 @@ from ijepa_fast import __version__, estimate
 from ijepa_fast.config import Config, Invocation, as_dict, parse
 from ijepa_fast.data import Loader, default_threads, make_decoder, positions
 from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code
-from ijepa_fast.evaluate import ScheduledEvaluation
+from ijepa_fast.evaluation import ScheduledEvaluation
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
 from ijepa_fast.run import Run, check_data, check_start, check_step

@@ -166,7 +166,8 @@ def _module(name: str, argv: Sequence[str], parse_only: bool = False) -> str:
     """`python -m NAME`; of `ijepa_fast` without what ends the process."""
     package, _, command = name.partition(".")
     if package == "ijepa_fast":
-        return call(functools.partial(console.main, [command, *argv]), [name], parse_only)
+        words = [command, *argv] if command else [*argv]
+        return call(functools.partial(console.main, words), [name], parse_only)
     path = ROOT.joinpath(*name.split("."))
     for file in (path.with_suffix(".py"), path / "__main__.py"):
         if file.is_file():

@@ -22,11 +22,11 @@ FLOORS = (
     ("reference", "estimate", "state"),
     ("fast", "weights"),
     ("step",),
-    ("evaluate",),
+    ("evaluation",),
     ("visualize",),
     ("run", "settings"),
     ("verify", "doctor"),
-    ("train", "embed", "export", "parity", "replay"),
+    ("train",),
 )
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 
@@ -127,16 +127,10 @@ def test_arrows_point_down(path):
         assert imported == "" or FLOOR[imported] <= FLOOR[part], f"{part} imports {imported}"
 
 
-# commands of three lines
-THRESHOLDS = {"embed", "export", "parity", "replay"}
-
-
 @pytest.mark.parametrize("path", TRAINER, ids=_ids(TRAINER))
 def test_rooms_are_entered_by_the_door(path):
     """What another room may use of one stands in its `__init__.py`."""
     part = _part(_module(path))
-    if part in THRESHOLDS:
-        return
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             _, _, rest = node.module.partition("ijepa_fast.")

@@ -2,7 +2,7 @@
 
 ``OUT/nonfinite.json`` lists the samples of the skipped steps over all ranks. The replay file
 ``OUT/replay-step-<n>.safetensors`` holds the weights and images of the last of them, so that
-``python -m ijepa_fast.replay`` shows elsewhere, without data or checkpoints, where they break.
+``ijepa-fast replay`` shows elsewhere, without data or checkpoints, where they break.
 """
 
 import itertools
@@ -66,7 +66,7 @@ def _report(run: Run, error: NonFiniteError, weights: dict[str, torch.Tensor]) -
     )
     try:
         replay = _write_replay(run, error.steps[-1], weights, quarantine)
-        text += f"; python -m ijepa_fast.replay {replay} shows where the numbers break"
+        text += f"; ijepa-fast replay {replay} shows where the numbers break"
     # what was wrong with the step may be wrong with this too; the names are what matters most
     except (OSError, RuntimeError, ValueError) as failed:
         _logger.warning("no replay file: %s", failed)

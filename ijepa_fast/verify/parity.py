@@ -1,6 +1,6 @@
 """Computes recorded steps of the published trainer again and holds a path against them.
 
-``python -m ijepa_fast.parity FILE`` loads initial weights, images and masks from a safetensors
+``ijepa-fast parity FILE`` loads initial weights, images and masks from a safetensors
 file, trains the recorded number of steps and compares losses, schedules, the first step's
 prediction, latent target and gradients, and the final weights of all three networks. In bfloat16
 the fast path is also held against the reference path's errors. Exit code 0 only if every limit

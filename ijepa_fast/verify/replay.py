@@ -1,4 +1,4 @@
-"""`python -m ijepa_fast.replay FILE`: one step of a run again, without its data or checkpoints.
+"""`ijepa-fast replay FILE`: one step of a run again, without its data or checkpoints.
 
 A run that ends because loss or gradients stay non-finite leaves such a file (see `nonfinite`). The
 step is computed on this machine with the file's weights and images, and what is not finite in it is

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ijepa_fast import evaluate
+from ijepa_fast import evaluation
 from ijepa_fast.config import Config, DataConfig, as_dict, parse
 from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
@@ -191,14 +191,14 @@ def _digest(weights: Mapping[str, Tensor], config: Config) -> str:
     return found.hexdigest()
 
 
-def open_parts(root: str, data: DataConfig) -> tuple[evaluate.Split, evaluate.Split]:
-    """Training and test part of any data set, labelled or not; see `evaluate.parts_of`."""
-    return evaluate.parts_of(root, data, device())
+def open_parts(root: str, data: DataConfig) -> tuple[evaluation.Split, evaluation.Split]:
+    """Training and test part of any data set, labelled or not; see `evaluation.parts_of`."""
+    return evaluation.parts_of(root, data, device())
 
 
 def shown_images(root: str, data: DataConfig, limit: int, *, seed: int = 0) -> ShownImages:
     """Up to `limit` images of a data set: of its held-out part if that is a folder, else of all."""
-    return load_pictures(evaluate.shown_part(root, data, device()), limit, seed=seed)
+    return load_pictures(evaluation.shown_part(root, data, device()), limit, seed=seed)
 
 
 def choose(count: int, limit: int, *, seed: int = 0) -> NDArray[np.int64]:
@@ -207,7 +207,7 @@ def choose(count: int, limit: int, *, seed: int = 0) -> NDArray[np.int64]:
     return torch.randperm(count, generator=generator)[:limit].numpy()
 
 
-def load_pictures(part: evaluate.Split, limit: int, *, seed: int = 0) -> ShownImages:
+def load_pictures(part: evaluation.Split, limit: int, *, seed: int = 0) -> ShownImages:
     """Decodes up to `limit` images of a part, drawn by the seed, under central windows; what cannot
     be decoded is named in the log and left out.
 

@@ -1,4 +1,4 @@
-"""Weights out: ``python -m ijepa_fast.export RUN OUT --format hf|timm|torch``.
+"""Weights out: ``ijepa-fast export RUN OUT --format hf|timm|torch``.
 
 - ``hf``: a folder for ``transformers.IJepaModel.from_pretrained``, without remote code. Names are
   those of the hub's files, which versions 4 and 5 read; LayerNorm's eps is written out, as the

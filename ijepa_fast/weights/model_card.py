@@ -112,7 +112,7 @@ def model_card(
         lines += ["| | accuracy |", "|---|---|"]
         lines += [f"| {name} | {100 * value:.1f} % |" for name, value in metrics.items()]
     else:
-        lines.append("None were measured with the export: `python -m ijepa_fast.evaluate`.")
+        lines.append("None were measured with the export: `ijepa-fast evaluate`.")
     lines += [
         "",
         "## Licence",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_fast import evaluate
+from ijepa_fast import evaluation
 from ijepa_fast.data import open_index
 from ijepa_fast.data.__main__ import main as data_main
 from ijepa_fast.data.sets import idx, named
@@ -161,7 +161,7 @@ def test_training_and_evaluation_take_the_folder(files, tmp_path, capsys):
     settings = {"data__crop": 8, "model__patch_size": 2, "eval__data": folder, "max_steps": 2}
     assert tiny.run(folder, tmp_path / "run", **settings) == 0
     assert "30 images in 3 classes" in capsys.readouterr().out
-    assert evaluate.main([str(tmp_path / "run"), "--k", "3"]) == 0
+    assert evaluation.main([str(tmp_path / "run"), "--k", "3"]) == 0
     assert f"30 training and 12 test images in 3 classes of {folder}" in capsys.readouterr().out
 
 

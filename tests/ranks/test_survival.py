@@ -275,7 +275,7 @@ def test_nan_poisons_nothing_and_can_be_replayed(data, out, path, kind, monkeypa
     assert tiny.run(data, out, **settings) == 4
     error = capsys.readouterr().err
     assert "steps 6 to 8" in error
-    assert "python -m ijepa_fast.replay" in error
+    assert "ijepa-fast replay" in error
     # on the disk: only what was before
     state = tiny.final_state(out)
     assert int(state["step"]) == 5

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ijepa_fast import evaluate
+from ijepa_fast import evaluation
 from ijepa_fast.config import ARCHITECTURES
 from ijepa_fast.errors import UsageError
 from ijepa_fast.weights import Shape, export, read_weights
@@ -43,7 +43,7 @@ def run(data, tmp_path_factory):
 
 
 def _subjects(capsys, *argv):
-    assert evaluate.main([*(str(a) for a in argv), "--json"]) == 0
+    assert evaluation.main([*(str(a) for a in argv), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     return list(result["accuracy"])[2], result, captured.err
@@ -149,7 +149,7 @@ def test_mean_and_std_by_flag(data, tmp_path, capsys):
         ("--std 0.2 0 0.2", r"std must be 3 numbers above 0, got \(0.2, 0.0, 0.2\)"),
         ("--mean nan 0 0", r"mean must be 3 numbers, got \(nan, 0.0, 0.0\)"),
     ):
-        assert evaluate.main([*(str(a) for a in argv), *bad.split()]) == 2
+        assert evaluation.main([*(str(a) for a in argv), *bad.split()]) == 2
         assert re.search(message, capsys.readouterr().err)
     assert plain["encoder"] == "target"
 

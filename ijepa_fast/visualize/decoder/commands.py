@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ijepa_fast import evaluate
+from ijepa_fast import evaluation
 from ijepa_fast.data import NAMES
 from ijepa_fast.errors import UsageError
 from ijepa_fast.state import write_file
@@ -216,7 +216,7 @@ class Prove:
                 f"is held out, got {_named(root)}"
             )
         untrained = inputs.untrained_networks(config)
-        parts = evaluate.labelled_data(root, config.data, inputs.device())
+        parts = evaluation.labelled_data(root, config.data, inputs.device())
         held_out = inputs.load_pictures(parts[1], self.blocks)
         control = self._control(untrained, root, about)
         train = inputs.load_pictures(parts[0], int(about["images"]), seed=int(about["seed"]))

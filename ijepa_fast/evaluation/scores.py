@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, SMALL, Features, extract
-from ijepa_fast.evaluate.finetune import FinetuneSettings, finetune
-from ijepa_fast.evaluate.knn import knn_accuracy
-from ijepa_fast.evaluate.labelled import Images, Split
-from ijepa_fast.evaluate.linear import linear_probe
-from ijepa_fast.evaluate.ridge import ridge_accuracy
-from ijepa_fast.evaluate.subsets import low_shot_rows
+from ijepa_fast.evaluation.features import LAST, LAST_FOUR, PIXELS, SMALL, Features, extract
+from ijepa_fast.evaluation.finetune import FinetuneSettings, finetune
+from ijepa_fast.evaluation.knn import knn_accuracy
+from ijepa_fast.evaluation.labelled import Images, Split
+from ijepa_fast.evaluation.linear import linear_probe
+from ijepa_fast.evaluation.ridge import ridge_accuracy
+from ijepa_fast.evaluation.subsets import low_shot_rows
 from ijepa_fast.weights import Encoder
 
 __all__ = [
@@ -87,7 +87,7 @@ def final_table(
 
     Returns:
         Subject, `raw pixels` first -> `kNN` (20 neighbours by cosine, centred) and `ridge` (on the
-        last four layers, or on pixels) -> accuracy in 0..1; as `python -m ijepa_fast.evaluate` has
+        last four layers, or on pixels) -> accuracy in 0..1; as `ijepa-fast evaluate` has
         them.
     """
     train, test = _features(encoders, splits, precision=precision, four=True)

@@ -1,16 +1,16 @@
 """What features are worth: kNN, linear probes and fine-tuning, beside raw pixels and the untrained
 network.
 
-``python -m ijepa_fast.evaluate RUN_OR_WEIGHTS --data DIR`` works on anything that
-`ijepa_fast.weights` reads, and any labelled folder; ``python -m ijepa_fast.embed`` writes the
+``ijepa-fast evaluate RUN_OR_WEIGHTS --data DIR`` works on anything that
+`ijepa_fast.weights` reads, and any labelled folder; ``ijepa-fast embed`` writes the
 features of any folder into a file. Features are the target encoder's (paper,
 section 4), averaged over patches; images are cropped centrally.
 """
 
-from ijepa_fast.evaluate.command import main
-from ijepa_fast.evaluate.embedding import Embedded, embed
-from ijepa_fast.evaluate.features import encoder_of, untrained
-from ijepa_fast.evaluate.labelled import (
+from ijepa_fast.evaluation.command import main
+from ijepa_fast.evaluation.embedding import Embedded, embed
+from ijepa_fast.evaluation.features import encoder_of, untrained
+from ijepa_fast.evaluation.labelled import (
     BATCH,
     Images,
     Split,
@@ -19,8 +19,8 @@ from ijepa_fast.evaluate.labelled import (
     parts_of,
     shown_part,
 )
-from ijepa_fast.evaluate.scheduled import ScheduledEvaluation
-from ijepa_fast.evaluate.scores import final_table, knn_scores, table
+from ijepa_fast.evaluation.scheduled import ScheduledEvaluation
+from ijepa_fast.evaluation.scores import final_table, knn_scores, table
 
 __all__ = [
     "BATCH",

@@ -7,13 +7,13 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from ijepa_fast import evaluate
-from ijepa_fast.evaluate.features import LAST, LAST_FOUR, PIXELS, SMALL, Features, extract
-from ijepa_fast.evaluate.labelled import labelled_data
-from ijepa_fast.evaluate.linear import linear_probe
-from ijepa_fast.evaluate.ridge import ridge_accuracy
-from ijepa_fast.evaluate.scores import _for_regression, score_knn
-from ijepa_fast.evaluate.subsets import low_shot_rows
+from ijepa_fast import evaluation
+from ijepa_fast.evaluation.features import LAST, LAST_FOUR, PIXELS, SMALL, Features, extract
+from ijepa_fast.evaluation.labelled import labelled_data
+from ijepa_fast.evaluation.linear import linear_probe
+from ijepa_fast.evaluation.ridge import ridge_accuracy
+from ijepa_fast.evaluation.scores import _for_regression, score_knn
+from ijepa_fast.evaluation.subsets import low_shot_rows
 from ijepa_fast.weights import export, read_weights
 from ijepa_fast.weights.encoder import load_encoder
 from tests.trainer import tiny
@@ -52,7 +52,7 @@ def parts(run, data):
 
 
 def _json(capsys, *argv):
-    assert evaluate.main([*(str(a) for a in argv), "--json"]) == 0
+    assert evaluation.main([*(str(a) for a in argv), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -129,7 +129,7 @@ def test_regressions_get_one_channel_of_grey_pixels(parts):
 
 
 def test_the_table(run, data, capsys):
-    assert evaluate.main([str(run), "--data", str(data), "--methods", "knn", "ridge"]) == 0
+    assert evaluation.main([str(run), "--data", str(data), "--methods", "knn", "ridge"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].split() == ["kNN", "ridge"]
     assert printed[1].split() == ["kNN", "not", "centred", "ridge", "last", "4"]
@@ -190,7 +190,7 @@ def test_exported_weights_score_as_the_run(run, data, tmp_path, capsys):
     ],
 )
 def test_wrong_settings(run, data, capsys, flags, message):
-    code = evaluate.main([str(run), "--data", str(data), *flags])
+    code = evaluation.main([str(run), "--data", str(data), *flags])
     error = capsys.readouterr().err
     if not message:
         # a run tells its heads itself
@@ -204,6 +204,6 @@ def test_wrong_settings(run, data, capsys, flags, message):
 def test_results_are_not_overwritten(run, data, tmp_path, capsys):
     (tmp_path / "r.json").write_text("mine")
     argv = [str(run), "--data", str(data), "--out", str(tmp_path / "r.json")]
-    assert evaluate.main(argv) == 2
+    assert evaluation.main(argv) == 2
     assert "out must be a new file" in capsys.readouterr().err
     assert (tmp_path / "r.json").read_text() == "mine"

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
-from ijepa_fast.evaluate import monitors
-from ijepa_fast.evaluate.features import encoder_of, untrained
-from ijepa_fast.evaluate.labelled import Split, labelled_data
-from ijepa_fast.evaluate.scores import final_table, knn_scores
+from ijepa_fast.evaluation import monitors
+from ijepa_fast.evaluation.features import encoder_of, untrained
+from ijepa_fast.evaluation.labelled import Split, labelled_data
+from ijepa_fast.evaluation.scores import final_table, knn_scores
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.masks import Masks, sample_masks
 from ijepa_fast.model import Predictor, VisionTransformer, build_models

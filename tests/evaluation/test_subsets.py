@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_fast.evaluate.subsets import class_ranks, held_out_folds, low_shot_rows, selection_text
+from ijepa_fast.evaluation.subsets import class_ranks, held_out_folds, low_shot_rows, selection_text
 from ijepa_fast.keyed_random import Stream, integers
 
 LABELS = np.repeat([3, -1, 40], [200, 30, 4])[np.random.default_rng(0).permutation(234)]

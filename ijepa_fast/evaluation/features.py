@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ijepa_fast.config import Config
-from ijepa_fast.evaluate.labelled import Images, Split
+from ijepa_fast.evaluation.labelled import Images, Split
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, build_models
 from ijepa_fast.weights import Encoder

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_fast.evaluate.finetune import FinetuneSettings, finetune
+from ijepa_fast.evaluation.finetune import FinetuneSettings, finetune
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, initialise
 from ijepa_fast.weights import Encoder

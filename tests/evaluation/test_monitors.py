@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_fast.config import MaskConfig, ModelConfig, OptimConfig
-from ijepa_fast.evaluate.monitors import (
+from ijepa_fast.evaluation.monitors import (
     collapse_warning,
     feature_std,
     lidar,

@@ -1,4 +1,4 @@
-"""`python -m ijepa_fast.evaluate`: its data, scores and refusals."""
+"""`ijepa-fast evaluate`: its data, scores and refusals."""
 
 import json
 import re
@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast import evaluate
+from ijepa_fast import evaluation
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import build_index
-from ijepa_fast.evaluate import central_windows, labelled_data
-from ijepa_fast.evaluate.features import pixels
+from ijepa_fast.evaluation import central_windows, labelled_data
+from ijepa_fast.evaluation.features import pixels
 from ijepa_fast.weights import read_weights
 from ijepa_fast.weights.encoder import load_encoder
 from tests.trainer import tiny
@@ -47,7 +47,7 @@ def split_data(tmp_path_factory):
 
 def test_json(run, split_data, capsys):
     argv = [str(run), "--data", str(split_data), "--k", "5", "--json"]
-    assert evaluate.main(argv) == 0
+    assert evaluation.main(argv) == 0
     result = json.loads(capsys.readouterr().out)
     accuracy = result.pop("accuracy")
     versions = result.pop("versions")
@@ -70,7 +70,7 @@ def test_json(run, split_data, capsys):
 
 
 def test_table_and_context_encoder(run, split_data, capsys):
-    assert evaluate.main([str(run), "--data", str(split_data), "--encoder", "context"]) == 0
+    assert evaluation.main([str(run), "--data", str(split_data), "--encoder", "context"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["kNN", "not", "centred"]
     assert lines[2].split() == ["raw", "pixels", "100.0", "%", "100.0", "%"]
@@ -90,7 +90,7 @@ def test_the_encoders_are_those_of_the_checkpoint(run):
         weights = load_encoder(read, encoder=which).network.state_dict()
         assert weights.keys() == {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
         assert all(torch.equal(v, state[prefix + k]) for k, v in weights.items())
-    untrained = evaluate.untrained(config).network.state_dict()
+    untrained = evaluation.untrained(config).network.state_dict()
     assert not torch.equal(untrained["patch_embed.proj.weight"], weights["patch_embed.proj.weight"])
 
 
@@ -188,7 +188,7 @@ def test_inputs_that_are_refused(run, split_data, tmp_path, capsys):
         ([run, "--data", split_data, "--k", "0"], "got 0"),
         ([run, "--data", split_data, "--k", "33"], "got 33"),
     ):
-        assert evaluate.main([str(word) for word in argv]) == 2
+        assert evaluation.main([str(word) for word in argv]) == 2
         text = capsys.readouterr().err
         assert text.startswith("error: ")
         assert text.count("\n") == 1
@@ -199,7 +199,7 @@ def test_damaged_checkpoints(run, tmp_path, data, capsys):
     shutil.copytree(run, tmp_path / "run")
     for file in (tmp_path / "run").glob("checkpoints/*/state.safetensors"):
         file.write_bytes(b"")
-    assert evaluate.main([str(tmp_path / "run"), "--data", str(data)]) == 3
+    assert evaluation.main([str(tmp_path / "run"), "--data", str(data)]) == 3
     assert "error: all 2 checkpoints" in capsys.readouterr().err
 
 
@@ -208,7 +208,7 @@ def test_nothing_decodable_is_an_error(run, tmp_path, capsys):
         (tmp_path / name).mkdir()
         for number in range(8):
             tiny.bad_png(tmp_path / name / f"{number}.png")
-    assert evaluate.main([str(run), "--data", str(tmp_path), "--k", "1"]) == 2
+    assert evaluation.main([str(run), "--data", str(tmp_path), "--k", "1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: at least half of the images must be usable, got 0 of")
 
@@ -256,5 +256,5 @@ def test_pixels():
     ],
 )
 def test_settings_are_checked_before_the_weights_are_read(tmp_path, capsys, flags, message):
-    assert evaluate.main([str(tmp_path / "nowhere"), *flags]) == 2
+    assert evaluation.main([str(tmp_path / "nowhere"), *flags]) == 2
     assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.evaluate.knn import check_finite, class_index
-from ijepa_fast.evaluate.subsets import held_out_folds
+from ijepa_fast.evaluation.knn import check_finite, class_index
+from ijepa_fast.evaluation.subsets import held_out_folds
 
 __all__ = ["PENALTIES", "RidgeResult", "ridge_accuracy"]
 

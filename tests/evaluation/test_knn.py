@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import ijepa_fast.evaluate.knn
-from ijepa_fast.evaluate.knn import knn_accuracy
+import ijepa_fast.evaluation.knn
+from ijepa_fast.evaluation.knn import knn_accuracy
 
 
 def plain_knn(
@@ -73,7 +73,7 @@ def test_equals_plain_loops(seed: int, k: int, classes: int, center: bool) -> No
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = clusters(1, 50, 4), clusters(2, 37, 4)
     whole = knn_accuracy(*train, *test, k=5)
-    monkeypatch.setattr(ijepa_fast.evaluate.knn, "_CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(ijepa_fast.evaluation.knn, "_CHUNK_ELEMENTS", 200)
     assert knn_accuracy(*train, *test, k=5) == whole
 
 

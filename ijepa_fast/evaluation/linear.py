@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ijepa_fast.data import epoch_order
-from ijepa_fast.evaluate.knn import check_finite, class_index
-from ijepa_fast.evaluate.subsets import held_out_folds, selection_text
+from ijepa_fast.evaluation.knn import check_finite, class_index
+from ijepa_fast.evaluation.subsets import held_out_folds, selection_text
 
 __all__ = ["LEARNING_RATES", "LinearHead", "LinearResult", "linear_probe"]
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast import evaluate
+from ijepa_fast import evaluation
 from ijepa_fast.config import EvalConfig
 from ijepa_fast.config.cli import parse
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.data import open_index
 from ijepa_fast.errors import UsageError
-from ijepa_fast.evaluate import monitors, online
-from ijepa_fast.evaluate.online import OnlineEvaluation, evaluation_interval
+from ijepa_fast.evaluation import monitors, online
+from ijepa_fast.evaluation.online import OnlineEvaluation, evaluation_interval
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.reference import normalise
 from ijepa_fast.schedules import Schedules
@@ -200,7 +200,7 @@ def test_all_labelled_images_only_where_asked_for(whole, data, tmp_path, monkeyp
         # as the command has it
         assert list(rows[-1]["table"]) == subjects
         argv = [str(tmp_path / "run"), "--methods", "knn", "ridge", "--json"]
-        assert evaluate.main(argv) == 0
+        assert evaluation.main(argv) == 0
         for subject, of in json.loads(capsys.readouterr().out)["accuracy"].items():
             ridge = of["ridge" if subject == "raw pixels" else "ridge, last 4"]
             assert rows[-1]["table"][subject] == {"kNN": of["kNN"], "ridge": ridge}
@@ -227,7 +227,7 @@ def test_a_collapse_is_said_where_there_was_no_evaluation_at_first(
 ):
     seen = []
     monkeypatch.setattr(
-        "ijepa_fast.evaluate.scheduled.collapse_warning", lambda now, first: seen.append(first)
+        "ijepa_fast.evaluation.scheduled.collapse_warning", lambda now, first: seen.append(first)
     )
     out = tmp_path / "run"
     assert tiny.run(data, out, max_steps=2) == 0
@@ -252,7 +252,7 @@ def test_a_collapse_is_said(data, tmp_path, monkeypatch):
         seen.append((now, first))
         return "features collapse: advice" if len(seen) == 2 else None
 
-    monkeypatch.setattr("ijepa_fast.evaluate.scheduled.collapse_warning", judge)
+    monkeypatch.setattr("ijepa_fast.evaluation.scheduled.collapse_warning", judge)
     assert tiny.run(data, tmp_path / "run", eval__every=2, max_steps=6) == 0
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("features collapse: advice") == 1
@@ -267,7 +267,7 @@ def test_evaluations_that_take_too_long_are_left_out_unless_asked_for(
     settings, data, tmp_path, monkeypatch
 ):
     """Those of 15 short steps take far more than 1 % of the run."""
-    monkeypatch.setattr("ijepa_fast.evaluate.scheduled.evaluation_interval", lambda *_: 4)
+    monkeypatch.setattr("ijepa_fast.evaluation.scheduled.evaluation_interval", lambda *_: 4)
     out = tmp_path / "run"
     assert tiny.run(data, out, eval__data=data, **settings) == 0
     left_out = [int(n) for n in re.findall(r"no evaluation at step (\d+): saves,", _log(out))]

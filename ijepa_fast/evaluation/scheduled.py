@@ -10,9 +10,9 @@ from torch import Tensor
 from ijepa_fast.config import Config
 from ijepa_fast.data import Index
 from ijepa_fast.errors import TooManyBadFiles, UsageError
-from ijepa_fast.evaluate.monitors import collapse_warning
-from ijepa_fast.evaluate.online import UNTRAINED, OnlineEvaluation, evaluation_interval
-from ijepa_fast.evaluate.scores import table
+from ijepa_fast.evaluation.monitors import collapse_warning
+from ijepa_fast.evaluation.online import UNTRAINED, OnlineEvaluation, evaluation_interval
+from ijepa_fast.evaluation.scores import table
 from ijepa_fast.state import Allowance, Journal
 
 __all__ = ["ScheduledEvaluation"]

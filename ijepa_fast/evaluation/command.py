@@ -14,10 +14,10 @@ import tyro
 from ijepa_fast import __version__
 from ijepa_fast.config import run_command
 from ijepa_fast.errors import UsageError, require
-from ijepa_fast.evaluate.features import extract, untrained
-from ijepa_fast.evaluate.finetune import FinetuneSettings
-from ijepa_fast.evaluate.labelled import Split, data_of, labelled_data, precision_of
-from ijepa_fast.evaluate.scores import (
+from ijepa_fast.evaluation.features import extract, untrained
+from ijepa_fast.evaluation.finetune import FinetuneSettings
+from ijepa_fast.evaluation.labelled import Split, data_of, labelled_data, precision_of
+from ijepa_fast.evaluation.scores import (
     Scores,
     finetune_scores,
     linear_scores,

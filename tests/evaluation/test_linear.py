@@ -12,9 +12,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ijepa_fast.data import epoch_order
-from ijepa_fast.evaluate.linear import linear_probe
-from ijepa_fast.evaluate.ridge import PENALTIES, ridge_accuracy
-from ijepa_fast.evaluate.subsets import held_out_folds
+from ijepa_fast.evaluation.linear import linear_probe
+from ijepa_fast.evaluation.ridge import PENALTIES, ridge_accuracy
+from ijepa_fast.evaluation.subsets import held_out_folds
 
 
 def clusters(seed, count, classes=4, width=6, spread=1.0):
@@ -264,7 +264,7 @@ def test_ridge_equals_scikit_learn(penalty):
 @pytest.mark.parametrize(("rows", "penalty"), [(300, 1.0), (300, 300.0), (5, 2.0), (5, 1e-3)])
 def test_ridge_solution_equals_scikit_learn(rows, penalty):
     """Weights and intercept, with more and with fewer rows than features."""
-    from ijepa_fast.evaluate.ridge import _Ridge
+    from ijepa_fast.evaluation.ridge import _Ridge
 
     _, labels = torch.unique(TRAIN_LABELS, return_inverse=True)
     x, y = TRAIN[:rows].double(), labels[:rows]

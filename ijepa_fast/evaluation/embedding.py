@@ -1,5 +1,5 @@
 """Features of all images of a folder, labelled or not, as a file:
-``python -m ijepa_fast.embed RUN_OR_WEIGHTS --data DIR --out features.npy``.
+``ijepa-fast embed RUN_OR_WEIGHTS --data DIR --out features.npy``.
 """
 
 import json
@@ -21,8 +21,8 @@ from ijepa_fast import __version__
 from ijepa_fast.config import run_command
 from ijepa_fast.data import open_index
 from ijepa_fast.errors import UsageError, require
-from ijepa_fast.evaluate.features import LAST, LAST_FOUR, pooled_layers, shown
-from ijepa_fast.evaluate.labelled import Split, data_of, precision_of
+from ijepa_fast.evaluation.features import LAST, LAST_FOUR, pooled_layers, shown
+from ijepa_fast.evaluation.labelled import Split, data_of, precision_of
 from ijepa_fast.weights import EncoderKind, Pretrained, ReadOptions, load_encoder, read_weights
 
 __all__ = ["EmbedArgs", "Embedded", "embed", "main"]
