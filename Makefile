@@ -4,7 +4,7 @@ IN_VENV := $(VENV)/bin/python
 PART ?= first
 OUT ?= gpu-check
 
-.PHONY: venv demo test torture lint format bench bench-accept static-accept gpu-check gpu-bundle dist clean
+.PHONY: venv demo test torture lint format bench bench-accept static-accept gpu-check gpu-bundle docs dist clean
 
 venv: $(VENV)/.installed
 
@@ -54,6 +54,10 @@ gpu-check:
 # what such a machine needs if it has no network, into gpu-bundle/; ARGS=--dali adds DALI
 gpu-bundle: venv
 	PYTHONPATH=.:kernels $(IN_VENV) -m benchmarks.gpu_check.bundle $(ARGS)
+
+# the site; open build/site/index.html, or for its search: python -m http.server -d build/site
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build -f docs/site/mkdocs.yml
 
 # sdist and wheel, in dist/; what builds them has an environment of its own
 dist:
