@@ -1,5 +1,6 @@
-"""One distribution, two import packages: `ijepa_fast` (the trainer) and `ijepa_kernels` (the
-kernels).
+"""`ijepa_fast`, the trainer, and, from a clone, `ijepa_kernels` with it: `pip install .` needs no
+index. What is uploaded has the kernels as a dependency, which other projects may have, too; their
+wheel is made of `kernels/`.
 """
 
 import re
@@ -8,10 +9,24 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (ROOT / "ijepa_fast" / "__init__.py").read_text(), re.MULTILINE
-)
-assert VERSION is not None
+# an sdist has this file and a clone has not; `python -m build` makes the wheel of the sdist
+UPLOADED = (ROOT / "PKG-INFO").exists()
+
+
+def version(package: str) -> str:
+    """Its `__version__`, without importing it."""
+    text = (ROOT / package / "__init__.py").read_text(encoding="utf-8")
+    (found,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    return found
+
+
+KERNELS = {"ijepa_kernels": "kernels/ijepa_kernels"}
+PACKAGES = find_packages(include=["ijepa_fast", "ijepa_fast.*"])
+REQUIRED = ["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy>=1.26"]
+if UPLOADED:
+    REQUIRED.append(f"ijepa-kernels=={version(KERNELS['ijepa_kernels'])}")
+else:
+    PACKAGES += find_packages("kernels", include=["ijepa_kernels*"])
 
 EXTRAS = {
     "train": [
@@ -53,24 +68,21 @@ EXTRAS["all"] = [requirement for extra in EXTRAS.values() for requirement in ext
 
 setup(
     name="ijepa-fast",
-    version=VERSION.group(1),
+    version=version("ijepa_fast"),
     description="Faithful and fast I-JEPA pretraining",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        *find_packages(include=["ijepa_fast", "ijepa_fast.*"]),
-        *find_packages("kernels", include=["ijepa_kernels*"]),
-    ],
-    package_dir={"ijepa_kernels": "kernels/ijepa_kernels"},
+    packages=PACKAGES,
+    package_dir=KERNELS,
     package_data={
         "ijepa_fast": ["py.typed", "data/sets/fashion_mnist_10k/*"],
         "ijepa_kernels": ["py.typed"],
     },
     entry_points={"console_scripts": ["ijepa-fast = ijepa_fast.__main__:enter"]},
-    install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy>=1.26"],
+    install_requires=REQUIRED,
     extras_require=EXTRAS,
     keywords=["I-JEPA", "JEPA", "self-supervised learning", "ViT", "PyTorch", "Triton", "CUDA"],
     project_urls={"Paper": "https://arxiv.org/abs/2301.08243"},

@@ -1,10 +1,13 @@
-"""What a user gets: the sdist, the wheel made of it, and the wheel's commands in an empty folder.
+"""What a user gets: the sdists, the wheels made of them and of a clone, and their commands in an
+empty folder.
 
 Nothing is downloaded: the new environment finds what the packages need (torch and the others)
 beside the Python that runs this test, but not this repository.
 """
 
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import ijepa_fast
+import ijepa_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,15 +42,30 @@ def _run(command, folder):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Folder with the sdist, and the wheel that pip makes of it."""
+    """Folder with the sdist, `uploaded/` with the two wheels made of it, and `clone/` with the one
+    that pip makes of a clone: what the sdist holds, but for PKG-INFO.
+    """
     folder = tmp_path_factory.mktemp("built")
     setup = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
     setup += ["sdist", "--dist-dir", str(folder)]
     subprocess.run(setup, cwd=ROOT, check=True, capture_output=True)
     (sdist,) = folder.glob("*.tar.gz")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-index", "--no-deps"]
-    _run([*pip, "--no-build-isolation", "-w", folder, sdist], folder)
+    pip += ["--no-build-isolation", "-w"]
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (clone,) = (path.parent for path in folder.glob("*/setup.py"))
+    (clone / "PKG-INFO").unlink()
+    _run([*pip, folder / "uploaded", sdist, clone / "kernels"], folder)
+    _run([*pip, folder / "clone", clone], folder)
     return folder
+
+
+def _held(wheel):
+    """Names of its files, and what its METADATA says of a key."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        return set(archive.namelist()), email.message_from_bytes(archive.read(metadata)).get_all
 
 
 def test_the_sdist_is_the_repository(built):
@@ -60,31 +79,40 @@ def test_the_sdist_is_the_repository(built):
     assert there - held <= {".gitignore", ".ci/run"}
 
 
-def test_the_wheel_holds_both_packages_and_their_data(built):
-    (wheel,) = built.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
-        text = archive.read(metadata).decode()
-    for package, folder in (("ijepa_fast", ROOT), ("ijepa_kernels", ROOT / "kernels")):
-        files = [path for path in (folder / package).rglob("*") if path.is_file()]
-        expected = {p.relative_to(folder).as_posix() for p in files if p.suffix != ".pyc"}
-        assert {n for n in names if n.startswith(package + "/")} == expected
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {
-        "ijepa_fast",
-        "ijepa_kernels",
-    }
-    assert f"\nVersion: {ijepa_fast.__version__}\n" in text
+def _files(folder, package):
+    files = [path for path in (folder / package).rglob("*") if path.is_file()]
+    return {p.relative_to(folder).as_posix() for p in files if p.suffix != ".pyc"}
 
 
-def test_the_wheel_s_commands_run_in_an_empty_folder(built, tmp_path):
+def _modules(names):
+    return {name for name in names if ".dist-info/" not in name}
+
+
+def test_the_wheels_hold_the_packages_and_their_data(built):
+    """Each file is in one of those that are uploaded, and all are in that of a clone."""
+    fast, kernels = sorted((built / "uploaded").iterdir())
+    (whole,) = (built / "clone").iterdir()
+    ours, of_ours = _held(fast)
+    theirs, _ = _held(kernels)
+    both, of_both = _held(whole)
+    assert _modules(ours) == _files(ROOT, "ijepa_fast")
+    assert _modules(theirs) == _files(ROOT / "kernels", "ijepa_kernels")
+    assert _modules(both) == _modules(ours | theirs)
+    assert of_ours("Version") == of_both("Version") == [ijepa_fast.__version__]
+    needed = {"torch", "triton", "numpy"}
+    pinned = f"ijepa-kernels=={ijepa_kernels.__version__}"
+    for of, expected in ((of_ours, needed | {pinned}), (of_both, needed)):
+        required = [line for line in of("Requires-Dist") if "extra ==" not in line]
+        assert {re.split(">|;", line)[0] for line in required} == expected
+
+
+def test_their_commands_run_in_an_empty_folder(built, tmp_path):
     environment, empty = tmp_path / "environment", tmp_path / "empty"
     empty.mkdir()
     venv.create(environment)
     python = environment / "bin" / "python"
-    (wheel,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index"]
-    _run([*pip, "--no-deps", wheel], empty)
+    _run([*pip, "--no-deps", *(built / "uploaded").iterdir()], empty)
     # a path alone: what lies there is importable, its own .pth files are not read
     site = next(environment.glob("lib/python*/site-packages"))
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
