@@ -5,7 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import ijepa_kernels
 
@@ -14,14 +19,12 @@ README = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 INSTALLED = """
-import sys
-from importlib import metadata
-sys.path.insert(0, {folder!r})
 import torch, ijepa_kernels, ijepa_kernels.optim
-assert ijepa_kernels.__file__.startswith({folder!r}), ijepa_kernels.__file__
 assert ijepa_kernels.gelu(torch.zeros(2, 3)).shape == (2, 3)
-assert metadata.version("ijepa-kernels") == ijepa_kernels.__version__
-print(*[name.partition(">")[0] for name in metadata.requires("ijepa-kernels")])
+try:
+    import yaml
+except ImportError:
+    print(ijepa_kernels.__version__, ijepa_kernels.__file__)
 """
 
 PROBE = """
@@ -65,26 +68,51 @@ def test_the_readmes_examples_run(tmp_path):
     assert _run("\n".join(parts), tmp_path).splitlines() == names
 
 
-def test_is_a_distribution_of_its_own(tmp_path):
-    """Built without a network from a copy, which a build writes to; imported where nothing else of
-    the repository is.
+def _needed(*names):
+    """Distributions of these names and all that they need, as installed here."""
+    found = {}
+    pending = list(names)
+    while pending:
+        name = canonicalize_name(pending.pop())
+        if name not in found:
+            found[name] = metadata.distribution(name)
+            for line in found[name].requires or ():
+                requirement = Requirement(line)
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    pending.append(requirement.name)
+    return found.values()
+
+
+def test_its_wheel_runs_where_only_torch_and_triton_are(tmp_path):
+    """Built without a network from a copy, which a build writes to; pip finds all that it needs in
+    an environment with torch, triton and what these need.
     """
-    source, wheels, folder = (tmp_path / name for name in ("source", "wheels", "installed"))
+    source, wheels, environment = (tmp_path / name for name in ("source", "wheels", "environment"))
     shutil.copytree(ROOT / "kernels", source, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--no-cache-dir"]
-    alone = ["--no-index", "--no-deps"]
-    build = ["wheel", *alone, "--no-build-isolation", "-w", str(wheels), str(source)]
-    subprocess.run([*pip, *build], check=True)
+    build = ["wheel", "--no-index", "--no-deps", "--no-build-isolation", "-w", str(wheels)]
+    subprocess.run([*pip, *build, str(source)], check=True)
     (wheel,) = wheels.iterdir()
     assert wheel.name == f"ijepa_kernels-{ijepa_kernels.__version__}-py3-none-any.whl"
-    subprocess.run([*pip, "install", *alone, "--target", str(folder), str(wheel)], check=True)
+    venv.create(environment)
+    (site,) = environment.glob("lib/python*/site-packages")
+    parts = {
+        path.parts[0]: distribution.locate_file(path.parts[0])
+        for distribution in _needed("torch", "triton")
+        for path in distribution.files or ()
+    }
+    for name in parts.keys() - {"..", "__pycache__"}:
+        (site / name).symlink_to(parts[name])
+    python = str(environment / "bin" / "python")
+    there = [*pip, "--python", python]
+    subprocess.run([*there, "install", "--no-index", str(wheel)], check=True)
     kernels, installed = (
         {path.relative_to(base) for path in base.glob("ijepa_kernels/**/*.py")}
-        for base in (ROOT / "kernels", folder)
+        for base in (ROOT / "kernels", site)
     )
     assert installed == kernels
-    code = INSTALLED.format(folder=str(folder))
-    command = [sys.executable, "-I", "-c", code]
+    command = [python, "-I", "-c", INSTALLED]
     child = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
-    assert child.stdout.split() == ["torch", "triton"]
+    file = site / "ijepa_kernels" / "__init__.py"
+    assert child.stdout.split() == [ijepa_kernels.__version__, str(file)]
