@@ -59,10 +59,12 @@ gpu-bundle: venv
 docs: venv
 	NO_MKDOCS_2_WARNING=1 $(IN_VENV) -m mkdocs build -f docs/site/mkdocs.yml
 
-# sdist and wheel, in dist/; what builds them has an environment of its own
+# sdists and wheels of kernels and trainer, in dist/; what builds them has an environment of its own
 dist:
+	rm -rf dist
 	$(PYTHON) -m venv build/venv
 	build/venv/bin/python -m pip install -q --disable-pip-version-check build twine
+	build/venv/bin/python -m build -o dist kernels
 	build/venv/bin/python -m build -o dist .
 	build/venv/bin/twine check --strict dist/*
 

@@ -68,6 +68,17 @@ def _held(wheel):
         return set(archive.namelist()), email.message_from_bytes(archive.read(metadata)).get_all
 
 
+def test_the_changelog_has_its_form():
+    """Of Keep a Changelog: sections of versions with their dates, and six kinds of changes."""
+    lines = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()
+    versions = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    dated = [re.fullmatch(r"(\d+\.\d+\.\d+) - \d{4}-\d\d-\d\d", version) for version in versions]
+    assert all(dated[versions[0] == "Unreleased" :])
+    assert ijepa_fast.__version__ in [version[1] for version in dated if version]
+    kinds = {line.removeprefix("### ") for line in lines if line.startswith("### ")}
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
 def test_the_sdist_is_the_repository(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
