@@ -1,5 +1,5 @@
 """What the site shows besides its own pages: the repository's documents, at their own places, so
-that their links hold; and docstrings in which arguments share an entry.
+that their links hold; and docstrings as they are written here.
 """
 
 import re
@@ -10,7 +10,7 @@ from griffe import Extension, Object
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-__all__ = ["SharedEntries", "on_files"]
+__all__ = ["Docstrings", "on_files"]
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("*.md", "docs/*.md", "docs/log/*.md", "docs/images/*", "kernels/*.md", "examples/*.*")
@@ -25,14 +25,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-class SharedEntries(Extension):
-    """`mean, std: of the channels` becomes an entry for each, which griffe finds in signatures."""
+class Docstrings(Extension):
+    """What griffe expects of them: an entry for each argument, and `Examples`."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Griffe calls it for everything it has read."""
         if obj.docstring:
+            text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            # arguments that share an entry
             entry = r"^( +)(\w+(?:, \w+)+)(:.*(?:\n\1 +.*)*)"
-            obj.docstring.value = re.sub(entry, _apart, obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(entry, _apart, text, flags=re.MULTILINE)
 
 
 def _apart(entry: re.Match[str]) -> str:
