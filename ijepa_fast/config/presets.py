@@ -159,6 +159,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
         vitg16_in22k,
     )
 }
+"""The named recipes, each a function without arguments; docs/scaling.md has them in a table."""
 
 
 def preset(name: str) -> Config:
