@@ -16,7 +16,7 @@ PACKAGES = [*TRAINER, *KERNELS]
 
 # rooms, from the ground up; each imports from its own floor or from lower ones, never in a circle
 FLOORS = (
-    ("_torch", "keyed_random", "errors", "config", "__main__"),
+    ("_torch", "keyed_random", "errors", "atomic", "config", "__main__"),
     ("model", "masks", "schedules", "data"),
     ("ranks",),
     ("reference", "estimate", "state"),
@@ -159,7 +159,7 @@ def test_data_knows_nothing_of_training():
     for path in TRAINER:
         if _part(_module(path)) == "data":
             parts = {_part(name) for name in _ours(path, "ijepa_fast")}
-            assert parts <= {"__main__", "data", "config", "errors", "keyed_random"}, path
+            assert parts <= {"__main__", "atomic", "data", "config", "errors", "keyed_random"}, path
 
 
 @pytest.mark.parametrize("path", TRAINER, ids=_ids(TRAINER))

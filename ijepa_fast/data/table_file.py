@@ -6,7 +6,6 @@ All processes of a machine that open a table share its pages.
 import json
 import mmap
 import os
-import uuid
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ijepa_fast.atomic import atomic_write
 
 __all__ = ["TableError", "read_table", "write_table"]
 
@@ -36,7 +37,7 @@ class TableError(ValueError):
 def write_table(
     path: Path, arrays: Mapping[str, NDArray[np.generic]], meta: Mapping[str, str]
 ) -> None:
-    """Writes under another name first: a file of this name is whole.
+    """Writes a table: a file of this name is whole.
 
     Raises:
         OSError: it cannot be written.
@@ -44,16 +45,12 @@ def write_table(
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        save_file(whole, own, dict(meta))
-        own.replace(path)
+        with atomic_write(path) as own:
+            whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            save_file(whole, own, dict(meta))
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        own.unlink(missing_ok=True)
 
 
 def read_table(path: Path) -> tuple[dict[str, NDArray[np.generic]], dict[str, str]]:

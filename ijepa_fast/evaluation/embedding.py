@@ -5,11 +5,9 @@
 import json
 import logging
 import sys
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ijepa_fast import __version__
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.config import run_command
 from ijepa_fast.data import open_index
 from ijepa_fast.errors import UsageError, require
@@ -167,31 +166,17 @@ def _embed(args: EmbedArgs) -> None:
         "left_out": found.left_out,
         "paths": found.paths,
     }
-    _write(beside, lambda path: path.write_text(json.dumps(about, indent=0) + "\n"))
-    _write(args.out, lambda path: _save(path, found.features, array=args.out.suffix == ".npy"))
+    with atomic_write(beside) as path:
+        path.write_text(json.dumps(about, indent=0) + "\n")
+    with atomic_write(args.out) as path:
+        if path.suffix == ".npy":
+            np.save(path, found.features)
+        else:
+            save_file({"features": found.features}, path)
     rows, width = found.features.shape
     print(f"features of {rows} images, {width} wide, written to {args.out}, paths to {beside}")
     if found.left_out:
         print(f"{len(found.left_out)} images left out, see left_out in {beside}", file=sys.stderr)
-
-
-def _save(path: Path, features: NDArray[np.float32], *, array: bool) -> None:
-    if not array:
-        save_file({"features": features}, path)
-        return
-    # an open file, as NumPy would add its own suffix to the name of the moment
-    with path.open("wb") as file:
-        np.save(file, features)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write(part)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

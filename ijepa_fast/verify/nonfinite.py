@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.config import as_dict
 from ijepa_fast.data import Loader, Quarantine, epoch_order, known_bad, usable_ids
 from ijepa_fast.errors import NonFiniteError
@@ -56,9 +57,8 @@ def _report(run: Run, error: NonFiniteError, weights: dict[str, torch.Tensor]) -
     quarantine = Quarantine(path / "quarantine.jsonl", 1.0, len(run.index))
     steps = _steps(run, error.steps, known_bad(run.index, quarantine))
     report = path / "nonfinite.json"
-    temporary = report.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"seed": run.config.seed, "steps": steps}))
-    temporary.replace(report)
+    with atomic_write(report) as temporary:
+        temporary.write_text(json.dumps({"seed": run.config.seed, "steps": steps}))
     first = ", ".join(repr(name) for name in steps[0]["files"][:3])
     text = (
         f"Lower optim.lr or look at the data: {report} lists the samples of all ranks, the first "
@@ -123,12 +123,9 @@ def _write_replay(
         "device_batch": str(batch),
         "files": json.dumps(names),
     }
-    temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, meta)
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, meta)
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -1,15 +1,14 @@
 """Matplotlib without a display, and PNG files: sheets of panels."""
 
-import contextlib
-import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.errors import UsageError
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "faded",
     "patch_pixels",
     "pyplot",
-    "replaced",
     "save",
 ]
 
@@ -54,21 +52,10 @@ def check_out(path: Path, suffix: str, *, overwrite: bool) -> None:
         raise UsageError(f"out must not exist (or add --overwrite), got {path}")
 
 
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes `path` at the end, so that no half file is left there."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(figure: Any, path: Path, *, dpi: int) -> None:
     """Writes the PNG and forgets the figure."""
     try:
-        with replaced(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=dpi, format="png")
     finally:
         pyplot().close(figure)

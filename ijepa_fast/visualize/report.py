@@ -12,10 +12,10 @@ from string import Template
 from typing import Any
 
 import ijepa_fast
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.config import flatten, load_yaml
 from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.curves import Line, panels_of
-from ijepa_fast.visualize.figure import replaced
 
 __all__ = ["next_commands", "write_report"]
 
@@ -167,7 +167,7 @@ def write_report(path: Path, run: Path, status: str = "") -> None:
         ),
         version=ijepa_fast.__version__,
     )
-    with replaced(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

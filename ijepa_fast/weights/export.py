@@ -11,13 +11,7 @@
 Each comes with a model card. The folder is written beside its place and renamed.
 """
 
-import contextlib
-import fcntl
-import glob
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +22,7 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.config import run_command
 from ijepa_fast.errors import UsageError
 from ijepa_fast.model import NORM_EPS
@@ -186,14 +181,8 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"OUT must be a new or empty folder, got {out}")
     state, kind = weights.encoder(which), weights.kind(which)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    folder.mkdir()
-    # held as long as this process lives
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with atomic_write(out) as folder:
+        folder.mkdir()
         if layout == "hf":
             _hugging_face(weights, state, folder, kind)
         elif layout == "timm":
@@ -203,24 +192,6 @@ def export(
         card = model_card(weights, layout=layout, which=which, metrics=metrics or {})
         (folder / "README.md").write_text(card, encoding="utf-8")
         _check(folder, weights, state, layout)
-        if out.is_dir():
-            out.rmdir()
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Removes what killed exports into this folder left: nobody holds the lock of their folders."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.{'[0-9a-f]' * 32}"):
-        with contextlib.suppress(OSError):
-            lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-            finally:
-                os.close(lock)
 
 
 def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layout: Format) -> None:

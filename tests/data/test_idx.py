@@ -1,7 +1,12 @@
 """Fashion-MNIST's files as PNG, read back by another library, and files that are damaged."""
 
 import gzip
+import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -75,6 +80,32 @@ def test_the_loser_of_a_race_uses_the_winners(files, tmp_path, monkeypatch):
     written = write_idx(folder, tmp_path)
     assert [(written / "manifest.json").stat().st_ino] == times
     assert list(written.parent.iterdir()) == [written]
+
+
+def test_a_living_build_is_left_alone_and_a_killed_one_removed(files, tmp_path):
+    (folder, made), cache, large = files, tmp_path / "cache", tmp_path / "large"
+    shutil.copytree(folder, large)
+    images = np.zeros((20_000, 9, 7), dtype=np.uint8)
+    (large / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(_idx(images)))
+    (large / "train-labels-idx1-ubyte").write_bytes(_idx(np.zeros(20_000)))
+    code = "import pathlib, sys; from ijepa_fast.data.sets.idx import write_idx; "
+    code += "write_idx(*map(pathlib.Path, sys.argv[1:]))"
+    child = subprocess.Popen([sys.executable, "-c", code, large, cache])
+    try:
+        while not (begun := list(cache.glob("ijepa-fast/.*/*/train/0/00000.png"))):
+            assert child.poll() is None
+            time.sleep(0.02)
+        child.send_signal(signal.SIGSTOP)
+        write_idx(folder, cache)
+        assert begun[0].exists()
+    finally:
+        child.kill()
+        child.wait()
+    assert begun[0].exists()
+    images = made["train"][0]
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(_idx(255 - images)))
+    write_idx(folder, cache)
+    assert not list(cache.glob("ijepa-fast/.*"))
 
 
 def test_other_files_go_elsewhere(files, tmp_path):

@@ -10,15 +10,14 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import struct
-import uuid
 import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.errors import UsageError
 
 __all__ = ["EMBEDDED", "FASHION_MNIST", "cache_folder", "find_idx", "write_idx"]
@@ -152,24 +151,19 @@ def write_idx(folder: Path, cache: Path | None = None) -> Path:
     if (final / _MANIFEST).is_file():
         _require_whole(final)
         return final
-    own = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    _LOG.info("writing the images of %s to %s", folder, final)
     try:
-        own.mkdir(parents=True)
-        counts = _write(files, own)
-        (own / _MANIFEST).write_text(json.dumps({"source": str(folder), "images": counts}) + "\n")
-        try:
-            own.rename(final)
-        except OSError:
-            # another process was faster, or something else lies there
-            if not (final / _MANIFEST).is_file():
-                raise
+        with atomic_write(final) as own:
+            counts = _write(files, own)
+            about = json.dumps({"source": str(folder), "images": counts})
+            (own / _MANIFEST).write_text(about + "\n")
     except OSError as error:
-        raise OSError(
-            f"cannot write the images of {folder} to {final} ({error}); set XDG_CACHE_HOME to "
-            "choose another cache folder"
-        ) from error
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+        # else another process was faster
+        if not (final / _MANIFEST).is_file():
+            raise OSError(
+                f"cannot write the images of {folder} to {final} ({error}); set XDG_CACHE_HOME to "
+                "choose another cache folder"
+            ) from error
     return final
 
 
@@ -204,7 +198,6 @@ def _write(files: dict[str, Path], own: Path) -> dict[str, int]:
     )
     counts = {}
     for part, (images, labels) in _parts(files).items():
-        _LOG.info("writing %d images to %s", len(images), own.parent)
         names = [_FASHION[n] if known else str(n) for n in range(int(labels.max()) + 1)]
         for number in np.unique(labels):
             (own / part / names[number]).mkdir(parents=True)

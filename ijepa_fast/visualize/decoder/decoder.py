@@ -10,8 +10,6 @@ import copy
 import json
 import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ijepa_fast._torch import foreach_lerp_
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.state import fsync, safetensors_pieces, sha256_of, write_file
@@ -228,9 +227,8 @@ def save_decoder(folder: Path, decoder: Decoder) -> None:
     check_free(folder)
     tensors = {f"denoiser.{k}": v.cpu() for k, v in decoder.denoiser.state_dict().items()}
     tensors |= {"mean": decoder.mean.cpu(), "std": decoder.std.cpu()}
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
         written = write_file(temporary / "decoder.safetensors", safetensors_pieces(tensors))
         header = {
             "format": FORMAT,
@@ -243,11 +241,7 @@ def save_decoder(folder: Path, decoder: Decoder) -> None:
         }
         write_file(temporary / "decoder.json", [(json.dumps(header, indent=1) + "\n").encode()])
         fsync(temporary)
-        temporary.rename(folder)
-        fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    fsync(folder.parent)
 
 
 def load_decoder(folder: Path) -> Decoder:
