@@ -12,8 +12,8 @@ from string import Template
 from typing import Any
 
 import ijepa_fast
+from ijepa_fast.callbacks import read_rows
 from ijepa_fast.config import flatten, load_yaml
-from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.curves import Line, panels_of
 from ijepa_fast.visualize.figure import replaced
 
