@@ -49,8 +49,7 @@ class MLflow(Callback):
             name = environment.MLFLOW_EXPERIMENT_NAME.get() or "ijepa-fast"
             found = client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else client.create_experiment(name)
-            run = client.create_run(experiment, run_name=info.out.resolve().name)
-            self._id = run.info.run_id
+            self._id = client.create_run(experiment, run_name=info.out.resolve().name).info.run_id
             kept.write_text(self._id)
             flat = flatten(info.settings)
             parameters = [Param(key, str(value)[:_CHARACTERS]) for key, value in flat.items()]
@@ -61,13 +60,14 @@ class MLflow(Callback):
     def on_step(self, row: Mapping[str, Any]) -> None:
         """Logs the row in a thread of MLflow's; the one before has arrived, or raises here."""
         self._wait()
-        now = int(1e3 * time.time())
-        metrics = [
-            self._metric(key, value, now, row["step"]) for key, value in scalars(row).items()
-        ]
+        now, step = int(1e3 * time.time()), row["step"]
+        metrics = [self._metric(key, value, now, step) for key, value in scalars(row).items()]
         self._sent = self._client.log_batch(self._id, metrics=metrics, synchronous=False)
 
-    on_evaluation = on_step
+    def on_evaluation(self, row: Mapping[str, Any]) -> None:
+        """Logs the row and waits for it: a resume does not evaluate again."""
+        self.on_step(row)
+        self._wait()
 
     def _wait(self) -> None:
         if self._sent:

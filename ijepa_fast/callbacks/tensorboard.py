@@ -19,9 +19,10 @@ class TensorBoard(Callback):
         self._writer = SummaryWriter(str(info.out / "tensorboard"), purge_step=info.step + 1)
 
     def on_step(self, row: Mapping[str, Any]) -> None:
-        """Adds the row's scalars."""
+        """Writes the row's scalars into the file at once: a kill may follow."""
         for name, value in scalars(row).items():
             self._writer.add_scalar(name, value, row["step"])
+        self._writer.flush()
 
     on_evaluation = on_step
 

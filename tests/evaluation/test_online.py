@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """15 steps, evaluated after every fourth."""
     out = tmp_path_factory.mktemp("run") / "run"
-    settings = {"eval__data": data, "eval__every": 4, "log__tensorboard": True}
+    settings = {"eval__data": data, "eval__every": 4, "log__to": "tensorboard"}
     assert tiny.run(data, out, **settings) == 0
     return out
 
