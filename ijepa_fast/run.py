@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ijepa_fast import estimate
+from ijepa_fast.callbacks import check_packages
 from ijepa_fast.config import Config
 from ijepa_fast.data import Quarantine, steps_per_epoch
 from ijepa_fast.errors import UsageError
@@ -36,9 +37,11 @@ def check_start(config: Config) -> None:
     """What can be refused before anything is read or written; training and `--dry-run` ask it.
 
     Raises:
-        ValueError: masks do not fit the grid, the folder cannot be had, or `init` is missing.
+        ValueError: masks do not fit the grid, a logger's package is missing, the folder cannot be
+            had, or `init` is missing.
     """
     check_masks(config.masks, config.grid)
+    check_packages(config.log.to)
     RunFolder.check(config)
     # what is resumed needs them no more
     started = checkpoint_folders(Path(config.out) / "checkpoints")

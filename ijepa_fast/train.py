@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,9 +26,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ijepa_fast import __version__, estimate
+from ijepa_fast.callbacks import (
+    Callback,
+    Callbacks,
+    MetricsFile,
+    Progress,
+    RunInfo,
+    Status,
+    loggers,
+)
 from ijepa_fast.config import Config, Invocation, as_dict, parse
 from ijepa_fast.data import Loader, default_threads, make_decoder, positions
-from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code
+from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code, require
 from ijepa_fast.evaluation import ScheduledEvaluation
 from ijepa_fast.masks import sample_masks
 from ijepa_fast.ranks import Faults, Signals, distributed, load_index
@@ -37,9 +47,7 @@ from ijepa_fast.state import (
     Allowance,
     Journal,
     Meter,
-    MetricsFile,
     Preparation,
-    Reporter,
     RunFolder,
     SampleLog,
     Saves,
@@ -59,21 +67,19 @@ _logger = logging.getLogger("ijepa_fast.train")
 
 
 class _Beside:
-    """What stands beside the steps of a run: metrics, saves, evaluation, pictures."""
+    """What stands beside the steps of a run: callbacks, saves, evaluation, pictures."""
 
-    def __init__(self, run: Run, preparation: Preparation) -> None:
+    def __init__(self, run: Run, preparation: Preparation, callbacks: Sequence[Callback]) -> None:
         config, path = run.config, Path(run.config.out)
         unfinished = run.step < run.end
-        metrics = reporter = None
+        self.callbacks = Callbacks()
         if run.folder:
             interval = config.log.interval if unfinished else 1
             metrics = MetricsFile(path / "metrics.jsonl", step=run.step, interval=interval)
-            events = path / "tensorboard" if config.log.tensorboard else None
-            reporter = Reporter(
-                last_step=run.end, epochs=config.optim.epochs, tensorboard=events, step=run.step
-            )
+            others = [*loggers(config.log.to), *callbacks]
+            self.callbacks = Callbacks(metrics, Progress(), others)
         self.preparation = preparation
-        self.journal = Journal(metrics, reporter)
+        self.journal = Journal(self.callbacks)
         allowance = Allowance(doing=self._doing)
         folder = run.folder.path if run.folder else None
         self.pictures = Pictures(folder, allowance, len(run.index), whole=config.eval.whole)
@@ -110,23 +116,37 @@ class _Beside:
     def _doing(self, kind: str) -> None:
         """Names what stands between the steps."""
         self.preparation.begin(kind)
-        if self.journal.reporter:
-            self.journal.reporter.doing(kind or "training")
+        self.callbacks.doing(kind or "training")
+
+    def start(self, run: Run) -> None:
+        """The callbacks begin."""
+        self.preparation.begin("callbacks")
+        self.callbacks.start(
+            RunInfo(
+                config=run.config,
+                out=Path(run.config.out),
+                step=run.step,
+                last_step=run.end,
+                images=len(run.index),
+            )
+        )
+        self.preparation.begin("")
 
     def report(self, status: str, *, done: bool) -> None:
         """Draws what the run has brought, and writes its report."""
-        if self.journal.file:
-            self.pictures.at_end(self.journal.file.rows, status, done=done)
+        if self.callbacks.file:
+            self.pictures.at_end(self.callbacks.file.rows, status, done=done)
 
-    def close(self) -> None:
-        """Waits for a checkpoint that is being written; closes the metrics and the progress bar."""
-        if self.saves:
-            self.saves.close()
-        if self.samples:
-            self.samples.close()
-        if self.journal.file and self.journal.reporter:
-            self.journal.reporter.close()
-            self.journal.file.close()
+    def close(self, status: Status, step: int) -> None:
+        """Waits for a checkpoint that is being written, and ends the callbacks."""
+        try:
+            if self.saves:
+                self.saves.close()
+            if self.samples:
+                self.samples.close()
+        finally:
+            self.preparation.begin("callbacks")
+            self.callbacks.end(status, step)
 
 
 def train(run: Run, beside: _Beside, signals: Signals) -> int:
@@ -266,9 +286,14 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
     return folder, int(arrays["batch"][0])
 
 
-def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
+def _run(
+    invocation: Invocation, ranks: distributed.Ranks, callbacks: Sequence[Callback] = ()
+) -> int:
     """Everything after the arguments are known to be right; returns the exit code."""
     config = invocation.config
+    status: Status = "failed"
+    for callback in callbacks:
+        require(isinstance(callback, Callback), "callbacks", "objects of Callback", callback)
     folder, device_batch = _agree(config, ranks)
     _logger.info("ijepa-fast %s, training into %s", __version__, config.out)
     for note in invocation.notes:
@@ -276,11 +301,14 @@ def _run(invocation: Invocation, ranks: distributed.Ranks) -> int:
     try:
         with Signals() as signals, Preparation() as preparation:
             run = Run(config, ranks, folder, device_batch, preparation)
-            beside = _Beside(run, preparation)
+            beside = _Beside(run, preparation, callbacks)
             try:
-                return _ends(run, beside, signals)
+                beside.start(run)
+                code = _ends(run, beside, signals)
+                status = "stopped" if code else "done"
+                return code
             finally:
-                beside.close()
+                beside.close(status, run.step)
     except Exception as error:
         # into train.log only; main() decides what the user sees
         _logger.debug("ended by an error", exc_info=error)

@@ -17,7 +17,7 @@ PACKAGES = [*TRAINER, *KERNELS]
 # rooms, from the ground up; each imports from its own floor or from lower ones, never in a circle
 FLOORS = (
     ("_torch", "keyed_random", "errors", "atomic", "config", "__main__"),
-    ("model", "masks", "schedules", "data"),
+    ("model", "masks", "schedules", "data", "callbacks"),
     ("ranks",),
     ("reference", "estimate", "state"),
     ("fast", "weights"),
@@ -208,6 +208,7 @@ assert threading.active_count() == alive
 assert dict(os.environ) == environment
 assert not torch.cuda.is_initialized()
 unwanted = {"nvidia.dali", "PIL", "matplotlib", "tensorboard", "transformers", "xformers"}
+unwanted |= {"mlflow", "wandb"}
 assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
 """
 

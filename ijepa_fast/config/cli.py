@@ -159,6 +159,9 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     flat.pop("compile", None)
     if flat.get("memory") == "selective":
         flat["memory"] = "none"
+    # likewise: one of the names in log.to
+    if "log.to" not in flat and isinstance(flat.get("log.tensorboard"), bool):
+        flat["log.to"] = ["jsonl", *["tensorboard"] * flat.pop("log.tensorboard")]
     return flat
 
 

@@ -88,9 +88,11 @@ def _require_range(name: str, bounds: tuple[float, float], low: float, high: flo
 def _require_choices(section: str, config: object) -> None:
     """Literal fields hold one of their values; type checkers see it, Python does not."""
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            require(False, f"{section}{name}", f"one of {', '.join(get_args(hint))}", value)
+        value, several = getattr(config, name), get_origin(hint) is tuple
+        choices = get_args(hint)[0] if several else hint
+        for one in (value if several else [value]) if get_origin(choices) is Literal else ():
+            if one not in get_args(choices):
+                require(False, f"{section}{name}", f"one of {', '.join(get_args(choices))}", one)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,13 +332,17 @@ class LogConfig:
 
     interval: int = 20
     """Optimiser steps between two lines of metrics."""
-    tensorboard: bool = False
-    """Also write TensorBoard events into OUT/tensorboard."""
+    to: tuple[Literal["jsonl", "tensorboard", "wandb", "mlflow"], ...] = ("jsonl",)
+    """Where the metrics go: jsonl is OUT/metrics.jsonl, which is written in any case, as a resume,
+    the curves and the report read it; tensorboard is OUT/tensorboard; wandb and mlflow are set up
+    by their own environment variables.
+    """
     samples: bool = False
     """Also write which samples every step took, into OUT/samples-rank<r>.jsonl."""
 
     def __post_init__(self) -> None:
         _require_counts("log.", self, "interval")
+        _require_choices("log.", self)
 
 
 @dataclass(frozen=True, kw_only=True)

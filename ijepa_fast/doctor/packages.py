@@ -24,7 +24,9 @@ PACKAGES = {
     "safetensors": ("train", None),
     "pillow": ("train", None),
     "xformers": ("gpu", "attention on CUDA uses PyTorch's own kernels"),
-    "tensorboard": ("log", "no --log.tensorboard"),
+    "tensorboard": ("log", "no --log.to tensorboard"),
+    "wandb": ("wandb", "no --log.to wandb"),
+    "mlflow-skinny": ("mlflow", "no --log.to mlflow"),
     "matplotlib": ("viz", "no pictures of masks and curves"),
 }
 DALI = re.compile(r"nvidia-dali(?:-cuda(\d+)\d)?")

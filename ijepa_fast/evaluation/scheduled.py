@@ -89,12 +89,12 @@ class ScheduledEvaluation:
 
     def _evaluate(self, step: int, *, ends: bool) -> None:
         weights = self._weights()
-        file, root = self._journal.file, self._config.eval.data
+        callbacks, root = self._journal.callbacks, self._config.eval.data
         whole = ends and step > 0 and self._config.eval.whole
-        if not file or not self._journal.reporter or self._too_short:
+        if not callbacks.file or self._too_short:
             return
         self._journal.flush()
-        rows = [row for row in file.rows if "monitors" in row]
+        rows = [row for row in callbacks.file.rows if "monitors" in row]
         # on as many images as in the part of the run before
         earlier = [row["images"] for row in rows if row.get("data") == root and "images" in row]
         if earlier:
@@ -126,8 +126,7 @@ class ScheduledEvaluation:
             _logger.warning("no evaluation at step %d: %s", step, error)
             return
         row = {"step": step, **row}
-        file.append(row)
-        self._journal.reporter.show_evaluation(row)
+        callbacks.evaluation(row)
         warning = collapse_warning(row["monitors"], before) if step else None
         if warning:
             _logger.warning("step %d: %s", step, warning)
@@ -145,7 +144,8 @@ class ScheduledEvaluation:
         Args:
             step: of its end.
         """
-        rows = self._journal.file.rows if self._journal.file else []
+        file = self._journal.callbacks.file
+        rows = file.rows if file else []
         root = self._config.eval.data
         mine = [
             row

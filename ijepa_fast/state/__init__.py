@@ -3,16 +3,7 @@
 from ijepa_fast.state.allowance import Allowance
 from ijepa_fast.state.checkpoint import HasState, checkpoint_folders, load_latest, misfit
 from ijepa_fast.state.durable import fsync, require_room, safetensors_pieces, sha256_of, write_file
-from ijepa_fast.state.metrics import (
-    Journal,
-    Meter,
-    MetricsFile,
-    Reporter,
-    Watch,
-    id_hash,
-    peak_flops,
-    read_rows,
-)
+from ijepa_fast.state.metrics import Journal, Meter, Watch, id_hash, peak_flops
 from ijepa_fast.state.preparation import Preparation
 from ijepa_fast.state.run_folder import Console, RunFolder
 from ijepa_fast.state.sample_log import SampleLog
@@ -24,9 +15,7 @@ __all__ = [
     "HasState",
     "Journal",
     "Meter",
-    "MetricsFile",
     "Preparation",
-    "Reporter",
     "RunFolder",
     "SampleLog",
     "Saves",
@@ -37,7 +26,6 @@ __all__ = [
     "load_latest",
     "misfit",
     "peak_flops",
-    "read_rows",
     "require_room",
     "safetensors_pieces",
     "sha256_of",

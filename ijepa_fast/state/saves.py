@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ijepa_fast.config import CheckpointConfig
@@ -123,7 +124,8 @@ class Saves:
         config: how often, and how many to keep.
         ranks: this rank.
         folder: the run's, on rank 0.
-        journal: its metrics; what is queued is written before a checkpoint counts.
+        journal: its metrics; what is queued is written before a checkpoint counts, and its
+            callbacks hear of the checkpoint, in the thread that calls the methods here.
         allowance: counts the time.
         step: steps done at the start.
         every: steps of `keep_every` epochs, None without.
@@ -154,6 +156,7 @@ class Saves:
         self._every, self._meta, self._after = every, meta, after
         self._step, self._at = step, time.monotonic()
         self._writer = Saver(step or None)
+        self._told, self._path = self._writer.saved, Path()
         self._broken: str | None = None
         self._snapshot = checkpoint.Snapshot(training, keep=ranks.is_main)
         distributed.on_main(ranks, self._require_room)
@@ -177,6 +180,7 @@ class Saves:
         being written the next one waits, and training goes on.
         """
         self._writer.check()
+        self._tell()
         late = time.monotonic() - self._at >= 60 * self._config.minutes
         kept = self._every and step // self._every > self._step // self._every
         return self._ranks.is_main and (late or bool(kept)) and not self._writer.busy
@@ -198,13 +202,14 @@ class Saves:
             self._step, self._at = step, time.monotonic()
             # the copy before is this one's memory; only the last save finds one being written
             self._writer.wait()
+            self._tell()
             state = self._snapshot.take(self._training, step=step, meta=self._meta)
         if self._folder:
             self._writer.start(step, lambda: self._write(state, last))
 
     def _write(self, state: checkpoint.State, last: bool) -> bool:
         assert self._folder is not None
-        file, folder = self._journal.file, self._folder.checkpoints
+        file, folder = self._journal.callbacks.file, self._folder.checkpoints
         self._folder.begin_anew()
         # a checkpoint counts once the rows before it are on the disk
         if file:
@@ -216,12 +221,19 @@ class Saves:
                 *(state.step, self._broken),
             )
             return False
-        checkpoint.write(folder, state)
+        self._path = checkpoint.write(folder, state)
         keep, every = self._config.keep, self._every
         checkpoint.rotate(folder, newest=state.step, keep=keep, keep_every_steps=every)
         if file and not last:
             self._after(file.rows)
         return True
+
+    def _tell(self) -> None:
+        """Names a checkpoint that has come onto the disk since the last call."""
+        step = self._writer.saved
+        if step is not None and step != self._told:
+            self._told = step
+            self._journal.callbacks.checkpoint(step, self._path)
 
     def finish(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -245,7 +257,9 @@ class Saves:
 
         with self._allowance.spend("save"):
             distributed.on_main(self._ranks, wait)
+        self._tell()
 
     def close(self) -> None:
         """Waits for what is being written."""
         self._writer.wait()
+        self._tell()

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ijepa_fast.callbacks import read_rows
 from ijepa_fast.errors import UsageError
-from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.figure import pyplot, save
 
 __all__ = ["Line", "draw_curves", "panels_of", "read_runs"]

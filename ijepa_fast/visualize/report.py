@@ -13,8 +13,8 @@ from typing import Any
 
 import ijepa_fast
 from ijepa_fast.atomic import atomic_write
+from ijepa_fast.callbacks import read_rows
 from ijepa_fast.config import flatten, load_yaml
-from ijepa_fast.state import read_rows
 from ijepa_fast.visualize.curves import Line, panels_of
 
 __all__ = ["next_commands", "write_report"]

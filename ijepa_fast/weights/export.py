@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ijepa_fast.atomic import atomic_write
+from ijepa_fast.callbacks import read_rows
 from ijepa_fast.config import run_command
 from ijepa_fast.errors import UsageError
 from ijepa_fast.model import NORM_EPS
-from ijepa_fast.state import read_rows
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
 from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape

@@ -263,24 +263,24 @@ def test_flags_win_over_yaml_and_yaml_over_preset(tmp_path):
         tmp_path,
         "optim: {lr: 0.5, epochs: 70}\n"
         "data: {scale: [0.4, 0.9], crop: 448, root: /yaml}\n"
-        "log: {tensorboard: true}\n",
+        "log: {to: [tensorboard]}\n",
     )
     start = _config("--preset", "vith14_in1k")
     config = _config("--preset", "vith14_in1k", "--config", file)
     assert (config.optim.lr, config.optim.epochs) == (0.5, 70)
     assert (config.data.scale, config.data.crop, config.data.root) == ((0.4, 0.9), 448, "/yaml")
-    assert config.log.tensorboard
+    assert config.log.to == ("tensorboard",)
     assert config.model == start.model
     assert config.optim.warmup == start.optim.warmup
     config = _config(
         *("--optim.lr", "0.25", "--preset=vith14_in1k", f"--config={file}"),
-        *("--data.scale", "0.5", "0.6", "--data", "/flag", "--log.no-tensorboard"),
+        *("--data.scale", "0.5", "0.6", "--data", "/flag", "--log.to", "mlflow", "wandb"),
         *("--data.crop", "224", "448"),
     )
     assert (config.optim.lr, config.optim.epochs) == (0.25, 70)
     assert (config.data.scale, config.data.crop) == ((0.5, 0.6), (224, 448))
     assert config.data.root == "/flag"
-    assert not config.log.tensorboard
+    assert config.log.to == ("mlflow", "wandb")
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_messages_do_not_depend_on_the_terminal(arguments, message, encoding, mo
         ("--bach-size", "--batch-size"),
         ("--data.croop", "--data.crop"),
         ("--batch.global_", "--batch.global"),
-        ("--log.no-tensorbord", "--log.tensorboard"),
+        ("--log.no-sampels", "--log.samples"),
         ("--no-seed", "--seed"),
         ("--presett", "--preset"),
         ("--dryrun", "--dry-run"),

@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """15 steps, evaluated after every fourth."""
     out = tmp_path_factory.mktemp("run") / "run"
-    settings = {"eval__data": data, "eval__every": 4, "log__tensorboard": True}
+    settings = {"eval__data": data, "eval__every": 4}
     assert tiny.run(data, out, **settings) == 0
     return out
 
@@ -134,17 +134,6 @@ def test_without_labels(data, tmp_path, capsys):
     assert [row["step"] for row in rows] == [0, 5]
     assert all("knn" not in row and "data" not in row for row in rows)
     assert "evaluation at step 5  std" in capsys.readouterr().out
-
-
-def test_tensorboard(run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    values = {event.step: event.value for event in events.Scalars("monitors/rankme")}
-    expected = {row["step"]: row["monitors"]["rankme"] for row in _evaluations(run)}
-    assert values == pytest.approx(expected, rel=1e-5)
-    assert {event.step for event in events.Scalars("knn/target encoder")} == {4, 8, 12, 15}
 
 
 @pytest.mark.parametrize("world", [1, 8])

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
+from ijepa_fast.callbacks import MetricsFile
 from ijepa_fast.config import as_dict
 from ijepa_fast.fast import FastStep
-from ijepa_fast.state import MetricsFile, RunFolder, saves
+from ijepa_fast.state import RunFolder, saves
 from ijepa_fast.state.run_folder import recipe_difference
 from tests.trainer import tiny
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import skimage.data
 
 from ijepa_fast import train
-from ijepa_fast.state.metrics import read_rows
+from ijepa_fast.callbacks import read_rows
 
 
 def test_twenty_steps_on_real_photographs(tmp_path):

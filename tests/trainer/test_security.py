@@ -112,7 +112,7 @@ sys.exit(code)
 
 def test_a_run_alone_opens_no_socket(tmp_path):
     data = tiny.write_images(tmp_path / "data")
-    argv = tiny.arguments(data, tmp_path / "run", max_steps=2, log__tensorboard=True)
+    argv = tiny.arguments(data, tmp_path / "run", max_steps=2, log__to="tensorboard")
     result = subprocess.run(
         [sys.executable, "-c", AUDIT, *argv, "--eval.data", str(data)],
         check=False,

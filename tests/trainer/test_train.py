@@ -240,20 +240,6 @@ def test_bfloat16_trains(data, out):
     assert all(v.dtype != torch.bfloat16 for v in tiny.final_state(out).values())
 
 
-def test_tensorboard_events(data, out):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert tiny.run(data, out, log__tensorboard=True, max_steps=4) == 0
-    events = EventAccumulator(str(out / "tensorboard"))
-    events.Reload()
-    rows = tiny.rows(out)
-    for key in ("loss", "lr", "momentum"):
-        scalars = events.Scalars(f"train/{key}")
-        assert [e.step for e in scalars] == [2, 4]
-        assert [e.value for e in scalars] == pytest.approx([r[key] for r in rows])
-    assert "train/images_per_second" in events.Tags()["scalars"]
-
-
 def test_knn_before_and_after(data, out):
     assert tiny.run(data, out, eval__data=str(data), max_steps=6) == 0
     rows = [row for row in tiny.rows(out) if "knn" in row]
