@@ -69,4 +69,4 @@ dist:
 	build/venv/bin/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info kernels/*.egg-info

@@ -105,7 +105,8 @@ def test_its_wheel_runs_where_only_torch_and_triton_are(tmp_path):
         (site / name).symlink_to(parts[name])
     python = str(environment / "bin" / "python")
     there = [*pip, "--python", python]
-    subprocess.run([*there, "install", "--no-index", str(wheel)], check=True)
+    alone = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}  # no PYTHONPATH
+    subprocess.run([*there, "install", "--no-index", str(wheel)], check=True, env=alone)
     kernels, installed = (
         {path.relative_to(base) for path in base.glob("ijepa_kernels/**/*.py")}
         for base in (ROOT / "kernels", site)
