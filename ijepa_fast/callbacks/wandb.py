@@ -22,8 +22,8 @@ class WeightsAndBiases(Callback):
     """Sends every row's numbers, over the row's step, and all settings; no checkpoints.
 
     WANDB_PROJECT, WANDB_ENTITY, WANDB_NAME, WANDB_MODE (online, offline) and the others are W&B's
-    own. OUT/wandb holds its files; OUT/wandb_run_id the run's id, and steps up to which W&B surely
-    has all rows, the last one of which counts.
+    own. OUT/wandb holds its files; OUT/wandb_run_id the run's id, and the step up to which W&B
+    surely has all rows.
     """
 
     def on_start(self, info: RunInfo) -> None:
@@ -45,8 +45,8 @@ class WeightsAndBiases(Callback):
         # W&B counts rows by itself, and refuses one that is done again after a kill
         self._run.define_metric("*", step_metric="step")
         if not kept:
-            self._kept.write_text(self._run.id)
-        sure = int(kept[-1]) if len(kept) > 1 else -1
+            self._note(-1)
+        sure = int(kept[1]) if kept else -1
         for row in read_rows(info.out / "metrics.jsonl"):
             if row["step"] > sure:
                 self.on_step(row)
@@ -72,6 +72,6 @@ class WeightsAndBiases(Callback):
         self._note(step)
 
     def _note(self, step: int) -> None:
-        # appended: a kill leaves a smaller number at worst
-        with self._kept.open("a") as file:
-            file.write(f"\n{step}")
+        temporary = self._kept.with_suffix(".tmp")
+        temporary.write_text(f"{self._run.id} {step}")
+        temporary.replace(self._kept)

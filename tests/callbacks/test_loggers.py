@@ -130,7 +130,7 @@ def test_wandb_is_sent_again_what_a_kill_may_have_lost(tmp_path, monkeypatch):
         killed.on_step({"step": step, "loss": 0.5})
         # 50 s and 100 s after the start: then all rows up to step 0 have long been written
         killed.on_checkpoint(step, tmp_path)
-    assert (tmp_path / "wandb_run_id").read_text() == "abc\n0"
+    assert (tmp_path / "wandb_run_id").read_text() == "abc 0"
     rows = [{"step": 0, "monitors": {"rankme": 9.5}}, *({"step": n, "loss": 0.5} for n in (2, 4))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log.reset_mock()
