@@ -1,4 +1,4 @@
-"""Images from folders, lists and shards to uint8 batches: index, order, crops, decoders, loader.
+"""Images from paths and objects to uint8 batches: index, order, crops, decoders, loader.
 
 Pillow and DALI are imported where they are first used, never by importing this package.
 """
@@ -10,6 +10,7 @@ from ijepa_fast.data.dali_decoder import DaliDecoder
 from ijepa_fast.data.decoders import make_decoder
 from ijepa_fast.data.index import Index, index_from_arrays, index_to_arrays
 from ijepa_fast.data.loader import Batch, Loader, known_bad
+from ijepa_fast.data.objects import Data, ImageSource, data_roots
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
 from ijepa_fast.data.quarantine import Quarantine
@@ -21,8 +22,10 @@ __all__ = [
     "NAMES",
     "Batch",
     "DaliDecoder",
+    "Data",
     "DecodeError",
     "ImageDecoder",
+    "ImageSource",
     "Index",
     "Loader",
     "PillowDecoder",
@@ -30,6 +33,7 @@ __all__ = [
     "build_index",
     "cache_folder",
     "crop_windows",
+    "data_roots",
     "decode_usable",
     "default_threads",
     "epoch_order",

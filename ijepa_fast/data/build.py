@@ -17,8 +17,9 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from ijepa_fast.data.headers import Image, Inspected, inspect_file, inspect_shard
+from ijepa_fast.data.headers import Image, Inspected, inspect_file, inspect_item, inspect_shard
 from ijepa_fast.data.index import COLUMNS, Index, Texts, stamp
+from ijepa_fast.data.objects import find_object
 from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.reading import thread_pool
 from ijepa_fast.data.sets.named import named_data
@@ -32,6 +33,7 @@ __all__ = [
     "lost_parts",
     "require_size",
     "require_whole",
+    "source_key",
     "source_names",
 ]
 
@@ -102,7 +104,7 @@ def build_index(
                 if time.monotonic() - said > _SAID_EVERY:
                     said = time.monotonic()
                     logger.info("looked into %d of %d files", done, total)
-    index = replace(parts.finish(), sources=tuple(os.path.abspath(name) for name in given))
+    index = replace(parts.finish(), sources=tuple(map(source_key, given)))
     _require_images(given, index)
     counts = f"{len(index)} images in {len(index.classes)} classes, {len(index.bad)} unusable"
     level = logging.INFO if index.bad or index.ignored else logging.DEBUG
@@ -125,6 +127,14 @@ def source_names(sources: Sources) -> list[str]:
     ]
 
 
+def source_key(name: str) -> str:
+    """What a table knows a source by: its absolute path; of an object also the fingerprint."""
+    given = find_object(name)
+    if not given:
+        return os.path.abspath(name)
+    return f"{name} of {len(given.source)}, {given.fingerprint}"
+
+
 def _inspected(
     pool: ThreadPoolExecutor,
     source: Source,
@@ -140,6 +150,8 @@ def _inspected(
             again = known.find(path, label) if known else None
             if again:
                 found.append(again)
+            elif source.given is not None:
+                found.append(inspect_item(source.given, path, verify=verify))
             elif path.lower().endswith(SHARDS):
                 found.append(inspect_shard(source.root, path, label, verify=verify, stop=stop))
             else:

@@ -2,7 +2,8 @@
 
 `<cache>/ijepa-fast/tables/<hash of the sources>.safetensors`. A start compares folders, list files,
 shards and (up to two million files) every image with the table by path, size and time of change;
-larger sets compare an image when it is read.
+larger sets compare an image when it is read. A table of objects is made once while they are given,
+and kept as a file only where each says by its fingerprint that it is the same as before.
 """
 
 import hashlib
@@ -13,10 +14,18 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ijepa_fast.data.build import Sources, build_index, require_size, require_whole, source_names
+from ijepa_fast.data.build import (
+    Sources,
+    build_index,
+    require_size,
+    require_whole,
+    source_key,
+    source_names,
+)
 from ijepa_fast.data.index import (
     Index,
     index_from_arrays,
@@ -24,6 +33,7 @@ from ijepa_fast.data.index import (
     open_regular,
     stamp,
 )
+from ijepa_fast.data.objects import PREFIX, Given, find_object
 from ijepa_fast.data.reading import thread_pool
 from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.table_file import TableError, read_table, write_table
@@ -36,6 +46,9 @@ _FORMAT = 2
 _COMPARED = 2_000_000
 _CHUNK = 1024
 _THREADS = 16
+# by the first object among the sources
+_TABLES: WeakKeyDictionary[Given, dict[tuple[str, ...], tuple[Index, Path | None]]]
+_TABLES = WeakKeyDictionary()
 
 
 def open_index(
@@ -67,7 +80,32 @@ def open_index(
         TooManyBadFiles: a shard is damaged or a folder cannot be listed.
     """
     given = source_names(sources)
-    wanted = tuple(os.path.abspath(name) for name in given)
+    objects = [found for found in map(find_object, given) if found]
+    wanted = tuple(map(source_key, given))
+    made = _TABLES.setdefault(objects[0], {}) if objects else {}
+    if wanted in made:
+        index, path = made[wanted]
+    elif len(objects) in (0, len(given)) and all(found.fingerprint for found in objects):
+        index, path = _kept(given, wanted, cache, threads, verify=verify, compare_all=compare_all)
+    else:
+        index, path = build_index(given, threads=threads, verify=verify), None
+    made[wanted] = index, path
+    if not allow_missing:
+        require_whole(index)
+    require_size(index, min_side)
+    return index, path
+
+
+def _kept(
+    given: list[str],
+    wanted: tuple[str, ...],
+    cache: Path | None,
+    threads: int | None,
+    *,
+    verify: bool,
+    compare_all: bool,
+) -> tuple[Index, Path | None]:
+    """The table from its file, which is written where it is not there or not up to date."""
     key = json.dumps([_FORMAT, wanted], ensure_ascii=True)
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
     path = (cache or cache_folder()) / "ijepa-fast" / "tables" / f"{name}.safetensors"
@@ -86,17 +124,20 @@ def open_index(
     else:
         index = build_index(given, threads=threads, verify=verify, older=older)
         try:
-            save_table(path, index)
-            index = load_table(path)
+            if _lasting(index):
+                save_table(path, index)
+                index = load_table(path)
         except OSError as error:
             logger.warning(
                 "the table of the data is not kept, the next start makes it anew: %s", error
             )
-    if not allow_missing:
-        require_whole(index)
-    require_size(index, min_side)
     # what was opened has a name
     return index, path if index.table else None
+
+
+def _lasting(index: Index) -> bool:
+    """Not where another start may be able to read items that could not be read now."""
+    return not index.roots[0].startswith(PREFIX) or bool(index.bad_stamps.all())
 
 
 def save_table(path: Path, index: Index) -> None:
@@ -127,6 +168,9 @@ def load_table(path: Path) -> Index:
 
 def _up_to_date(index: Index, compare_all: bool) -> bool:
     """Whether folders, lists, shards and files are as they were when the table was made."""
+    if index.roots[0].startswith(PREFIX):
+        # all are, and their fingerprints are the same
+        return True
     try:
         # 0: too young to be trusted
         watched = zip(index.watched, index.watched_times.tolist(), strict=True)

@@ -9,10 +9,11 @@ import logging
 import os
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ijepa_fast.data.index import FORMATS, MARKED, mark, open_regular, stamp
+from ijepa_fast.data.objects import ImageSource, item_of, label_of, read_item
 from ijepa_fast.data.pixels import (
     EXTENSIONS,
     check_mode,
@@ -25,7 +26,7 @@ from ijepa_fast.data.pixels import (
 )
 from ijepa_fast.data.sources import OUT_OF_FILES, Bad, settled
 
-__all__ = ["Image", "Inspected", "inspect_file", "inspect_shard"]
+__all__ = ["Image", "Inspected", "inspect_file", "inspect_item", "inspect_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +68,20 @@ class Inspected(NamedTuple):
     ignored: int = 0
 
 
-class _Range(io.RawIOBase):
-    """A byte range of a descriptor as a file; `read` allocates no more than there is."""
+# the bytes from a place on, so many
+_Bytes = Callable[[int, int], bytes]
 
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+
+def _of_file(descriptor: int, offset: int = 0) -> _Bytes:
+    return lambda size, at: os.pread(descriptor, size, offset + at)
+
+
+class _Range(io.RawIOBase):
+    """Bytes as a file; `read` asks for no more than there is."""
+
+    def __init__(self, bytes_from: _Bytes, length: int) -> None:
         super().__init__()
-        self._descriptor, self._offset, self._at = descriptor, offset, 0
-        self._length = length
+        self._bytes_from, self._length, self._at = bytes_from, length, 0
 
     def readable(self) -> bool:
         return True
@@ -90,9 +98,7 @@ class _Range(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         left = max(self._length - self._at, 0)
-        data = os.pread(
-            self._descriptor, left if size < 0 else min(size, left), self._offset + self._at
-        )
+        data = self._bytes_from(left if size < 0 else min(size, left), self._at)
         self._at += len(data)
         return data
 
@@ -117,12 +123,36 @@ def inspect_file(root: str, path: str, label: str | None, *, verify: bool) -> In
     descriptor, status = opened
     known = _stamp(status)
     try:
-        found = _inspect(descriptor, 0, status.st_size, verify=verify)
+        found = _inspect(_of_file(descriptor), status.st_size, verify=verify)
     finally:
         os.close(descriptor)
     if isinstance(found, str):
         return Inspected(path, [], [Bad(path, found)], known)
     return Inspected(path, [found._replace(label=label)], [], known)
+
+
+def inspect_item(source: ImageSource, path: str, *, verify: bool) -> Inspected:
+    """Reads one item of an object.
+
+    Args:
+        source: the object.
+        path: the item's name, see `item_name`.
+        verify: decode the whole image.
+
+    Returns:
+        The stamp is 0 where another start may find the item readable.
+    """
+    item = item_of(path)
+    try:
+        encoded, label = read_item(source, item), label_of(source, item)
+    except OSError as error:
+        if error.errno in OUT_OF_FILES:
+            raise
+        return Inspected(path, [], [Bad(path, describe(error))], int(error.errno is None))
+    found = _inspect(lambda size, at: encoded[at : at + size], len(encoded), verify=verify)
+    if isinstance(found, str):
+        return Inspected(path, [], [Bad(path, found)], 1)
+    return Inspected(path, [found._replace(label=label)], [], 1)
 
 
 def _open(root: str, path: str) -> tuple[int, os.stat_result] | Inspected:
@@ -138,10 +168,10 @@ def _open(root: str, path: str) -> tuple[int, os.stat_result] | Inspected:
         return Inspected(path, [], [Bad(path, reason)], 0)
 
 
-def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Image | str:
+def _inspect(bytes_from: _Bytes, length: int, *, verify: bool) -> Image | str:
     """What is known of a usable image, or why it is not usable."""
     try:
-        return _header(descriptor, offset, length, verify=verify)
+        return _header(bytes_from, length, verify=verify)
     except MemoryError:
         raise
     # Pillow raises nearly anything on a hostile file; all of it means that the file is not usable.
@@ -149,33 +179,33 @@ def _inspect(descriptor: int, offset: int, length: int, *, verify: bool) -> Imag
         return describe(error)
 
 
-def _header(descriptor: int, offset: int, length: int, *, verify: bool) -> Image:
+def _header(bytes_from: _Bytes, length: int, *, verify: bool) -> Image:
     if length == 0:
         raise ValueError("the file is empty")
     if length > _LONGEST:
         raise ValueError(f"an image must have at most {_LONGEST} bytes, got {length}")
     # Pillow reads a header in small pieces
-    file = io.BufferedReader(_Range(descriptor, offset, length))
+    file = io.BufferedReader(_Range(bytes_from, length))
     with open_image(file) as image:
         width, height = image.size
         check_pixels(width, height)
         check_mode(image)
         name = "JPEG" if image.format == "MPO" else image.format
-        plain = is_plain(image, os.pread(descriptor, min(32, length), offset))
+        plain = is_plain(image, bytes_from(min(32, length), 0))
         size = min(MARKED, length)
-        tail = os.pread(descriptor, size, offset + length - size)
+        tail = bytes_from(size, length - size)
         marker = _END_MARKER.get(image.format or "")
         verified = verify or (marker is not None and marker not in tail)
         if verified:
             if name == "JPEG":
-                encoded = os.pread(descriptor, length, offset)
+                encoded = bytes_from(length, 0)
                 check_scans(encoded, width, height)
                 plain = plain and (not image.info.get("progressive") or is_complete(encoded))
             image.load()
     return Image(
         member="",
         label=None,
-        offset=offset,
+        offset=0,
         length=length,
         width=width,
         height=height,
@@ -223,7 +253,7 @@ def inspect_shard(
     descriptor, status = opened
     known = _stamp(status)
     with os.fdopen(descriptor, "rb"):
-        members = _members(_Range(descriptor, 0, status.st_size))
+        members = _members(_Range(_of_file(descriptor), status.st_size))
         while not (stop and stop.is_set()):
             try:
                 member = next(members, None)
@@ -247,11 +277,12 @@ def inspect_shard(
                 if member.offset_data + member.size > status.st_size:
                     bad.append(Bad(path, f"the shard is damaged: it ends within {member.name!r}"))
                     break
-                found = _inspect(descriptor, member.offset_data, member.size, verify=verify)
+                inside = _of_file(descriptor, member.offset_data)
+                found = _inspect(inside, member.size, verify=verify)
                 if isinstance(found, str):
                     bad.append(Bad(full, found))
                     continue
-                images.append(found._replace(member=member.name))
+                images.append(found._replace(member=member.name, offset=member.offset_data))
                 keys.append(key)
             elif extension in (".cls", ".json") and member.isreg() and not member.issparse():
                 text = _label(descriptor, member, extension)

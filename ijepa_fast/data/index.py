@@ -20,6 +20,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ijepa_fast.data.objects import ImageSource, find_object, item_of, read_item
+
 __all__ = [
     "COLUMNS",
     "FORMATS",
@@ -264,7 +266,10 @@ class Index:
             OSError: the file cannot be read, is no regular file any more or has changed.
         """
         file, length = int(self.file[row]), int(self.length[row])
-        if self.members is not None and self.members.raw(row):
+        given = self._objects.get(self._root(file)) if self._objects else None
+        if given is not None:
+            data = read_item(given, item_of(self.paths[file]))
+        elif self.members is not None and self.members.raw(row):
             shard = self._shard(file)
             data = os.pread(shard.descriptor, length, int(self.offset[row]))
         else:
@@ -282,6 +287,12 @@ class Index:
         if mark(data, length) != int(self.mark[row]):
             raise OSError("the file has changed: another image of the same length")
         return data
+
+    @cached_property
+    def _objects(self) -> dict[int, ImageSource]:
+        """The roots that are objects."""
+        found = enumerate(map(find_object, self.roots))
+        return {root: given.source for root, given in found if given}
 
     def _shard(self, file: int) -> "_Shard":
         """An open tar shard; it is closed when it is left out here and nobody reads from it."""

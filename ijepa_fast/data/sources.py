@@ -6,6 +6,7 @@
 - A list file (``.txt``, ``.tsv``, UTF-8): a line an image, ``path`` or ``path<TAB>class``; paths
   relative to the list file's folder; blank lines and lines that begin with ``#`` are left out.
 - A tar file, or a range of them: ``shards/train-{00000..00099}.tar``.
+- An object that Python gives, see `objects`.
 """
 
 import errno
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ijepa_fast.data.index import open_regular
+from ijepa_fast.data.objects import ImageSource, find_object, item_name
 from ijepa_fast.data.pixels import EXTENSIONS, describe
 
 __all__ = ["OUT_OF_FILES", "SHARDS", "Bad", "Entry", "Source", "list_source", "settled"]
@@ -62,6 +64,7 @@ class Source:
         watched: (absolute path, mtime in ns, 0 if it is not `settled`) of folders and list files:
             as long as these stand, the listing does.
         listed: whether a list file names the entries.
+        given: the object that the entries are items of.
     """
 
     root: str
@@ -70,6 +73,7 @@ class Source:
     ignored: int = 0
     watched: list[tuple[str, int]] = field(default_factory=list)
     listed: bool = False
+    given: ImageSource | None = None
 
 
 def list_source(source: str | os.PathLike[str]) -> Source:
@@ -79,6 +83,9 @@ def list_source(source: str | os.PathLike[str]) -> Source:
         ValueError: it is missing, or none of the kinds above.
     """
     text = os.fspath(source)
+    if found := find_object(text):
+        entries = [Entry(item_name(text, item), None) for item in range(len(found.source))]
+        return Source(text, entries, given=found.source)
     where = Path(text)
     if where.is_dir():
         return _folder(os.path.abspath(text))
