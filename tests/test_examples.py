@@ -1,13 +1,17 @@
-"""The kernels inside other people's training loops: the same losses."""
+"""The kernels inside other people's training loops, data from elsewhere: the same losses."""
 
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+
+from ijepa_fast.visualize.run_pictures import Pictures
+from tests.trainer import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +56,21 @@ def test_they_run_as_scripts_and_stay_short(name):
     )
     assert result.returncode == 0, result.stderr
     assert "averaged model" in result.stdout
+
+
+def test_a_parquet_file_gives_the_losses_of_its_images(tmp_path):
+    pytest.importorskip("datasets")
+    example = runpy.run_path(str(ROOT / "examples" / "parquet.py"))
+    file = tmp_path / "images.parquet"
+    example["write_example"](file, 40)
+    source = example["Parquet"](file, tmp_path / "cache")
+    for i in range(40):
+        folder = tmp_path / "files" / str(source.label_at(i))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i:02d}.png").write_bytes(source.bytes_at(i))
+    assert tiny.run(tmp_path / "files", tmp_path / "plain", max_steps=3) == 0
+    given = ["--file", file, "--out", tmp_path / "run", "--steps", 3]
+    given += ["--config", tmp_path / "recipe.yaml", "--batch.global", 8, "--batch.device", 8]
+    with mock.patch.object(Pictures, "_draw"):
+        assert example["main"]([str(word) for word in given]) == 0
+    assert tiny.losses(tmp_path / "run") == tiny.losses(tmp_path / "plain")

@@ -12,7 +12,9 @@ from ijepa_fast.data.index import Index, index_from_arrays, index_to_arrays
 from ijepa_fast.data.loader import Batch, Loader, known_bad
 from ijepa_fast.data.objects import Data, ImageSource, data_roots
 from ijepa_fast.data.order import epoch_order, positions, steps_per_epoch, usable_ids
+from ijepa_fast.data.pack import Packed, pack
 from ijepa_fast.data.pillow_decoder import DecodeError, ImageDecoder, PillowDecoder, default_threads
+from ijepa_fast.data.progress import progress
 from ijepa_fast.data.quarantine import Quarantine
 from ijepa_fast.data.reading import decode_usable
 from ijepa_fast.data.sets.idx import cache_folder
@@ -28,6 +30,7 @@ __all__ = [
     "ImageSource",
     "Index",
     "Loader",
+    "Packed",
     "PillowDecoder",
     "Quarantine",
     "build_index",
@@ -44,7 +47,9 @@ __all__ = [
     "make_decoder",
     "named_data",
     "open_index",
+    "pack",
     "positions",
+    "progress",
     "save_table",
     "source_names",
     "steps_per_epoch",

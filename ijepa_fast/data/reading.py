@@ -178,13 +178,13 @@ class Reader:
             if self._stop.is_set():
                 break
             self._at[part] = row
-            found.append(self._read_one(row))
+            found.append(self.read(row))
             self.progress = time.monotonic()
         self._at[part] = -1
         return found
 
-    def _read_one(self, row: int) -> bytes | str:
-        """A file's bytes, or what is wrong with it.
+    def read(self, row: int) -> bytes | str:
+        """A file's bytes, or what is wrong with it, in the caller's thread.
 
         Raises:
             OSError: it is the storage that fails, not the file.

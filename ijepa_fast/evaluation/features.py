@@ -1,18 +1,14 @@
 """Features of labelled images, computed once for all that is made of them."""
 
-import logging
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ijepa_fast.config import Config
+from ijepa_fast.data import progress
 from ijepa_fast.evaluation.labelled import Images, Split
 from ijepa_fast.keyed_random import Stream, torch_generator
 from ijepa_fast.model import VisionTransformer, build_models
@@ -41,8 +37,6 @@ _PIXEL_SIDE = 64
 _SMALL_SIDE = 32
 # of the pixels of all training images
 _MOST_BYTES = 2**32
-_TOLD_SECONDS = 10
-_logger = logging.getLogger(__name__)
 
 
 def encoder_of(config: Config, network: VisionTransformer) -> Encoder:
@@ -95,21 +89,7 @@ def shown(parts: Iterable[Images], what: str, total: int, *, bar: bool) -> Itera
     """The same batches, and how far they are: in a bar on a terminal, if it is wanted, or in a line
     every ten seconds.
     """
-    if bar and sys.stderr.isatty():
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task(what, total=total)
-            for part in parts:
-                yield part
-                progress.advance(task, len(part.rows))
-        return
-    done, told = 0, time.monotonic()
-    for part in parts:
-        yield part
-        done += len(part.rows)
-        if time.monotonic() - told >= _TOLD_SECONDS:
-            told = time.monotonic()
-            _logger.info("%s: %d of %d images", what, done, total)
+    return progress(parts, what, total, bar=bar, images=lambda part: len(part.rows))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,10 +152,10 @@ def test_storage_that_fails_is_no_bad_item(monkeypatch):
         index, _ = open_index(roots)
         reader = Reader(index, threading.Event())
         source.items[2] = ConnectionError("reset")
-        assert reader._read_one(2) == "cannot be read: ConnectionError: reset"
+        assert reader.read(2) == "cannot be read: ConnectionError: reset"
         source.items[:] = [ConnectionResetError(errno.ECONNRESET, "reset")] * 8
         with pytest.raises(OSError, match=r"storage of the data fails: 'object:images.*: reset"):
-            reader._read_one(2)
+            reader.read(2)
 
 
 def test_a_table_is_made_once_and_kept_by_a_fingerprint(tmp_path):

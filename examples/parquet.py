@@ -1,0 +1,70 @@
+"""Trains on a parquet file of encoded images through Hugging Face `datasets`.
+
+    python examples/parquet.py --file images.parquet --out runs/parquet
+
+Its columns are `image` (bytes and path, as `datasets` writes images) and `label`. Without --file a
+small one is written first. Other options are those of `ijepa-fast train`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+from ijepa_fast import train
+from ijepa_fast.data import data_roots, named_data
+
+
+class Parquet:
+    """The rows of a local parquet file: `datasets` maps it, and nothing is decoded."""
+
+    def __init__(self, file: Path, cache: Path) -> None:
+        read = datasets.Dataset.from_parquet(str(file), cache_dir=str(cache))
+        self.rows = read.cast_column("image", datasets.Image(decode=False))
+        # another one where file, size or time of change is
+        self.fingerprint = self.rows._fingerprint
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def bytes_at(self, i: int) -> bytes:
+        """An encoded image."""
+        return self.rows[i]["image"]["bytes"]
+
+    def label_at(self, i: int) -> int:
+        """Its class."""
+        return self.rows[i]["label"]
+
+
+def write_example(file: Path, images: int = 400) -> None:
+    """Writes a tenth of the images from each class of Fashion-MNIST, with their labels."""
+    folders = sorted((named_data("fashion_mnist_10k") / "train").iterdir())
+    paths = [path for folder in folders for path in sorted(folder.iterdir())[: images // 10]]
+    labels = [folders.index(path.parent) for path in paths]
+    column = [{"bytes": path.read_bytes(), "path": None} for path in paths]
+    rows = datasets.Dataset.from_dict({"image": column, "label": labels})
+    rows.cast_column("image", datasets.Image()).to_parquet(str(file))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/parquet"))
+    parser.add_argument("--steps", type=int, default=20)
+    args, more = parser.parse_known_args(argv)
+    folder = args.out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.file is None:
+        args.file = folder / "example.parquet"
+        write_example(args.file)
+    settings = ["--batch.global", "64", "--batch.device", "64", "--max-steps", str(args.steps)]
+    with data_roots(Parquet(args.file, folder / "cache")) as roots:
+        begin = ["--preset", "demo", "--data", *roots, "--out", str(args.out)]
+        return train.main([*begin, *settings, *more])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
