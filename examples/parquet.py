@@ -1,9 +1,9 @@
 """Trains on a parquet file of encoded images through Hugging Face `datasets`.
 
-    python examples/parquet.py --file images.parquet --out runs/parquet
+    python examples/parquet.py --out runs/parquet
 
-Its columns are `image` (bytes and path, as `datasets` writes images) and `label`. Without --file a
-small one is written first. Other options are those of `ijepa-fast train`.
+writes a small file first; --file takes one with the columns `image` (bytes and path, as `datasets`
+writes images) and `label`. Other options are those of `ijepa-fast train`.
 """
 
 import argparse

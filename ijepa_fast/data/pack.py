@@ -150,7 +150,8 @@ def pack(
         return _result(manifest, 0, 0.0)
     partial = final.with_name(f"{final.name}.partial")
     with _owned(partial):
-        if any(partial.iterdir()):
+        # hidden ones were not whole when an earlier call was killed
+        if any(path.name[0] != "." for path in partial.iterdir()):
             manifest = _begun(partial, manifest)
         else:
             _write_manifest(partial, manifest)

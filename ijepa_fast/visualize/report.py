@@ -273,6 +273,8 @@ def next_commands(run: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
     name, evaluation = shlex.quote(str(run)), settings.get("eval", {}).get("data")
     root = settings["data"]["root"]
     images, labelled = root[0] if isinstance(root, list) else root, evaluation or "LABELLED_FOLDER"
+    # an object of a Python program cannot be typed
+    images, labelled = ("DIR" if d.startswith("object:") else d for d in (images, labelled))
     return (
         f"ijepa-fast evaluate {name} --data {shlex.quote(labelled)} --methods knn ridge linear",
         f"ijepa-fast embed {name} --data {shlex.quote(images)} --out features.npy",

@@ -152,6 +152,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", [0, 7, 24])
 def test_after_a_kill_the_bytes_are_the_same(photographs, tmp_path, monkeypatch, after):
     settings = {"side": SIDE, "shard_bytes": 12_000, "threads": 2}
+    # as after a kill before the first manifest
+    (tmp_path / "whole.partial").mkdir()
+    (tmp_path / "whole.partial" / f".{MANIFEST}").touch()
     pack(photographs, tmp_path / "whole", **settings)
     added = []
 
