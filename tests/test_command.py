@@ -97,6 +97,10 @@ def test_stdout_that_is_full_or_gone_is_no_traceback():
     os.close(read)
     with os.fdopen(write, "wb") as gone:
         assert _process("-m", "ijepa_fast", "--version", stdout=gone) == (141, "", "")
+    closing = (
+        "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    assert _process("-c", closing, "-m", "ijepa_fast", "--version") == (0, "", "")
 
 
 def test_a_run_outlives_its_stdout(tmp_path, monkeypatch, capsys):

@@ -218,14 +218,16 @@ class Loader(Iterator[Batch]):
                 started = now
             idle = now - max(self._reader.progress, started)
             decoding = self._decoding
-            where = f"decoding {decoding}" if decoding else f"reading {self._reader.being_read()}"
+            reading = f"reading {self._reader.being_read()}"
             if idle >= (_PATIENCE * limit if decoding else limit):
                 self._stalled = True
                 raise DataStalled(
                     f"data.timeout must be longer than any time without data ({limit:g} s), "
-                    f"got {idle:.0f} s, {where}; is the storage there and fast enough?"
+                    f"got {idle:.0f} s, "
+                    + (decoding or f"{reading}; is the storage there and fast enough?")
                 )
-            logger.warning("the step waits for data for %.0f s: %s", now - started, where)
+            words = "the step waits for data for %.0f s: %s"
+            logger.warning(words, now - started, decoding or reading)
 
     def __enter__(self) -> "Loader":
         """The loader itself."""
@@ -361,7 +363,9 @@ class Loader(Iterator[Batch]):
         if len(encoded) != len(ids):
             raise DecodeError({row: item for row, item in enumerate(read) if isinstance(item, str)})
         require_decodable(index, ids, encoded)
-        self._decoding = f"{index.name(int(ids[0]))!r} and {len(ids) - 1} more"
+        work = index.width[ids].astype(np.int64) * index.height[ids] * index.length[ids]
+        name = index.name(int(ids[work.argmax()]))
+        self._decoding = f"decoding {len(ids)} images, {name!r} with the most pixels and bytes"
         self._reader.progress = time.monotonic()
         try:
             images = self._decoder.decode(encoded, windows, self._plain[ids])

@@ -45,9 +45,9 @@ _CONVERTIBLE = frozenset(
 _INTEGER = frozenset(("I", "I;16", "I;16L", "I;16B", "I;16N"))
 # A PNG starts with 8 bytes signature, then IHDR: 4 length, 4 name, 4 width, 4 height, 1 depth.
 _PNG_DEPTH_AT = 24
-MOST_SCANNED = 1 << 33
+MOST_SCANNED = 1 << 31
 """Pixels times scans of a JPEG: each scan passes over all of its pixels. A progressive file has
-about ten."""
+about ten, so the largest images have half of it; it takes a core seconds."""
 LEAST_SCAN = 10
 """Bytes of a scan's header."""
 # the end, or a scan of 1 to 4 components

@@ -593,7 +593,8 @@ def test_an_unknown_yaml_key_names_the_nearest(text, key, near, tmp_path, capsys
     ],
 )
 def test_wrong_yaml_is_one_line(text, part, tmp_path, capsys):
-    assert part in _refused([*DEMO, "--config", _yaml(tmp_path, text)], capsys)
+    arguments = [*DEMO, "--print-config", "--config", _yaml(tmp_path, text)]
+    assert part in _refused(arguments, capsys)
 
 
 def test_masks_that_the_grid_cannot_hold_are_refused_before_data(tmp_path, capsys):

@@ -24,6 +24,7 @@ from ijepa_fast.data import (
     decode_usable,
     epoch_order,
 )
+from ijepa_fast.data.loader import DataStalled
 from tests.trainer.small_folder import (
     DECODERS,
     IMAGES,
@@ -173,7 +174,7 @@ def test_a_jpeg_of_endless_scans_is_refused(tmp_path, decoder):
     quarantine = Quarantine(None, 0.1, 12)
     assert run(index, decoder=decoder, steps=10, quarantine=quarantine)
     assert list(quarantine.files) == ["endless.jpg"]
-    words = r"at most 8589934592, got 1600x1600 pixels in 40\d\d scans"
+    words = r"at most 2147483648, got 1600x1600 pixels in 40\d\d scans"
     assert re.search(words, quarantine.files["endless.jpg"])
     assert dict(build_index(root, verify=True).bad) == quarantine.files
 
@@ -203,6 +204,20 @@ def test_errors_of_the_thread_reach_the_consumer(index):
                 next(loader)
         frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
         assert "decode" in frames  # where it happened, not only where it was raised again
+
+
+def test_a_decoder_that_does_not_end_is_named_with_its_largest_image(tmp_path, monkeypatch):
+    root, release = folder(tmp_path, 7), threading.Event()
+    Image.new("RGB", (400, 400), 90).save(root / "large.png")
+    given = _Decoder()
+    monkeypatch.setattr(given, "decode", lambda *_: release.wait(60))
+    loader = make_loader(build_index(root), given=given, timeout=0.05)
+    try:
+        with pytest.raises(DataStalled, match=r"decoding 8 images, 'large\.png' with the most"):
+            next(loader)
+    finally:
+        release.set()
+        loader.close()
 
 
 def test_decoding_runs_ahead_but_bounded(index):

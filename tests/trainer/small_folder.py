@@ -46,9 +46,16 @@ def spoil(index, rows):
         index.mark[row] = mark(data, len(data))
 
 
-def make_loader(index, *, decoder="pillow", prefetch=3, given=None, **options):
+def make_loader(index, *, decoder="pillow", prefetch=3, timeout=25.0, given=None, **options):
     """With a decoder by its name, or a given one."""
-    config = DataConfig(decoder=decoder, prefetch=prefetch, crop=32, threads=2, max_bad_share=0.2)
+    config = DataConfig(
+        decoder=decoder,
+        prefetch=prefetch,
+        crop=32,
+        threads=2,
+        max_bad_share=0.2,
+        timeout=timeout,
+    )
     sizes = {"seed": 7, "global_batch": 8, "device_batch": 8, "steps": 10}
     return Loader(index, config, decoder=given, **{**sizes, **options})
 
