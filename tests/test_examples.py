@@ -1,4 +1,4 @@
-"""The kernels inside other people's training loops: the same losses."""
+"""Training loops of another style, and one of the trainer's own parts: the same losses."""
 
 import os
 import runpy
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import ijepa_fast
+from ijepa_fast.visualize.run_pictures import Pictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +55,17 @@ def test_they_run_as_scripts_and_stay_short(name):
     )
     assert result.returncode == 0, result.stderr
     assert "averaged model" in result.stdout
+
+
+def test_the_loop_of_one_s_own_is_the_trainer(tmp_path, monkeypatch):
+    path = ROOT / "examples" / "own_loop.py"
+    assert len(path.read_text().splitlines()) < 80
+    own = runpy.run_path(str(path))
+    config, steps = own["CONFIG"], own["STEPS"]
+    monkeypatch.setattr(Pictures, "_draw", lambda *arguments: None)
+    run = ijepa_fast.pretrain(
+        config, out=tmp_path / "run", max_steps=steps, log__interval=1, eval__seconds=0.0
+    )
+    assert steps == 50 == run.step
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert own["train"](config, steps, device) == [row["loss"] for row in run.rows]
