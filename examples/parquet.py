@@ -3,18 +3,17 @@
     python examples/parquet.py --out runs/parquet
 
 writes a small file first; --file takes one with the columns `image` (bytes and path, as `datasets`
-writes images) and `label`. Other options are those of `ijepa-fast train`.
+writes images) and `label`.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 
-from ijepa_fast import train
-from ijepa_fast.data import data_roots, named_data
+import ijepa_fast
+from ijepa_fast.data import named_data
 
 
 class Parquet:
@@ -48,23 +47,22 @@ def write_example(file: Path, images: int = 400) -> None:
     rows.cast_column("image", datasets.Image()).to_parquet(str(file))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def train(
+    file: Path, out: Path, config: str | ijepa_fast.Config, **settings: Any
+) -> ijepa_fast.RunResult:
+    """`pretrain` on the rows of a file."""
+    rows = Parquet(file, out.parent / "cache")
+    return ijepa_fast.pretrain(config, data=rows, out=out, **settings)
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--file", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/parquet"))
     parser.add_argument("--steps", type=int, default=20)
-    args, more = parser.parse_known_args(argv)
-    folder = args.out.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
     if args.file is None:
-        args.file = folder / "example.parquet"
+        args.file = args.out.parent / "example.parquet"
+        args.file.parent.mkdir(parents=True, exist_ok=True)
         write_example(args.file)
-    settings = ["--batch.global", "64", "--batch.device", "64", "--max-steps", str(args.steps)]
-    with data_roots(Parquet(args.file, folder / "cache")) as roots:
-        begin = ["--preset", "demo", "--data", *roots, "--out", str(args.out)]
-        return train.main([*begin, *settings, *more])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    train(args.file, args.out, "demo", batch_size=64, batch__device=64, max_steps=args.steps)

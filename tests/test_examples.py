@@ -1,4 +1,4 @@
-"""The kernels inside other people's training loops, data from elsewhere: the same losses."""
+"""Training loops of another style, one of the trainer's own parts, data from elsewhere: same losses."""
 
 import os
 import runpy
@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+import ijepa_fast
 from ijepa_fast.visualize.run_pictures import Pictures
 from tests.trainer import tiny
 
@@ -69,8 +70,22 @@ def test_a_parquet_file_gives_the_losses_of_its_images(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i:02d}.png").write_bytes(source.bytes_at(i))
     assert tiny.run(tmp_path / "files", tmp_path / "plain", max_steps=3) == 0
-    given = ["--file", file, "--out", tmp_path / "run", "--steps", 3]
-    given += ["--config", tmp_path / "recipe.yaml", "--batch.global", 8, "--batch.device", 8]
     with mock.patch.object(Pictures, "_draw"):
-        assert example["main"]([str(word) for word in given]) == 0
+        config = tiny.config(tmp_path / "files", tmp_path / "plain", max_steps=3)
+        run = example["train"](file, tmp_path / "run", config)
+    assert run.step == 3
     assert tiny.losses(tmp_path / "run") == tiny.losses(tmp_path / "plain")
+
+
+def test_the_loop_of_one_s_own_is_the_trainer(tmp_path, monkeypatch):
+    path = ROOT / "examples" / "own_loop.py"
+    assert len(path.read_text().splitlines()) < 80
+    own = runpy.run_path(str(path))
+    config, steps = own["CONFIG"], own["STEPS"]
+    monkeypatch.setattr(Pictures, "_draw", lambda *arguments: None)
+    run = ijepa_fast.pretrain(
+        config, out=tmp_path / "run", max_steps=steps, log__interval=1, eval__seconds=0.0
+    )
+    assert steps == 50 == run.step
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert own["train"](config, steps, device) == [row["loss"] for row in run.rows]
