@@ -1,4 +1,4 @@
-"""Training loops of another style, one of the trainer's own parts, data from elsewhere: same losses."""
+"""Training loops of another style, and data from elsewhere: the same losses."""
 
 import os
 import runpy
