@@ -15,7 +15,15 @@ __all__ = [
 
 
 class UsageError(ValueError):
-    """Wrong input of the user, said in one line."""
+    """Wrong input of the user, said in one line.
+
+    Example:
+        >>> ijepa_fast.load_encoder("nowhere")
+        Traceback (most recent call last):
+        ijepa_fast.errors.UsageError: weights must be a run's folder, a checkpoint, ...
+        >>> issubclass(ijepa_fast.UsageError, ValueError)
+        True
+    """
 
     exit_code = 2
 

@@ -17,8 +17,9 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,9 @@ from ijepa_fast.callbacks import (
     RunInfo,
     Status,
     loggers,
+    read_rows,
 )
-from ijepa_fast.config import Config, Invocation, as_dict, parse
+from ijepa_fast.config import AnyPath, Config, Invocation, as_arguments, as_dict, parse
 from ijepa_fast.data import Loader, default_threads, make_decoder, positions
 from ijepa_fast.errors import MainRankError, NonFiniteError, UsageError, exit_code, require
 from ijepa_fast.evaluation import ScheduledEvaluation
@@ -60,10 +62,42 @@ from ijepa_fast.step import TrainingStep, graphs_would_pay
 from ijepa_fast.verify import name_samples
 from ijepa_fast.visualize import Pictures
 
-__all__ = ["main", "train"]
+__all__ = ["RunResult", "main", "pretrain", "train"]
 
 # not __name__: that is __main__ under `python -m`, and the log belongs to the package
 _logger = logging.getLogger("ijepa_fast.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended. It is also the path of its folder: whatever takes a run takes this.
+
+    Attributes:
+        out: the run's folder.
+        step: optimiser steps done.
+        end: steps of the whole run.
+        signal: number of the signal that stopped it before its end, or 0.
+
+    Example:
+        >>> run = ijepa_fast.pretrain("tiny.yaml", data="images", out="runs/mine", max_steps=3)
+        ijepa-fast ...
+        done: runs/mine
+        >>> run.step, run.signal, ijepa_fast.load_encoder(run).width
+        (3, 0, 32)
+    """
+
+    out: Path
+    step: int
+    end: int
+    signal: int = 0
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What `metrics.jsonl` holds: a row a log interval (`step`, `loss`, ...) or evaluation."""
+        return read_rows(self.out / "metrics.jsonl")
+
+    def __fspath__(self) -> str:
+        return str(self.out)
 
 
 class _Beside:
@@ -287,9 +321,12 @@ def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, 
 
 
 def _run(
-    invocation: Invocation, ranks: distributed.Ranks, callbacks: Sequence[Callback] = ()
-) -> int:
-    """Everything after the arguments are known to be right; returns the exit code."""
+    invocation: Invocation,
+    ranks: distributed.Ranks,
+    callbacks: Sequence[Callback],
+    signals: Signals,
+) -> RunResult:
+    """Everything after the arguments are known to be right."""
     config = invocation.config
     status: Status = "failed"
     for callback in callbacks:
@@ -299,16 +336,17 @@ def _run(
     for note in invocation.notes:
         _logger.info("%s", note)
     try:
-        with Signals() as signals, Preparation() as preparation:
+        with signals, Preparation() as preparation:
             run = Run(config, ranks, folder, device_batch, preparation)
             beside = _Beside(run, preparation, callbacks)
             try:
                 beside.start(run)
-                code = _ends(run, beside, signals)
-                status = "stopped" if code else "done"
-                return code
+                received = _ends(run, beside, signals)
+                status = "stopped" if received else "done"
             finally:
                 beside.close(status, run.step)
+            out = Path(config.out)
+            return RunResult(out=out, step=run.step, end=run.end, signal=received)
     except Exception as error:
         # into train.log only; main() decides what the user sees
         _logger.debug("ended by an error", exc_info=error)
@@ -319,7 +357,7 @@ def _run(
 
 
 def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
-    """The first evaluation, training, and the last one; returns the exit code."""
+    """The first evaluation, training, and the last one; returns the signal that ended it, or 0."""
     evaluation, received = beside.evaluation, 0
     run.announce()
     _advise_graphs(run)
@@ -339,7 +377,7 @@ def _ends(run: Run, beside: _Beside, signals: Signals) -> int:
         status = f"stopped by signal {received}, saved at step {run.step}"
         beside.report(f"{status} of {run.end}; the same command goes on", done=False)
         _logger.warning("%s", status)
-        return 128 + received
+        return received
     evaluation.evaluate(run.step, ends=True)
     evaluation.summary(run.step)
     beside.report(f"done at step {run.step}", done=True)
@@ -375,29 +413,94 @@ def _dry_run(invocation: Invocation, ranks: distributed.Ranks) -> None:
         print("\n".join([*invocation.notes, text]))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    ranks = None
+def pretrain(
+    config: Config | AnyPath | None = None,
+    *,
+    data: Any = None,
+    out: AnyPath | None = None,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> RunResult:
+    """Pretrains a network, as `ijepa-fast train` does; the same call goes on with a run that was
+    stopped.
+
+    Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP end it after a step, which is saved; in a thread other than
+    the main one they are not heard. What is printed is what the command prints.
+
+    Args:
+        config: where the settings start from: a `Config`, a preset's name, the path of a YAML file,
+            or None, with which those that are not given are chosen to fit the images.
+        data: a folder of images, a list file, tar shards, several of these, or the name of a set.
+        out: the run's folder.
+        callbacks: objects of `Callback`, which are told what happens on rank 0.
+        **settings: the command's options: `batch_size=64`, `optim__lr=1e-4`,
+            `optim={"lr": 1e-4}` or `optim=OptimConfig(...)`, which go before those of `config`.
+
+    Returns:
+        Steps done, and the run's folder.
+
+    Raises:
+        UsageError: a setting is unknown or wrong, or the data cannot be used (a ValueError).
+        CheckpointError: there are checkpoints, and all are damaged.
+        TooManyBadFiles: more files than `data.max_bad_share` cannot be used.
+        NonFiniteError: loss or gradients stay non-finite.
+        OSError: a file cannot be read or written.
+        MainRankError: on the other ranks, after an error on rank 0.
+
+    Example:
+        >>> run = ijepa_fast.pretrain("tiny.yaml", data="images", out="runs/new", epochs=1)
+        looking at the images in images
+        ...
+        done: runs/new
+        >>> [row["step"] for row in run.rows]
+        [2, 4, 5]
+    """
+    for name in ("print_config", "dry_run"):
+        require(name not in settings, name, "left to the command", settings.get(name))
+    given = {name: value for name, value in (("data", data), ("out", out)) if value is not None}
+    # networks are made with random numbers of torch's own, and then initialised
+    with torch.random.fork_rng(devices=[]):
+        result = _command(as_arguments(config, given | settings), callbacks, ends_process=False)
+    assert result is not None
+    return result
+
+
+def _command(
+    argv: list[str] | None, callbacks: Sequence[Callback], *, ends_process: bool
+) -> RunResult | None:
+    """The whole command, its errors raised; None where it only prints."""
+    ranks, failed = None, True
     try:
         invocation = parse(argv)
         if invocation.open_:
             ranks = distributed.start(invocation.config.device)
             invocation = settle(argv, invocation, ranks)
+        result = None
         if invocation.print_config:
             print(invocation.as_yaml(), end="")
-            return 0
-        ranks = ranks or distributed.start(invocation.config.device)
-        if invocation.dry_run:
-            _dry_run(invocation, ranks)
-            distributed.stop()
-            return 0
-        Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank)  # refused before work begins
-        # a run that is not finite ends on all ranks
-        together = (NonFiniteError, UsageError)
-        with distributed.heartbeat(ranks, invocation.config.rank_timeout, together):
-            code = _run(invocation, ranks)
-        distributed.stop()
-        return code
+        else:
+            ranks = ranks or distributed.start(invocation.config.device)
+            if invocation.dry_run:
+                _dry_run(invocation, ranks)
+            else:
+                Faults.of(_first_life("IJEPA_FAST_FAULT"), ranks.rank)  # refused before work begins
+                # a run that is not finite ends on all ranks
+                together = (NonFiniteError, UsageError)
+                with distributed.heartbeat(ranks, invocation.config.rank_timeout, together):
+                    signals = Signals(ends_process=ends_process)
+                    result = _run(invocation, ranks, callbacks, signals)
+        failed = False
+        return result
+    finally:
+        if ranks is not None:
+            distributed.stop(failed=failed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    try:
+        result = _command(argv, (), ends_process=True)
+        return 128 + result.signal if result and result.signal else 0
     except MainRankError as error:
         return exit_code(error)
     except OSError as error:
@@ -407,9 +510,6 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and not hasattr(error, "exit_code"):
             raise
         return _fail(error, exit_code(error))
-    finally:
-        if ranks is not None:
-            distributed.stop(failed=True)
 
 
 def _first_life(variable: str) -> str:

@@ -69,7 +69,8 @@ def test_version_benchmarks_and_completion(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["embed"], "what is required must be given: RUN_OR_WEIGHTS, --data, --out"),
+        (["embed"], "what is required must be given: RUN_OR_WEIGHTS, --data"),
+        (["embed", "a", "--data", "b"], "out must be given: --out features.npy"),
         (["embed", "a", "--data", "b", "--out"], "--out must be followed by a value, got none"),
         (["embed", "a", "--data", "b", "--out", "c.txt"], "out must be .npy or .*, got 'c.txt'"),
         (["visualize"], "COMMAND must be one of masks, .*, prove, got none"),

@@ -1,4 +1,4 @@
-"""The kernels inside other people's training loops, data from elsewhere: the same losses."""
+"""Kernels and the trainer's parts in other loops, data from elsewhere: the same losses."""
 
 import os
 import runpy
@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+import ijepa_fast
 from ijepa_fast.visualize.run_pictures import Pictures
 from tests.trainer import tiny
 
@@ -74,3 +75,17 @@ def test_a_parquet_file_gives_the_losses_of_its_images(tmp_path):
     with mock.patch.object(Pictures, "_draw"):
         assert example["main"]([str(word) for word in given]) == 0
     assert tiny.losses(tmp_path / "run") == tiny.losses(tmp_path / "plain")
+
+
+def test_the_loop_of_one_s_own_is_the_trainer(tmp_path, monkeypatch):
+    path = ROOT / "examples" / "own_loop.py"
+    assert len(path.read_text().splitlines()) < 80
+    own = runpy.run_path(str(path))
+    config, steps = own["CONFIG"], own["STEPS"]
+    monkeypatch.setattr(Pictures, "_draw", lambda *arguments: None)
+    run = ijepa_fast.pretrain(
+        config, out=tmp_path / "run", max_steps=steps, log__interval=1, eval__seconds=0.0
+    )
+    assert steps == 50 == run.step
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert own["train"](config, steps, device) == [row["loss"] for row in run.rows]

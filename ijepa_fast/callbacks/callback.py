@@ -23,6 +23,12 @@ class RunInfo:
         step: optimiser steps done: 0, or those of the checkpoint that the run goes on from.
         last_step: step at which the run ends.
         images: number of training images.
+
+    Example:
+        >>> config, out = ijepa_fast.preset("demo"), Path("runs/demo")
+        >>> info = ijepa_fast.RunInfo(config=config, out=out, step=0, last_step=1000, images=8000)
+        >>> info.settings["optim"]["epochs"]
+        8
     """
 
     config: Config
@@ -47,11 +53,17 @@ class Callback:
     not called again, and training goes on.
 
     Example:
-        ```python
-        class Stopwatch(Callback):
-            def on_step(self, row):
-                print(row["step"], row["loss"], row["timing"]["step_ms"])
-        ```
+        >>> class Steps(ijepa_fast.Callback):
+        ...     def on_step(self, row):
+        ...         steps.append(row["step"])
+        >>> steps = []
+        >>> recipe = {"data": "images", "out": "runs/watched", "epochs": 1}
+        >>> run = ijepa_fast.pretrain("tiny.yaml", callbacks=[Steps()], **recipe)
+        looking at the images in images
+        ...
+        done: runs/watched
+        >>> steps
+        [2, 4, 5]
     """
 
     def on_start(self, info: RunInfo) -> None:

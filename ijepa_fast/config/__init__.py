@@ -6,6 +6,7 @@ from ijepa_fast.config.choose import Facts, choose, describe
 from ijepa_fast.config.cli import (
     Invocation,
     TrainArguments,
+    as_arguments,
     as_dict,
     completed,
     dump_yaml,
@@ -15,7 +16,7 @@ from ijepa_fast.config.cli import (
     parse,
     read_yaml,
 )
-from ijepa_fast.config.command import run_command
+from ijepa_fast.config.command import AnyPath, call_of, one_word, require_choices, run_command
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.schema import (
     ARCHITECTURES,
@@ -35,6 +36,7 @@ from ijepa_fast.config.schema import (
 __all__ = [
     "ARCHITECTURES",
     "PRESETS",
+    "AnyPath",
     "Architecture",
     "AttentionName",
     "BatchConfig",
@@ -49,7 +51,9 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "TrainArguments",
+    "as_arguments",
     "as_dict",
+    "call_of",
     "choose",
     "completed",
     "describe",
@@ -57,8 +61,10 @@ __all__ = [
     "flatten",
     "from_tree",
     "load_yaml",
+    "one_word",
     "parse",
     "preset",
     "read_yaml",
+    "require_choices",
     "run_command",
 ]

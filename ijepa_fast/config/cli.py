@@ -21,11 +21,12 @@ from ijepa_fast.config.command import parse_arguments
 from ijepa_fast.config.presets import PRESETS, preset
 from ijepa_fast.config.released_yaml import Conversion, convert, is_released
 from ijepa_fast.config.schema import Config, DataConfig
-from ijepa_fast.errors import UsageError
+from ijepa_fast.errors import UsageError, require
 
 __all__ = [
     "Invocation",
     "TrainArguments",
+    "as_arguments",
     "as_dict",
     "completed",
     "dump_yaml",
@@ -286,8 +287,43 @@ def _as_arguments(flat: dict[str, Any]) -> list[str]:
         elif isinstance(value, list | tuple):
             arguments += [flag, *(str(item) for item in value)]
         else:
-            arguments += [flag, str(value)]
+            arguments += [flag, os.fspath(value) if isinstance(value, os.PathLike) else str(value)]
     return arguments
+
+
+def as_arguments(
+    config: Config | str | os.PathLike[str] | None, settings: Mapping[str, Any]
+) -> list[str]:
+    """The command line that says what `pretrain` is told.
+
+    Args:
+        config: a whole configuration, a preset's name, the path of a YAML file, or nothing.
+        settings: options of the command by name, nested (`{"optim": {"lr": 1e-4}}`), as a part of
+            a configuration, or with two underscores for a dot (`{"optim__lr": 1e-4}`).
+
+    Raises:
+        UsageError: there is no such preset or file.
+    """
+    start: list[str] = []
+    if isinstance(config, Config):
+        start = _as_arguments(flatten(as_dict(config)))
+    elif config is not None:
+        named = isinstance(config, str) and config in PRESETS
+        rule = f"a Config, a YAML file, or one of {', '.join(PRESETS)}"
+        known = isinstance(config, str | os.PathLike)
+        require(named or (known and Path(config).is_file()), "config", rule, config)
+        start = ["--preset" if named else "--config", str(config)]
+    given = {name.replace("__", "."): _plain(value) for name, value in settings.items()}
+    return [*start, *_as_arguments(flatten(given))]
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and parts of a configuration as dictionaries."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    # a run's result is a path
+    part = dataclasses.is_dataclass(value) and not isinstance(value, os.PathLike)
+    return as_dict(value) if part else value
 
 
 def _flag(name: str) -> str:

@@ -1,17 +1,79 @@
-"""What all commands share: arguments of a dataclass, errors in one line, exit codes."""
+"""What all commands share: arguments of a dataclass or function, errors in a line, exit codes."""
 
 import contextlib
+import inspect
 import io
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from ijepa_fast.errors import UsageError, exit_code
+from ijepa_fast.errors import UsageError, exit_code, require
 
-__all__ = ["parse_arguments", "run_command"]
+__all__ = ["AnyPath", "call_of", "one_word", "parse_arguments", "require_choices", "run_command"]
+
+
+def one_word(metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """For a function's argument that is anything in Python, and a path on its command line."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value is not None,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+AnyPath = Annotated[str | os.PathLike[str], one_word("PATH")]
+
+
+def call_of(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
+    """Takes a function's arguments, as its command line does, and returns them.
+
+    Args:
+        function: documented in Google style.
+        more: options of the command alone, by name: their annotated types, of booleans.
+
+    Returns:
+        With the signature of `function` and of `more`; its result is the positional arguments and
+        the others by name.
+    """
+
+    def call(*args: Any, **named: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, named
+
+    hints = get_type_hints(function, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(function).parameters.items()
+    ]
+    for name, kind in more.items():
+        only = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, only, default=False, annotation=kind))
+    call.__dict__["__signature__"] = inspect.Signature(parameters)
+    call.__annotations__ = hints | more
+    # an argument's text without its line breaks, which tyro would keep
+    call.__doc__ = re.sub(r"\n {8,}", " ", inspect.getdoc(function) or "")
+    return call
+
+
+def require_choices(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Arguments of a function hold one of the values of their Literal, or several of them; type
+    checkers see it, Python does not.
+
+    Raises:
+        UsageError: one does not.
+    """
+    for name, hint in get_type_hints(function).items():
+        several = get_origin(hint) is Sequence
+        choices = get_args(get_args(hint)[0] if several else hint)
+        if several or get_origin(hint) is Literal:
+            for value in given[name] if several else [given[name]]:
+                require(value in choices, name, f"one of {', '.join(choices)}", value)
 
 
 def _required(match: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ from ijepa_fast.config.schema import (
     ModelConfig,
     OptimConfig,
 )
+from ijepa_fast.errors import UsageError
 
 __all__ = ["PRESETS", "preset"]
 
@@ -166,8 +167,13 @@ def preset(name: str) -> Config:
     """The named recipe.
 
     Raises:
-        ValueError: there is no such preset.
+        UsageError: there is no such preset.
+
+    Example:
+        >>> config = ijepa_fast.preset("vith14_in1k")
+        >>> config.model.name, config.data.crop, config.batch.global_
+        ('vit_huge', 224, 2048)
     """
     if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]()

@@ -97,7 +97,12 @@ def _require_choices(section: str, config: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Encoder and predictor dimensions."""
+    """Encoder and predictor dimensions.
+
+    Example:
+        >>> ijepa_fast.ModelConfig(name="vit_tiny", depth=6).architecture
+        Architecture(width=192, depth=6, heads=3, mlp_hidden=768, predictor_depth=6)
+    """
 
     name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"] = (
         "vit_base"
@@ -143,7 +148,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Multi-block masks (paper, section 3 and appendix A)."""
+    """Multi-block masks (paper, section 3 and appendix A).
+
+    Example:
+        >>> masks = ijepa_fast.MaskConfig(num_targets=6, target_scale=(0.08, 0.12))
+        >>> ijepa_fast.preset("demo").masks == masks
+        False
+    """
 
     geometry: Literal["published", "unbiased"] = "published"
     """`published`: as the released sampler, which never uses the last row and column;
@@ -179,7 +190,12 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Images and their augmentation (paper, appendix A: random resized crops only)."""
+    """Images and their augmentation (paper, appendix A: random resized crops only).
+
+    Example:
+        >>> ijepa_fast.DataConfig(root=("/photographs", "/more"), crop=64).crop_size
+        (64, 64)
+    """
 
     root: str | tuple[str, ...] = ""
     """A folder of images (any nesting), a list file (.txt, .tsv), tar shards
@@ -243,7 +259,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Loss, AdamW and the three schedules (paper, appendix A)."""
+    """Loss, AdamW and the three schedules (paper, appendix A).
+
+    Example:
+        >>> ijepa_fast.OptimConfig(epochs=100, lr=-1)
+        Traceback (most recent call last):
+        ijepa_fast.errors.UsageError: optim.lr must be at least 0, got -1
+    """
 
     epochs: int = 600
     """Passes over the data; a run has epochs * floor(images / batch.global) steps."""
@@ -308,7 +330,13 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """The recipe's batch and the hardware's."""
+    """The recipe's batch and the hardware's.
+
+    Example:
+        >>> batch = ijepa_fast.BatchConfig(global_=256, device=64)
+        >>> batch.global_ // batch.device  # micro-steps on one rank
+        4
+    """
 
     global_: Annotated[int, tyro.conf.arg(name="global")] = 2048
     """Images of one optimiser step over all ranks; sets steps per epoch, schedules and mask
@@ -328,7 +356,12 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written while training."""
+    """What is written while training.
+
+    Example:
+        >>> ijepa_fast.LogConfig(interval=1).interval  # a row of metrics a step
+        1
+    """
 
     interval: int = 20
     """Optimiser steps between two lines of metrics."""
@@ -347,7 +380,12 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
+    """When checkpoints are written and which are kept.
+
+    Example:
+        >>> ijepa_fast.CheckpointConfig(minutes=30).keep
+        3
+    """
 
     minutes: float = 10.0
     """Write one after this many minutes (and at the run's end, and on a signal)."""
@@ -365,6 +403,10 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation of the features, at the start, the end and in between: kNN accuracy on labelled
     images, and monitors that need no labels. None without `data` or `every`.
+
+    Example:
+        >>> ijepa_fast.EvalConfig(data="fashion_mnist_10k", every=500).whole
+        False
     """
 
     data: str | None = None
@@ -394,6 +436,14 @@ class EvalConfig:
 class Config:
     """A whole run. Everything is the recipe but where and how it runs, what is logged and saved
     (`NOT_RECIPE` in `state/run_folder.py`).
+
+    Raises:
+        UsageError: a value is wrong, or two contradict each other.
+
+    Example:
+        >>> config = ijepa_fast.Config(data=ijepa_fast.DataConfig(root="images", crop=224))
+        >>> config.grid, config.optim.lr
+        ((14, 14), 0.001)
     """
 
     out: str = "runs/demo"

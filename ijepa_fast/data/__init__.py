@@ -3,9 +3,10 @@
 Pillow and DALI are imported where they are first used, never by importing this package.
 """
 
-from ijepa_fast.data.build import build_index, source_names
+from ijepa_fast.data.build import ADVICE, build_index, source_names
 from ijepa_fast.data.cache import load_table, open_index, save_table
-from ijepa_fast.data.crops import crop_windows
+from ijepa_fast.data.central import Picture, central_picture
+from ijepa_fast.data.crops import central_windows, crop_windows
 from ijepa_fast.data.dali_decoder import DaliDecoder
 from ijepa_fast.data.decoders import make_decoder
 from ijepa_fast.data.index import Index, index_from_arrays, index_to_arrays
@@ -21,6 +22,7 @@ from ijepa_fast.data.sets.idx import cache_folder
 from ijepa_fast.data.sets.named import NAMES, named_data
 
 __all__ = [
+    "ADVICE",
     "NAMES",
     "Batch",
     "DaliDecoder",
@@ -31,10 +33,13 @@ __all__ = [
     "Index",
     "Loader",
     "Packed",
+    "Picture",
     "PillowDecoder",
     "Quarantine",
     "build_index",
     "cache_folder",
+    "central_picture",
+    "central_windows",
     "crop_windows",
     "data_roots",
     "decode_usable",

@@ -27,6 +27,7 @@ from ijepa_fast.data.sources import SHARDS, Bad, Entry, Source, list_source
 from ijepa_fast.errors import TooManyBadFiles
 
 __all__ = [
+    "ADVICE",
     "NoImages",
     "Sources",
     "build_index",
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+ADVICE = ", or add --data.allow-missing to use the rest"
 
 Sources = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -402,5 +405,5 @@ def require_whole(index: Index) -> None:
         about = f"; about {known} images are missing" if known else ""
         raise TooManyBadFiles(
             f"shards and folders of data.root must be whole, got {name!r}: {reason}{more}{about}; "
-            "mend them, or add --data.allow-missing to use the rest"
+            f"mend them{ADVICE}"
         )

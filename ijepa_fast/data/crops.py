@@ -9,9 +9,29 @@ from numpy.typing import ArrayLike, NDArray
 
 from ijepa_fast.keyed_random import Stream, uniform
 
-__all__ = ["crop_windows"]
+__all__ = ["central_windows", "crop_windows"]
 
 _TRIES = 10
+
+
+def central_windows(
+    width: ArrayLike, height: ArrayLike, crop: tuple[int, int]
+) -> NDArray[np.int32]:
+    """The largest central window of a crop's shape in each image.
+
+    Args:
+        width: (B,) widths of the images, pixels.
+        height: (B,) heights of the images, pixels.
+        crop: height and width of the crop.
+
+    Returns:
+        int32 (B, 4): top, left, height, width, in pixels.
+    """
+    image_w, image_h = np.asarray(width, dtype=np.int64), np.asarray(height, dtype=np.int64)
+    inner_height = np.minimum(image_h, np.maximum(1, image_w * crop[0] // crop[1]))
+    inner_width = np.minimum(image_w, np.maximum(1, image_h * crop[1] // crop[0]))
+    top, left = (image_h - inner_height) // 2, (image_w - inner_width) // 2
+    return np.stack([top, left, inner_height, inner_width], axis=1).astype(np.int32)
 
 
 def crop_windows(

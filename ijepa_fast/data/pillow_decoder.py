@@ -22,6 +22,7 @@ __all__ = [
     "TooSlow",
     "default_threads",
     "empty_batch",
+    "resize",
     "resize_all",
 ]
 
@@ -91,6 +92,15 @@ def empty_batch(count: int, crop_size: tuple[int, int], device: torch.device) ->
     return torch.empty((count, *crop_size, 3), dtype=torch.uint8, pin_memory=pinned)
 
 
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear and antialiased: uint8 (h, w, 3) to (H, W, 3)."""
+    if pixels.shape[:2] == size:
+        return pixels
+    # channels last throughout: nothing is copied on the way in
+    nchw = pixels.permute(2, 0, 1)[None]
+    return F.interpolate(nchw, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+
+
 class TooSlow(Exception):
     """Images of a batch are not decoded within their time; threads are still at them.
 
@@ -142,14 +152,7 @@ def resize_all(
                 continue
             finally:
                 ended.add(place)
-            target = images[place]
-            if pixels.shape != target.shape:
-                # channels last throughout: nothing is copied on the way in
-                nchw = pixels.permute(2, 0, 1)[None]
-                size = (target.shape[0], target.shape[1])
-                resized = F.interpolate(nchw, size=size, mode="bilinear", antialias=True)
-                pixels = resized[0].permute(1, 2, 0)
-            target.copy_(pixels)
+            images[place].copy_(resize(pixels, (images.shape[1], images.shape[2])))
         return reasons
 
     count = len(images)

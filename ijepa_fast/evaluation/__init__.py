@@ -7,14 +7,14 @@ features of any folder into a file. Features are the target encoder's (paper,
 section 4), averaged over patches; images are cropped centrally.
 """
 
-from ijepa_fast.evaluation.command import main
+from ijepa_fast.evaluation.command import evaluate, main
 from ijepa_fast.evaluation.embedding import Embedded, embed
 from ijepa_fast.evaluation.features import encoder_of, untrained
+from ijepa_fast.evaluation.finetune import FinetuneSettings
 from ijepa_fast.evaluation.labelled import (
     BATCH,
     Images,
     Split,
-    central_windows,
     labelled_data,
     parts_of,
     shown_part,
@@ -25,12 +25,13 @@ from ijepa_fast.evaluation.scores import final_table, knn_scores, table
 __all__ = [
     "BATCH",
     "Embedded",
+    "FinetuneSettings",
     "Images",
     "ScheduledEvaluation",
     "Split",
-    "central_windows",
     "embed",
     "encoder_of",
+    "evaluate",
     "final_table",
     "knn_scores",
     "labelled_data",

@@ -39,7 +39,14 @@ WARMUP_EPOCHS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings:
-    """Fine-tuning: layer decay 0.75, label smoothing 0.1, AdamW."""
+    """Fine-tuning: layer decay 0.75, label smoothing 0.1, AdamW.
+
+    Example:
+        >>> few = ijepa_fast.FinetuneSettings(per_class=5, epochs=1, batch=8)
+        >>> result = ijepa_fast.evaluate("runs/mine", "images", methods=["finetune"], finetune=few)
+        >>> result["accuracy"]["target encoder, step 3"].keys()
+        dict_keys(['fine-tuned, 5 a class'])
+    """
 
     share: float = 0.01
     """Share of the labelled training images, the same ones always; 1 is full fine-tuning."""

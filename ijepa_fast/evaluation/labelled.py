@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ijepa_fast.config import DataConfig
 from ijepa_fast.data import (
+    ADVICE,
     Index,
+    central_windows,
     crop_windows,
     decode_usable,
     epoch_order,
@@ -28,7 +30,6 @@ __all__ = [
     "BATCH",
     "Images",
     "Split",
-    "central_windows",
     "data_of",
     "labelled_data",
     "parts_of",
@@ -124,11 +125,11 @@ class Split:
         try:
             for start in range(0, len(order), batch):
                 rows = order[start : start + batch]
-                windows = central_windows(index, rows, self.data.crop_size)
+                sizes = index.width[rows], index.height[rows]
+                windows = central_windows(*sizes, self.data.crop_size)
                 if crops:
                     windows = crop_windows(
-                        index.width[rows],
-                        index.height[rows],
+                        *sizes,
                         rows,
                         seed=crops[0],
                         epoch=crops[1],
@@ -147,19 +148,6 @@ class Split:
                 f"at least half of the images must be usable, got {found} of {len(order)} in "
                 f"{index.roots[0]}"
             )
-
-
-def central_windows(
-    index: Index, rows: NDArray[np.int64], crop: tuple[int, int]
-) -> NDArray[np.int32]:
-    """The largest central window of the crop's shape in each image: int32 (n, 4) top, left,
-    height, width.
-    """
-    height, width = index.height[rows].astype(np.int64), index.width[rows].astype(np.int64)
-    inner_height = np.minimum(height, np.maximum(1, width * crop[0] // crop[1]))
-    inner_width = np.minimum(width, np.maximum(1, height * crop[1] // crop[0]))
-    top, left = (height - inner_height) // 2, (width - inner_width) // 2
-    return np.stack([top, left, inner_height, inner_width], axis=1).astype(np.int32)
 
 
 def parts_of(
@@ -197,7 +185,10 @@ def _split(root: str, data: DataConfig, device: torch.device, name: str) -> tupl
         parts, chosen = _tables(root, data.allow_missing)
     except (ValueError, TooManyBadFiles) as error:
         kind = UsageError if isinstance(error, ValueError) else TooManyBadFiles
-        raise kind(str(error).replace("data.root", name)) from None
+        text = str(error).replace("data.root", name)
+        # an option of training alone
+        advice = "" if name == "data" else ADVICE
+        raise kind(text.replace(ADVICE, advice)) from None
     train, test = (
         Split(index=part, rows=rows, data=data, device=device)
         for part, rows in zip(parts, chosen, strict=True)

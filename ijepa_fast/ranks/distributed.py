@@ -78,12 +78,13 @@ def start(device: str) -> Ranks:
         Rank, number of ranks, device (cuda:LOCAL_RANK, or cpu).
 
     Raises:
-        ValueError: CUDA is asked for and missing.
+        ValueError: CUDA is asked for and missing, or there is a process group already.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu or auto where torch sees no CUDA device, got 'cuda'")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    current = torch.cuda.current_device() if use_cuda else 0
+    local = int(os.environ.get("LOCAL_RANK", current))
     chosen = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
@@ -93,6 +94,8 @@ def start(device: str) -> Ranks:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     if "WORLD_SIZE" not in os.environ:
         return Ranks(rank=0, world=1, local_rank=0, local_world=1, device=chosen)
+    if dist.is_initialized():
+        raise ValueError("the process group must be left to the run, got one that is there already")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(minutes=10)

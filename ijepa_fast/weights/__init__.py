@@ -12,17 +12,18 @@
 PyTorch files are read with ``weights_only=True``: nothing in them is run.
 """
 
-from ijepa_fast.weights.encoder import Encoder, load_encoder, start_weights
+from ijepa_fast.weights.encoder import Encoder, Weights, as_pretrained, load_encoder, start_weights
 from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape, network_of
-from ijepa_fast.weights.read import ReadOptions, read_weights
+from ijepa_fast.weights.read import read_weights
 
 __all__ = [
     "METADATA",
     "Encoder",
     "EncoderKind",
     "Pretrained",
-    "ReadOptions",
     "Shape",
+    "Weights",
+    "as_pretrained",
     "load_encoder",
     "network_of",
     "read_weights",

@@ -1,37 +1,49 @@
 """Pretrained weights to use: ``ijepa_fast.load_encoder(path)``, and a run that starts from them."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from ijepa_fast.config import Config
-from ijepa_fast.errors import UsageError
+from ijepa_fast.config import Config, one_word, require_choices
+from ijepa_fast.data import Picture, central_picture
+from ijepa_fast.errors import UsageError, require
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.reference import normalise
 from ijepa_fast.weights.fit import fit_to, resample_positions
-from ijepa_fast.weights.pretrained import EncoderKind, Pretrained, network_of
+from ijepa_fast.weights.pretrained import EncoderKind, Pretrained, Shape, network_of
 from ijepa_fast.weights.read import read_weights
 
-__all__ = ["Encoder", "load_encoder", "start_weights"]
+__all__ = ["Encoder", "Weights", "as_pretrained", "load_encoder", "start_weights"]
 
 
 class Encoder(nn.Module):
-    """A ViT with what goes with it: the normalisation of images, and images of any size.
+    """A ViT with what goes with it: the crop and normalisation of images, and images of any size.
 
     Args:
         network: the ViT.
         patch_size: side of a patch, pixels.
         mean, std: of the image channels, in 0-1 units.
+        origin: what it was read from; its weights are not kept.
 
     Attributes:
         width: D.
         grid: rows and columns of patches at the size it was trained at.
+
+    Example:
+        >>> encoder = ijepa_fast.load_encoder("runs/mine")
+        >>> encoder(encoder.preprocess("image.jpg")).shape  # (D,)
+        torch.Size([32])
     """
 
     mean: Tensor
     std: Tensor
+    # torch's gives anything
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -40,14 +52,48 @@ class Encoder(nn.Module):
         patch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        origin: Pretrained | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.patch_size = patch_size
         self.width = network.width
         self.grid = network.grid
+        self.origin = replace(origin, networks={}) if origin else None
         self.register_buffer("mean", torch.tensor(tuple(mean)), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)), persistent=False)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that it was trained at."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
+    def preprocess(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Images to what the encoder takes, as `evaluate` and `embed` make them: the largest
+        central window of the trained shape, resized to the trained size (bilinear, antialiased),
+        normalised.
+
+        Args:
+            images: one image, or a list of them: a file's path, a PIL image, or uint8
+                (height, width, 3) of any size.
+
+        Returns:
+            float32 (3, H, W) for one, (B, 3, H, W) for a list, on the encoder's device.
+
+        Raises:
+            UsageError: something is no image, or a list is empty.
+            OSError: a file cannot be read.
+
+        Example:
+            >>> encoder = ijepa_fast.load_encoder("runs/mine")
+            >>> encoder.preprocess(["image.jpg", torch.zeros(48, 64, 3, dtype=torch.uint8)]).shape
+            torch.Size([2, 3, 32, 32])
+        """
+        if not isinstance(images, list | tuple):
+            one: Any = images
+            return self.preprocess([one])[0]
+        require(len(images) > 0, "images", "at least one", images)
+        return self.normalise(torch.stack([central_picture(i, self.image_size) for i in images]))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images uint8 (B, height, width, 3) to what the other methods take: float32
@@ -65,6 +111,12 @@ class Encoder(nn.Module):
         return normalise(images.to(self.mean.device), self.mean, self.std)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        channels = len(self.mean)
+        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+            raise ValueError(
+                f"images must be float (B, {channels}, height, width), as preprocess gives them, "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -88,7 +140,16 @@ class Encoder(nn.Module):
         return self.network.encode(self._embed(images)[0])
 
     def forward(self, images: Tensor) -> Tensor:
-        """One feature vector an image: the mean over patches (paper, section 4)."""
+        """One feature vector an image: the mean over patches (paper, section 4).
+
+        Args:
+            images: as in `forward_features`, or one image (3, height, width).
+
+        Returns:
+            (B, D), or (D,) for one image.
+        """
+        if images.ndim == 3:
+            return self.forward(images[None])[0]
         return self.forward_features(images).mean(dim=1)
 
     def get_intermediate_layers(
@@ -127,27 +188,100 @@ class Encoder(nn.Module):
         return outputs
 
 
+Weights = Annotated[str | os.PathLike[str] | Pretrained | Encoder, one_word("RUN_OR_WEIGHTS")]
+"""The path of a run, a checkpoint, a folder or a file of weights, or what was read from one."""
+
+
+def as_pretrained(
+    weights: Weights,
+    *,
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+) -> Pretrained:
+    """Weights of any kind as they are now; a doubt about a file's goes to stderr.
+
+    Args:
+        weights: see `Weights`.
+        image_size, heads: for files that do not tell, see `read_weights`.
+        mean, std: instead of what is told, see `Pretrained.with_normalisation`.
+
+    Raises:
+        UsageError: no such weights, or a wrong option.
+        CheckpointError: a checkpoint is damaged.
+    """
+    if isinstance(weights, str | os.PathLike):
+        read = read_weights(weights, image_size=image_size, heads=heads)
+        read = read.with_normalisation(mean, std)
+        if doubt := read.doubt():
+            print(doubt, file=sys.stderr)
+        return read
+    for name, value in (("image_size", image_size), ("heads", heads)):
+        require(value is None, name, "left out where the weights are no file", value)
+    if isinstance(weights, Encoder):
+        weights = _as_it_is(weights)
+    require(isinstance(weights, Pretrained), "weights", "a path, or what was read", weights)
+    return weights.with_normalisation(mean, std)
+
+
+def _as_it_is(encoder: Encoder) -> Pretrained:
+    network = encoder.network
+    state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+    if encoder.origin:
+        return replace(encoder.origin, networks={"target_encoder": state})
+    first: Any = network.blocks[0]
+    shape = Shape(
+        image_size=encoder.image_size,
+        patch_size=encoder.patch_size,
+        width=encoder.width,
+        depth=len(network.blocks),
+        heads=first.attn.heads,
+        mlp_hidden=first.mlp.fc1.out_features,
+    )
+    mean, std = ((float(v[0]), float(v[1]), float(v[2])) for v in (encoder.mean, encoder.std))
+    return Pretrained(
+        networks={"target_encoder": state},
+        shape=shape,
+        mean=mean,
+        std=std,
+        source="an encoder in memory",
+        only=None,
+    )
+
+
 def load_encoder(
-    path: str | Path | Pretrained,
+    path: Weights,
     *,
     encoder: EncoderKind = "target",
     image_size: tuple[int, int] | None = None,
     heads: int | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
 ) -> Encoder:
     """A frozen encoder in evaluation mode on the CPU.
 
     Args:
         path: a run's folder, a checkpoint, a Hugging Face folder, or a file of weights; see
             `ijepa_fast.weights`.
-        encoder: which of a run's two.
-        image_size, heads: for files that do not tell, see `read_weights`.
+        encoder: which of a run's two; the target encoder has the better features.
+        image_size: height and width in pixels that the weights were trained at, where their file
+            does not tell.
+        heads: attention heads, where the file does not tell.
+        mean: of the image channels in 0-1 units, instead of what the file tells.
+        std: their standard deviation, likewise.
 
     Raises:
         UsageError: no such file, not an I-JEPA encoder, or incomplete.
         CheckpointError: a checkpoint is damaged.
+
+    Example:
+        >>> encoder = ijepa_fast.load_encoder("runs/mine", encoder="context")
+        >>> encoder.width, encoder.image_size
+        (32, (32, 32))
     """
-    if not isinstance(path, Pretrained):
-        path = read_weights(path, image_size=image_size, heads=heads)
+    require_choices(load_encoder, locals())
+    path = as_pretrained(path, image_size=image_size, heads=heads, mean=mean, std=std)
     # without memory, until its shapes are seen to be those of the weights
     with torch.device("meta"):
         network = network_of(path.shape)
@@ -156,7 +290,13 @@ def load_encoder(
         path.encoder(encoder), network.state_dict(), old=grid, new=grid, source=path.source
     )
     network.to_empty(device="cpu").load_state_dict(state)
-    loaded = Encoder(network, patch_size=path.shape.patch_size, mean=path.mean, std=path.std)
+    loaded = Encoder(
+        network,
+        patch_size=path.shape.patch_size,
+        mean=path.mean,
+        std=path.std,
+        origin=replace(path, only=path.kind(encoder)),
+    )
     return loaded.eval().requires_grad_(False)
 
 

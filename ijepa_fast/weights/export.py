@@ -13,7 +13,6 @@ Each comes with a model card. The folder is written beside its place and renamed
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,15 +23,16 @@ from torch import Tensor
 
 from ijepa_fast.atomic import atomic_write
 from ijepa_fast.callbacks import read_rows
-from ijepa_fast.config import run_command
+from ijepa_fast.config import AnyPath, call_of, require_choices, run_command
 from ijepa_fast.errors import UsageError
 from ijepa_fast.model import NORM_EPS
+from ijepa_fast.weights.encoder import Weights, as_pretrained
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
 from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
-from ijepa_fast.weights.read import ReadOptions, read_weights
+from ijepa_fast.weights.read import read_weights
 
-__all__ = ["ExportArgs", "export", "main"]
+__all__ = ["export", "main"]
 
 Format = Literal["hf", "timm", "torch"]
 _BILINEAR = 2
@@ -156,30 +156,51 @@ def _write_tensors(
 
 
 def export(
-    weights: Pretrained,
-    out: Path,
+    weights: Weights,
+    /,
+    out: Annotated[AnyPath, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
     *,
-    layout: Format,
-    which: EncoderKind = "target",
-    metrics: Mapping[str, float] | None = None,
-) -> None:
-    """Writes weights into a new folder, and reads them back to see that nothing changed.
+    format: Format = "hf",
+    encoder: EncoderKind = "target",
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+) -> Path:
+    """Writes a run's weights for other libraries into a new folder, and reads them back to see that
+    nothing changed.
 
     Args:
-        weights: what to write.
-        out: the folder; it must not exist, or be empty.
-        layout: see above.
-        which: the encoder, for `hf` and `timm`.
-        metrics: for the model card: name -> accuracy in 0..1.
+        weights: A run's folder, one of its checkpoints, or any weights that `evaluate` takes.
+        out: Folder to write; it must not exist, or be empty.
+        format: `hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks.
+        encoder: Which of a run's two encoders; the target encoder has the better features.
+        image_size: Height and width that the weights were trained at, where their file does not
+            tell.
+        heads: Attention heads, where the file does not tell.
+        mean: Mean of the image channels in 0-1 units, instead of what the file tells.
+        std: Their standard deviation, likewise.
+
+    Returns:
+        The folder.
 
     Raises:
         UsageError: the folder is there and not empty, or there is no such encoder.
+        CheckpointError: a checkpoint is damaged.
         OSError: it cannot be written.
+
+    Example:
+        >>> folder = ijepa_fast.export("runs/mine", "hf-mine", format="hf")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json']
     """
+    require_choices(export, locals())
+    out, layout, which = Path(out), format, encoder
     if layout == "torch" and which != "target":
         raise UsageError(f"encoder must be left out with format torch (all go), got {which}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"OUT must be a new or empty folder, got {out}")
+    weights = as_pretrained(weights, image_size=image_size, heads=heads, mean=mean, std=std)
     state, kind = weights.encoder(which), weights.kind(which)
     with atomic_write(out) as folder:
         folder.mkdir()
@@ -189,9 +210,11 @@ def export(
             _timm(weights, state, folder, kind)
         else:
             _torch(weights, folder)
-        card = model_card(weights, layout=layout, which=which, metrics=metrics or {})
+        metrics = _run_metrics(weights.run) if weights.run else {}
+        card = model_card(weights, layout=layout, which=which, metrics=metrics)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _check(folder, weights, state, layout)
+    return out
 
 
 def _check(folder: Path, weights: Pretrained, state: Mapping[str, Tensor], layout: Format) -> None:
@@ -229,29 +252,17 @@ def _run_metrics(run: Path) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportArgs(ReadOptions):
-    """Writes a run's weights for other libraries."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_WEIGHTS")]
-    """A run's folder, one of its checkpoints, or any weights that `evaluate` takes."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Folder to write; it must not exist."""
-    format: Format = "hf"
-    """`hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    return run_command(ExportArgs, _export, argv, "export")
+    return run_command(call_of(export), _tell, argv, "export")
 
 
-def _export(args: ExportArgs) -> None:
-    weights = args.read(args.run)
-    metrics = _run_metrics(args.run) if args.run.is_dir() else {}
-    export(weights, args.out, layout=args.format, which=args.encoder, metrics=metrics)
-    size = sum(path.stat().st_size for path in args.out.iterdir())
-    what = "all networks" if args.format == "torch" else weights.title(args.encoder)
-    print(
-        f"{what} of {weights.source} written to {args.out} ({size / 2**20:.1f} MiB) and read back"
-    )
+def _tell(call: tuple[Any, Any]) -> None:
+    """Exports, and says what."""
+    (weights,), named = call
+    reading = {name: named.pop(name) for name in ("image_size", "heads", "mean", "std")}
+    read = as_pretrained(weights, **reading)
+    out = export(read, **named)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    what = "all networks" if named["format"] == "torch" else read.title(named["encoder"])
+    print(f"{what} of {read.source} written to {out} ({size / 2**20:.1f} MiB) and read back")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
@@ -90,9 +91,15 @@ class Pretrained:
         shape: of the encoders.
         mean, std: of the image channels, in 0-1 units.
         source: what this is, for a person.
+        run: its folder, where it was read from the folder of a run of our own.
         config: of our own runs.
         step: of our own runs.
         images: of our own runs: how many it trained on.
+
+    Example:
+        >>> weights = ijepa_fast.read_weights("runs/mine")
+        >>> weights.step, weights.shape.width, sorted(weights.networks)
+        (3, 32, ['encoder', 'predictor', 'target_encoder'])
     """
 
     networks: Mapping[str, Mapping[str, Tensor]]
@@ -101,6 +108,7 @@ class Pretrained:
     std: tuple[float, float, float]
     source: str
     only: EncoderKind | None = "target"
+    run: Path | None = None
     config: Config | None = None
     step: int | None = None
     images: int | None = None

@@ -2,13 +2,12 @@
 
 import json
 import math
+import os
 import pickle  # for the name of an error only
 import re
-import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ from ijepa_fast.weights.names import our_names
 from ijepa_fast.weights.pretrained import (
     METADATA,
     NETWORKS,
-    EncoderKind,
     Pretrained,
     Shape,
     channel_values,
 )
 
-__all__ = ["ReadOptions", "read_weights"]
+__all__ = ["read_weights"]
 
 _TORCH_FILES = (".pth", ".pt", ".bin", ".tar", ".ckpt")
 _HEADS = {a.width: a.heads for a in ARCHITECTURES.values()}
@@ -56,7 +54,10 @@ _BENT = (
 
 
 def read_weights(
-    path: str | Path, *, image_size: tuple[int, int] | None = None, heads: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
 ) -> Pretrained:
     """Reads weights of any of the kinds above.
 
@@ -70,6 +71,11 @@ def read_weights(
     Raises:
         UsageError: no such kind of file, not an I-JEPA encoder, or a dimension that cannot be told.
         CheckpointError: a checkpoint is damaged.
+
+    Example:
+        >>> weights = ijepa_fast.read_weights("runs/mine")
+        >>> ijepa_fast.load_encoder(weights, encoder="context").width
+        32
     """
     path = Path(path)
     if (path / "checkpoints").is_dir() or (path / "state.safetensors").is_file():
@@ -95,34 +101,6 @@ def read_weights(
         "weights must be a run's folder, a checkpoint, a Hugging Face folder, or a .safetensors or "
         f"{'/'.join(_TORCH_FILES)} file, got {path}{'' if path.exists() else ', which is missing'}"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """Options of commands that read weights."""
-
-    encoder: EncoderKind = "target"
-    """Which of a run's two encoders; the target encoder has the better features."""
-    image_size: tuple[int, int] | None = None
-    """Height and width that the weights were trained at, where their file does not tell."""
-    heads: int | None = None
-    """Attention heads, where the file does not tell."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the image channels in 0-1 units, instead of what the file tells."""
-    std: tuple[float, float, float] | None = None
-    """Their standard deviation, likewise."""
-
-    def read(self, path: Path) -> Pretrained:
-        """Reads weights with these options; a doubt about them goes to stderr.
-
-        Raises:
-            UsageError, CheckpointError: as `read_weights`.
-        """
-        weights = read_weights(path, image_size=self.image_size, heads=self.heads)
-        weights = weights.with_normalisation(self.mean, self.std)
-        if doubt := weights.doubt():
-            print(doubt, file=sys.stderr)
-        return weights
 
 
 def _own(path: Path) -> Pretrained:
@@ -162,6 +140,7 @@ def _own(path: Path) -> Pretrained:
         mean=channel_values("mean", config.data.mean, f" for {path}"),
         std=channel_values("std", config.data.std, f" for {path}"),
         source=f"step {state.step} of {path}",
+        run=path if (path / "checkpoints").is_dir() else None,
         config=config,
         step=state.step,
         images=images if isinstance(images, int) else None,

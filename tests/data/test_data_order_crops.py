@@ -1,13 +1,20 @@
 """Sample order and crop windows: permutations, ownership, distributions, no batch dependence."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_fast.data import crop_windows, epoch_order, positions, steps_per_epoch
+from ijepa_fast.data import (
+    central_windows,
+    crop_windows,
+    epoch_order,
+    positions,
+    steps_per_epoch,
+)
 from ijepa_fast.data.order import replacement_id
 from ijepa_fast.keyed_random import Stream, uniform
 
@@ -154,3 +161,20 @@ def test_distribution_of_area_ratio_and_corner():
         assert abs(place.mean() - 0.5) < 5 * 0.289 / math.sqrt(count)
         assert place.min() == 0.0
         assert place.max() == 1.0  # ends included
+
+
+@pytest.mark.parametrize("crop", [(32, 32), (32, 48), (64, 24), (16, 160)])
+def test_central_windows_against_a_plain_search(crop):
+    sizes = [(40, 30), (30, 40), (33, 33), (100, 7), (7, 100), (31, 64)]
+    windows = central_windows(*zip(*sizes, strict=True), crop)
+    assert windows.dtype == np.int32
+    for size, (top, left, height, width) in zip(sizes, windows.tolist(), strict=True):
+        image_w, image_h = size
+        # a window of exactly the crop's shape grown until it touches a side, rounded down
+        scale = min(Fraction(image_h, crop[0]), Fraction(image_w, crop[1]))
+        exact = (crop[0] * scale, crop[1] * scale)
+        assert (height, width) == tuple(max(1, int(side)) for side in exact)
+        assert 0 <= top <= image_h - height
+        assert 0 <= left <= image_w - width
+        assert abs((image_h - height) - 2 * top) <= 1
+        assert abs((image_w - width) - 2 * left) <= 1

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from ijepa_fast import embed as command
 from ijepa_fast import load_encoder
+from ijepa_fast.evaluation import embedding as command
 from tests.trainer import tiny
 
 

@@ -3,17 +3,13 @@
 import json
 import re
 import shutil
-from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ijepa_fast import evaluation
 from ijepa_fast.config import DataConfig
-from ijepa_fast.data import build_index
-from ijepa_fast.evaluation import central_windows, labelled_data
+from ijepa_fast.evaluation import labelled_data
 from ijepa_fast.evaluation.features import pixels
 from ijepa_fast.weights import read_weights
 from ijepa_fast.weights.encoder import load_encoder
@@ -211,27 +207,6 @@ def test_nothing_decodable_is_an_error(run, tmp_path, capsys):
     assert evaluation.main([str(run), "--data", str(tmp_path), "--k", "1"]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: at least half of the images must be usable, got 0 of")
-
-
-@pytest.mark.parametrize("crop", [(32, 32), (32, 48), (64, 24), (16, 160)])
-def test_central_windows_against_a_plain_search(tmp_path, crop):
-    sizes = [(40, 30), (30, 40), (33, 33), (100, 7), (7, 100), (31, 64)]
-    for number, size in enumerate(sizes):
-        Image.new("RGB", size).save(tmp_path / f"{number}.png")
-    index = build_index(tmp_path)
-    rows = np.array([5, 0, 1, 2, 3, 4])
-    windows = central_windows(index, rows, crop)
-    assert windows.dtype == np.int32
-    for row, (top, left, height, width) in zip(rows, windows.tolist(), strict=True):
-        image_w, image_h = sizes[row]
-        # a window of exactly the crop's shape grown until it touches a side, rounded down
-        scale = min(Fraction(image_h, crop[0]), Fraction(image_w, crop[1]))
-        exact = (crop[0] * scale, crop[1] * scale)
-        assert (height, width) == tuple(max(1, int(side)) for side in exact)
-        assert 0 <= top <= image_h - height
-        assert 0 <= left <= image_w - width
-        assert abs((image_h - height) - 2 * top) <= 1
-        assert abs((image_w - width) - 2 * left) <= 1
 
 
 def test_pixels():

@@ -170,7 +170,7 @@ def test_full_fine_tuning_learns_colours(run, data, capsys):
 def test_exported_weights_score_as_the_run(run, data, tmp_path, capsys):
     """The untrained network is another one: a file has no seed."""
     expected = _json(capsys, run, "--data", data, "--methods", "knn", "ridge")
-    export.export(read_weights(run), tmp_path / "hf", layout="hf")
+    export.export(read_weights(run), tmp_path / "hf", format="hf")
     result = _json(capsys, tmp_path / "hf", "--data", data, "--methods", "knn", "ridge")
     assert result["accuracy"]["target encoder"] == expected["accuracy"][SUBJECTS[2]]
     assert result["accuracy"]["raw pixels"] == expected["accuracy"]["raw pixels"]

@@ -82,7 +82,7 @@ def _made(tmp_path):
     """A data set, and weights of every kind: path -> its files."""
     data, root = tiny.write_images(tmp_path / "data"), tmp_path / "weights"
     for layout in ("hf", "timm", "torch"):
-        export.export(_pretrained(SHAPE), root / layout, layout=layout)
+        export.export(_pretrained(SHAPE), root / layout, format=layout)
         (root / layout / "README.md").unlink()
     shutil.copytree(root / "hf", root / "pieces")
     (root / "pieces" / "model.safetensors").rename(root / "pieces" / "piece.safetensors")

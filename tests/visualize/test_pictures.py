@@ -331,7 +331,7 @@ def test_larger_images_and_exported_weights(run, tmp_path):
     found = feature_pictures.patch_features(encoder, images)
     assert found.shape == (2, 48, 32)
     torch.testing.assert_close(feature_pictures.pooled_features(encoder, images), found.mean(dim=1))
-    export.export(read_weights(run), tmp_path / "hf", layout="hf")
+    export.export(read_weights(run), tmp_path / "hf", format="hf")
     again, other, none, name = inputs.open_weights(tmp_path / "hf")
     assert torch.equal(feature_pictures.patch_features(again, images), found)
     assert (other.crop_size, none, name) == (data.crop_size, None, "hf")

@@ -223,7 +223,7 @@ def test_their_default_eps_is_refused(tmp_path):
 
 @pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["square", "rectangle"])
 def test_our_folder_to_their_model(tmp_path, shape):
-    export.export(_pretrained(shape), tmp_path / "hf", layout="hf")
+    export.export(_pretrained(shape), tmp_path / "hf", format="hf")
     loaded: Any = transformers.IJepaModel.from_pretrained(
         tmp_path / "hf", output_loading_info=True, trust_remote_code=False
     )
@@ -247,7 +247,7 @@ def test_every_size_computes_the_same_there(tmp_path, name):
         heads=a.heads,
         mlp_hidden=a.mlp_hidden,
     )
-    export.export(_pretrained(shape), tmp_path / "hf", layout="hf")
+    export.export(_pretrained(shape), tmp_path / "hf", format="hf")
     theirs = transformers.IJepaModel.from_pretrained(tmp_path / "hf").eval()
     back = load_encoder(tmp_path / "hf")
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_every_size_computes_the_same_there(tmp_path, name):
 
 
 def test_their_processor_prepares_images_as_we_do(tmp_path):
-    export.export(_pretrained(SMALL), tmp_path / "hf", layout="hf")
+    export.export(_pretrained(SMALL), tmp_path / "hf", format="hf")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     image = np.random.default_rng(0).integers(0, 256, (*SMALL.image_size, 3), dtype=np.uint8)
     theirs = processor(image, return_tensors="pt")["pixel_values"]
@@ -434,9 +434,9 @@ def test_what_a_killed_export_left_is_removed(tmp_path, monkeypatch):
         killed.setattr(shutil, "rmtree", lambda *_, **__: None)
         killed.setattr(export, "_check", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
-            export.export(_pretrained(SMALL), tmp_path / "a", layout="timm")
+            export.export(_pretrained(SMALL), tmp_path / "a", format="timm")
     assert [len(list(left.rglob("model.safetensors"))) for left in tmp_path.iterdir()] == [1]
-    export.export(_pretrained(SMALL), tmp_path / "a", layout="timm")
+    export.export(_pretrained(SMALL), tmp_path / "a", format="timm")
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
@@ -688,7 +688,7 @@ def test_bent_pickles(tmp_path, data, message):
     ],
 )
 def test_settings_of_wrong_types(tmp_path, name, text, message):
-    export.export(_pretrained(SMALL), tmp_path / "hf", layout="hf")
+    export.export(_pretrained(SMALL), tmp_path / "hf", format="hf")
     path = tmp_path / "hf" / name
     given = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(given | json.loads(text)))
@@ -697,7 +697,7 @@ def test_settings_of_wrong_types(tmp_path, name, text, message):
 
 
 def test_a_settings_file_without_end(tmp_path):
-    export.export(_pretrained(SMALL), tmp_path / "hf", layout="hf")
+    export.export(_pretrained(SMALL), tmp_path / "hf", format="hf")
     os.truncate(tmp_path / "hf" / "config.json", 2**36)
     with pytest.raises(UsageError, match="more than 16777216"):
         load_encoder(tmp_path / "hf")
@@ -755,7 +755,7 @@ def test_init_from_a_run(run, data, tmp_path):
 
 
 def test_init_from_an_encoder_at_another_resolution(run, data, tmp_path):
-    export.export(read_weights(run), tmp_path / "hf", layout="hf")
+    export.export(read_weights(run), tmp_path / "hf", format="hf")
     patch = _config(run).model.patch_size
     after, log = _start(data, tmp_path / "new", tmp_path / "hf", data__crop=5 * patch)
     assert "; the predictor starts afresh" in log

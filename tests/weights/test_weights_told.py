@@ -130,7 +130,7 @@ def test_the_card_has_the_accuracies_of_the_start_and_the_end(run, tmp_path):
 
 
 def test_mean_and_std_by_flag(data, tmp_path, capsys):
-    export.export(_pretrained(SMALL), tmp_path / "hf", layout="hf")
+    export.export(_pretrained(SMALL), tmp_path / "hf", format="hf")
     path = tmp_path / "hf" / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
@@ -155,7 +155,7 @@ def test_mean_and_std_by_flag(data, tmp_path, capsys):
 
 
 def test_timm_folders_take_heads_and_sizes_that_they_do_not_tell(tmp_path):
-    export.export(_pretrained(WIDE), tmp_path / "timm", layout="timm")
+    export.export(_pretrained(WIDE), tmp_path / "timm", format="timm")
     (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "vit"}))
     with pytest.raises(UsageError, match=r"heads must be given \(--heads\)"):
         read_weights(tmp_path / "timm", image_size=WIDE.image_size)
@@ -165,7 +165,7 @@ def test_timm_folders_take_heads_and_sizes_that_they_do_not_tell(tmp_path):
 
 @pytest.mark.parametrize("layout", ["hf", "timm", "torch"])
 def test_flags_that_contradict_the_file_are_refused(tmp_path, layout):
-    export.export(_pretrained(WIDE), tmp_path / "out", layout=layout)
+    export.export(_pretrained(WIDE), tmp_path / "out", format=layout)
     read = read_weights(tmp_path / "out", heads=2, image_size=(16, 40))
     assert (read.shape, read.mean, read.std) == (WIDE, MEAN, STD)
     with pytest.raises(UsageError, match=r"heads must be 2, which .* tells, got 4"):
@@ -202,7 +202,7 @@ def test_timm_computes_the_same_of_every_size(tmp_path):
             mlp_hidden=a.mlp_hidden,
         )
     for name, shape in shapes.items():
-        export.export(_pretrained(shape), tmp_path / name, layout="timm")
+        export.export(_pretrained(shape), tmp_path / name, format="timm")
         save_file({"images": _images(shape)}, tmp_path / name / "images.safetensors")
     child = Path(__file__).with_name("timm_child.py")
     done = subprocess.run(
