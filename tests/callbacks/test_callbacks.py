@@ -1,6 +1,5 @@
 """What callbacks are told over whole runs, and what they cannot do to one."""
 
-import functools
 import signal
 import time
 from unittest import mock
@@ -33,8 +32,13 @@ class Recorder(Callback):
 
 
 def _run(data, out, *callbacks, **settings):
-    given = functools.partial(train._run, callbacks=callbacks)
-    with mock.patch.object(train, "_run", given):
+    """Exit code of the command, which itself takes no callbacks."""
+    command = train._command
+
+    def given(argv, _, **options):
+        return command(argv, callbacks, **options)
+
+    with mock.patch.object(train, "_command", given):
         return tiny.run(data, out, **settings)
 
 
