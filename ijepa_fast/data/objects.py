@@ -47,6 +47,14 @@ class ImageSource(Protocol):
     - `name`, what it is called in messages and `config.yaml`, by default `images`;
     - `fingerprint`, a text that is another one whenever any item is: the table of its items is then
       kept, and a later start with the same text reads none of them.
+
+    Example:
+        >>> class Files:
+        ...     paths = sorted(Path("images").rglob("*.jpg"))
+        ...     def __len__(self): return len(self.paths)
+        ...     def bytes_at(self, i): return self.paths[i].read_bytes()
+        >>> ijepa_fast.embed("runs/mine", Files()).features.shape
+        (40, 32)
     """
 
     def __len__(self) -> int:
