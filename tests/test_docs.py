@@ -313,7 +313,7 @@ def wrong_names(path: Path) -> list[str]:
     fields = {*cli.flatten(tree), *released_yaml.PLAIN, *released_yaml.ABSENT}
     fields |= {*released_yaml.IGNORED, *released_yaml.OTHERS}
     sections = "|".join(key for key, value in tree.items() if isinstance(value, dict))
-    setting = rf"(?<![\w./-])(?:{sections})\.(?!png|safetensors|py|md)[a-z_]+\b(?![./(])"
+    setting = rf"(?<![\w./-])(?:{sections})\.(?!png|safetensors|onnx|py|md)[a-z_]+\b(?![./(])"
     preset = r"vit[a-z]\d+(?:_\w+)?|\w+_(?:in\d+k|published)"
     known = {text for text, _, _ in commands(path)}
     found = []

@@ -28,6 +28,8 @@ PACKAGES = {
     "wandb": ("wandb", "no --log.to wandb"),
     "mlflow-skinny": ("mlflow", "no --log.to mlflow"),
     "matplotlib": ("viz", "no pictures of masks and curves"),
+    "onnxruntime": ("onnx", "no `export --format onnx`"),
+    "huggingface_hub": ("hub", "no `export --push`"),
 }
 DALI = re.compile(r"nvidia-dali(?:-cuda(\d+)\d)?")
 

@@ -1,4 +1,4 @@
-"""Weights out: ``ijepa-fast export RUN OUT --format hf|timm|torch``.
+"""Weights out: ``ijepa-fast export RUN OUT --format hf|timm|torch|onnx``.
 
 - ``hf``: a folder for ``transformers.IJepaModel.from_pretrained``, without remote code. Names are
   those of the hub's files, which versions 4 and 5 read; LayerNorm's eps is written out, as the
@@ -7,8 +7,10 @@
   has timm's plain names.
 - ``torch``: ``model.safetensors`` with context encoder, target encoder and predictor under our
   names, to start another run from (``--init``).
+- ``onnx``: ``model.onnx``, see `onnx_model`.
 
-Each comes with a model card. The folder is written beside its place and renamed.
+Each comes with a model card. The folder is written beside its place and renamed;
+``--push`` uploads it then.
 """
 
 import json
@@ -24,17 +26,19 @@ from torch import Tensor
 from ijepa_fast.atomic import atomic_write
 from ijepa_fast.callbacks import read_rows
 from ijepa_fast.config import AnyPath, call_of, require_choices, run_command
-from ijepa_fast.errors import UsageError
+from ijepa_fast.errors import UsageError, require
 from ijepa_fast.model import NORM_EPS
-from ijepa_fast.weights.encoder import Weights, as_pretrained
+from ijepa_fast.weights.encoder import Weights, as_pretrained, load_encoder
+from ijepa_fast.weights.hub import list_folder, push_folder, require_hub
 from ijepa_fast.weights.model_card import model_card
 from ijepa_fast.weights.names import hugging_face_names
+from ijepa_fast.weights.onnx_model import require_onnx, write_onnx
 from ijepa_fast.weights.pretrained import METADATA, EncoderKind, Pretrained, Shape
 from ijepa_fast.weights.read import read_weights
 
 __all__ = ["export", "main"]
 
-Format = Literal["hf", "timm", "torch"]
+Format = Literal["hf", "timm", "torch", "onnx"]
 _BILINEAR = 2
 
 
@@ -134,24 +138,32 @@ def _torch(weights: Pretrained, folder: Path) -> None:
     _write_tensors(folder, tensors, weights, weights.only)
 
 
+def _onnx(weights: Pretrained, which: EncoderKind, folder: Path, kind: EncoderKind | None) -> None:
+    told = _told(weights, kind) | {"patch_size": weights.shape.patch_size, "step": weights.step}
+    encoder = load_encoder(weights, encoder=which)
+    write_onnx(encoder, folder / "model.onnx", {METADATA: json.dumps(told)})
+
+
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _told(weights: Pretrained, kind: EncoderKind | None) -> dict[str, Any]:
+    """What shapes do not tell. `kind`: which encoder it is, where the file holds one."""
+    return {
+        **({"encoder": kind} if kind else {}),
+        "image_size": list(weights.shape.image_size),
+        "heads": weights.shape.heads,
+        "mean": list(weights.mean),
+        "std": list(weights.std),
+    }
 
 
 def _write_tensors(
     folder: Path, tensors: Mapping[str, Tensor], weights: Pretrained, kind: EncoderKind | None
 ) -> None:
-    """`kind`: which encoder it is, where the file holds one."""
-    shape = weights.shape
-    told = {
-        **({"encoder": kind} if kind else {}),
-        "image_size": list(shape.image_size),
-        "heads": shape.heads,
-        "mean": list(weights.mean),
-        "std": list(weights.std),
-    }
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(told)}
+    metadata = {"format": "pt", METADATA: json.dumps(_told(weights, kind))}
     save_file(contiguous, folder / "model.safetensors", metadata=metadata)
 
 
@@ -166,6 +178,8 @@ def export(
     heads: int | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
+    push: str | None = None,
+    push_dry_run: bool = False,
 ) -> Path:
     """Writes a run's weights for other libraries into a new folder, and reads them back to see that
     nothing changed.
@@ -173,21 +187,25 @@ def export(
     Args:
         weights: A run's folder, one of its checkpoints, or any weights that `evaluate` takes.
         out: Folder to write; it must not exist, or be empty.
-        format: `hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks.
+        format: `hf`: for transformers' IJepaModel; `timm`: for timm; `torch`: all three networks;
+            `onnx`: for onnxruntime, features checked to 1e-4.
         encoder: Which of a run's two encoders; the target encoder has the better features.
         image_size: Height and width that the weights were trained at, where their file does not
             tell.
         heads: Attention heads, where the file does not tell.
         mean: Mean of the image channels in 0-1 units, instead of what the file tells.
         std: Their standard deviation, likewise.
+        push: OWNER/NAME on huggingface.co to upload the folder to; made, and private, if new.
+        push_dry_run: Only list what push would upload, and the model card.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: the folder is there and not empty, or there is no such encoder.
+        UsageError: the folder is there and not empty, there is no such encoder, a package or the
+            hub's token is missing.
         CheckpointError: a checkpoint is damaged.
-        OSError: it cannot be written.
+        OSError: it cannot be written; ConnectionError: it is written but not uploaded.
 
     Example:
         >>> folder = ijepa_fast.export("runs/mine", "hf-mine", format="hf")
@@ -200,6 +218,11 @@ def export(
         raise UsageError(f"encoder must be left out with format torch (all go), got {which}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"OUT must be a new or empty folder, got {out}")
+    require(push is not None or not push_dry_run, "push_dry_run", "given with push", push_dry_run)
+    if push is not None:
+        require_hub(push, token=not push_dry_run)
+    if layout == "onnx":
+        require_onnx()
     weights = as_pretrained(weights, image_size=image_size, heads=heads, mean=mean, std=std)
     state, kind = weights.encoder(which), weights.kind(which)
     with atomic_write(out) as folder:
@@ -208,12 +231,17 @@ def export(
             _hugging_face(weights, state, folder, kind)
         elif layout == "timm":
             _timm(weights, state, folder, kind)
-        else:
+        elif layout == "torch":
             _torch(weights, folder)
+        else:
+            _onnx(weights, which, folder, kind)
         metrics = _run_metrics(weights.run) if weights.run else {}
-        card = model_card(weights, layout=layout, which=which, metrics=metrics)
+        card = model_card(weights, layout=layout, which=which, metrics=metrics, repo=push)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        _check(folder, weights, state, layout)
+        if layout != "onnx":
+            _check(folder, weights, state, layout)
+    if push is not None:
+        (list_folder if push_dry_run else push_folder)(out, push)
     return out
 
 

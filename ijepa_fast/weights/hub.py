@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ijepa_fast.errors import UsageError, require
 
-__all__ = ["push_folder", "require_hub"]
+__all__ = ["list_folder", "push_folder", "require_hub"]
 
 # of huggingface_hub's own rule, which it holds against when it uploads
 _REPO = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -35,11 +35,16 @@ def require_hub(repo: str, *, token: bool) -> None:
         )
 
 
-def push_folder(folder: Path, repo: str) -> str:
-    """Uploads a folder as one commit. A repository that is not there is made, and is private.
+def list_folder(folder: Path, repo: str) -> None:
+    """Prints what `push_folder` would upload, and the model card."""
+    print(f"{repo} would get:")
+    for path in sorted(folder.iterdir()):
+        print(f"  {path.stat().st_size:>13,} bytes  {path.name}")
+    print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}")
 
-    Returns:
-        The address of the repository.
+
+def push_folder(folder: Path, repo: str) -> None:
+    """Uploads a folder as one commit. A repository that is not there is made, and is private.
 
     Raises:
         ConnectionError: it was not uploaded; it says what to type when it can be.
@@ -58,4 +63,4 @@ def push_folder(folder: Path, repo: str) -> str:
         raise ConnectionError(
             f"{repo} must take the upload, got {why}; nothing is lost: hf upload {repo} {folder}"
         ) from error
-    return str(url)
+    print(f"uploaded to {url}")

@@ -18,7 +18,7 @@ _USE = {
 from PIL import Image
 from transformers import AutoImageProcessor, IJepaModel
 
-folder = "."  # of this file
+folder = "{place}"
 processor, model = AutoImageProcessor.from_pretrained(folder), IJepaModel.from_pretrained(folder)
 inputs = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
 features = model(**inputs).last_hidden_state.mean(dim=1)
@@ -28,28 +28,43 @@ Use the **mean of last_hidden_state**: there is no class token, and no pooler wa
     "timm": """```python
 import timm
 
-model = timm.create_model("local-dir:.", pretrained=True)  # the folder of this file
+model = timm.create_model("{timm}:{place}", pretrained=True)
 features = model(images)  # the mean over patches; model.forward_features(images) has them all
 ```
 
 There is no class token: the features of an image are the mean over its patches.""",
     "torch": """```python
 import ijepa_fast
-
-encoder = ijepa_fast.load_encoder("model.safetensors")
-features = encoder(encoder.normalise(images))  # uint8 (B, height, width, 3) -> (B, D)
+{hub}
+encoder = ijepa_fast.load_encoder({folder})
+features = encoder(encoder.preprocess(["image.jpg"]))  # (1, D)
 ```
 
-`python -m ijepa_fast.train --init model.safetensors` goes on from all three networks.""",
+`ijepa-fast train --init FOLDER` goes on from all three networks.""",
+    "onnx": """```python
+import numpy as np
+import onnxruntime
+{hub}from PIL import Image
+
+session = onnxruntime.InferenceSession({model})
+image = Image.open("image.jpg").convert("RGB")
+image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)
+features, patches = session.run(None, {{"images": np.asarray(image)[None]}})
+```
+
+The input is uint8 (batch, {height}, {width}, 3), and is normalised inside. `features`
+(batch, D) is the mean over `patches` (batch, N, D): there is no class token.""",
 }
+_LIBRARIES = {"hf": "transformers", "timm": "timm", "torch": "ijepa-fast", "onnx": "onnx"}
 
 
 def model_card(
     weights: Pretrained,
     *,
-    layout: Literal["hf", "timm", "torch"],
+    layout: Literal["hf", "timm", "torch", "onnx"],
     which: EncoderKind,
     metrics: Mapping[str, float],
+    repo: str | None = None,
 ) -> str:
     """The card as Markdown with the hub's YAML header.
 
@@ -58,15 +73,25 @@ def model_card(
         layout: for which library.
         which: the encoder.
         metrics: name -> accuracy in 0..1.
+        repo: on the hub, if that is where it goes.
     """
     shape, config = weights.shape, weights.config
     height, width = shape.image_size
-    library = {"hf": "transformers", "timm": "timm", "torch": "ijepa-fast"}[layout]
+    folder = f'snapshot_download("{repo}")'
+    use = _USE[layout].format(
+        place=repo or ".",
+        timm="hf-hub" if repo else "local-dir",
+        folder=folder if repo else '"."',
+        model=f'{folder} + "/model.onnx"' if repo else '"model.onnx"',
+        hub="from huggingface_hub import snapshot_download\n" if repo else "",
+        height=height,
+        width=width,
+    )
     lines = [
         "---",
-        f"library_name: {library}",
+        f"library_name: {_LIBRARIES[layout]}",
         "pipeline_tag: image-feature-extraction",
-        "tags: [i-jepa, self-supervised]",
+        "tags: [ijepa, self-supervised-learning]",
         "---",
         "",
         "# I-JEPA encoders and predictor"
@@ -80,7 +105,7 @@ def model_card(
         "",
         "## Use",
         "",
-        _USE[layout],
+        use if repo else f"In the folder of this file:\n\n{use}",
         "",
         f"Images: resized to {height} x {width} (bilinear, antialiased), divided by 255, mean "
         f"{_numbers(weights.mean)}, std {_numbers(weights.std)}.",
