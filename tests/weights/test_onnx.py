@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -23,8 +24,9 @@ def _session(folder):
     return onnxruntime.InferenceSession(folder / "model.onnx", options)
 
 
-def _photographs(height, width, count):
-    """Pieces of a photograph, uint8."""
+def _photographs(size, count):
+    """Pieces of a photograph: uint8 (count, height, width, 3)."""
+    height, width = size
     whole = skimage.data.astronaut()
     corners = [(40 * i, 60 * i) for i in range(count)]
     return np.stack([whole[y : y + height, x : x + width] for y, x in corners])
@@ -38,7 +40,7 @@ def test_features_are_those_of_pytorch(tmp_path, shape, capfd):
     network = _network(shape)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     noise = np.random.default_rng(0).integers(0, 256, (5, *shape.image_size, 3), dtype=np.uint8)
-    for images in (noise[:1], noise[:3], noise, _photographs(*shape.image_size, 3)):
+    for images in (noise[:1], noise[:3], noise, _photographs(shape.image_size, 3)):
         features, patches = session.run(["features", "patches"], {"images": images})
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
         with torch.no_grad():
@@ -64,12 +66,12 @@ def test_a_run_and_what_its_card_says(tmp_path, monkeypatch, capsys):
     assert export.main([*argv, "--format", "onnx", "--encoder", "context"]) == 0
     assert "context encoder of step 2 of" in capsys.readouterr().out
     encoder = load_encoder(tmp_path / "run", encoder="context")
-    image = Image.fromarray(_photographs(120, 120, 1)[0])
+    image = Image.fromarray(_photographs((120, 120), 1)[0])
     image.save(tmp_path / "onnx" / "image.jpg", quality=100, subsampling=0)
     card = (tmp_path / "onnx" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path / "onnx")
-    there = {}
+    there: dict[str, Any] = {}
     exec(code, there)
     with torch.no_grad():
         expected = encoder(encoder.preprocess(["image.jpg"]))
@@ -82,7 +84,7 @@ def test_large_weights_are_a_file_of_their_own(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["README.md", "model.onnx", "model.onnx.data"]
     # found beside the file, under the folder's last name
-    images = _photographs(*SMALL.image_size, 1)
+    images = _photographs(SMALL.image_size, 1)
     assert _session(tmp_path / "a").run(["features"], {"images": images})[0].shape == (1, 32)
 
 
