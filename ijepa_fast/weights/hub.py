@@ -8,7 +8,7 @@ from ijepa_fast.errors import UsageError, require
 
 __all__ = ["list_folder", "push_folder", "require_hub"]
 
-# of huggingface_hub's own rule, which it holds against when it uploads
+# a part of huggingface_hub's own rule, which is applied when it uploads
 _REPO = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
