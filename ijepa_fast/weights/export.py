@@ -179,7 +179,7 @@ def export(
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     push: str | None = None,
-    push_dry_run: bool = False,
+    push_dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> Path:
     """Writes a run's weights for other libraries into a new folder, and reads them back to see that
     nothing changed.
