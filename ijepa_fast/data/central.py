@@ -52,7 +52,8 @@ def central_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
         encoded = b""
     try:
         image = picture if isinstance(picture, Image.Image) else open_image(encoded)
-        check_scans(encoded, *image.size)
+        if image.format in ("JPEG", "MPO"):
+            check_scans(encoded, *image.size)
         check_pixels(*image.size)
         top, left, height, width = _window(*image.size, size)
         inner = to_rgb(image.crop((left, top, left + width, top + height)))
