@@ -168,3 +168,25 @@ def test_what_is_no_callback_is_refused(data, tmp_path, capsys):
     assert _run(data, tmp_path / "run", Recorder) == 2
     assert "error: callbacks must be objects of Callback, got <class" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def _rank(argv, output, environment):
+    bad = [Recorder] if environment["RANK"] == "0" else []
+    command = train._command
+    with mock.patch.object(
+        train, "_command", lambda argv, _, **options: command(argv, bad, **options)
+    ):
+        tiny._in_child(argv, output, environment)
+
+
+def test_the_other_ranks_leave_with_the_one_that_has_it(data, tmp_path):
+    argv = tiny.arguments(data, tmp_path / "run", batch__device=4)
+    children = [
+        tiny._FORKS.Process(target=_rank, args=(argv, tmp_path / "ranks.txt", environment))
+        for environment in tiny.rank_environments(2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [2, 1], (tmp_path / "ranks.txt").read_text()
