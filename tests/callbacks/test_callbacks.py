@@ -1,5 +1,6 @@
 """What callbacks are told over whole runs, and what they cannot do to one."""
 
+import os
 import signal
 import time
 from unittest import mock
@@ -9,6 +10,7 @@ import torch
 
 from ijepa_fast import train
 from ijepa_fast.callbacks import Callback, Callbacks, MetricsFile
+from ijepa_fast.errors import MainRankError, UsageError
 from ijepa_fast.state import checkpoint
 from tests.trainer import tiny
 
@@ -170,23 +172,27 @@ def test_what_is_no_callback_is_refused(data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def _rank(argv, output, environment):
-    bad = [Recorder] if environment["RANK"] == "0" else []
-    command = train._command
-    with mock.patch.object(
-        train, "_command", lambda argv, _, **options: command(argv, bad, **options)
-    ):
-        tiny._in_child(argv, output, environment)
+def _rank(argv, folder, environment):
+    os.environ.update(environment)
+    is_main = environment["RANK"] == "0"
+    try:
+        train._command(argv, [Recorder] if is_main else [], ends_process=False)
+    except (UsageError, MainRankError) as error:
+        (folder / environment["RANK"]).write_text(type(error).__name__)
+        # a program that goes on
+        time.sleep(60 * is_main)
 
 
-def test_the_other_ranks_leave_with_the_one_that_has_it(data, tmp_path):
+def test_the_other_ranks_are_told_of_it(data, tmp_path):
     argv = tiny.arguments(data, tmp_path / "run", batch__device=4)
     children = [
-        tiny._FORKS.Process(target=_rank, args=(argv, tmp_path / "ranks.txt", environment))
+        tiny._FORKS.Process(target=_rank, args=(argv, tmp_path, environment))
         for environment in tiny.rank_environments(2)
     ]
     for child in children:
         child.start()
+    children[1].join(30)
     for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [2, 1], (tmp_path / "ranks.txt").read_text()
+        child.kill()
+        child.join()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["UsageError", "MainRankError"]
