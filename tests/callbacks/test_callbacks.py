@@ -175,12 +175,13 @@ def test_what_is_no_callback_is_refused(data, tmp_path, capsys):
 def _rank(argv, folder, environment):
     os.environ.update(environment)
     is_main = environment["RANK"] == "0"
+    wrong: list = [Recorder]
     try:
-        train._command(argv, [Recorder] if is_main else [], ends_process=False)
+        train._command(argv, wrong if is_main else [], ends_process=False)
     except (UsageError, MainRankError) as error:
         (folder / environment["RANK"]).write_text(type(error).__name__)
         # a program that goes on
-        time.sleep(60 * is_main)
+        time.sleep(60.0 if is_main else 0.0)
 
 
 def test_the_other_ranks_are_told_of_it(data, tmp_path):
