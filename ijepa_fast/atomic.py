@@ -21,12 +21,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     left of it; after a kill, until the next write into the same folder.
 
     Args:
-        path: the file, which is replaced, or the folder, which must not exist, or be empty.
+        path: the file, which is replaced, or the folder, which must not exist, or be empty; in a
+            folder that exists, as a run's folder that was deleted must not come back by itself.
 
     Raises:
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path.parent)
     hidden = path.with_name(f"{_PREFIX}{uuid.uuid4().hex}")
     # not yet locked, so under a name that nobody takes for abandoned

@@ -301,10 +301,14 @@ def _forward_backward(
     return numbers, ids_hash
 
 
-def _agree(config: Config, ranks: distributed.Ranks) -> tuple[RunFolder | None, int]:
+def _agree(
+    config: Config, ranks: distributed.Ranks, callbacks: Sequence[Callback]
+) -> tuple[RunFolder | None, int]:
     """What rank 0 decides before anything is read: the folder is free, and the device batch."""
 
     def decide() -> tuple[RunFolder, int]:
+        for callback in callbacks:
+            require(isinstance(callback, Callback), "callbacks", "objects of Callback", callback)
         if not config.data.sources:
             raise UsageError("data.root must be given: --data DIR")
         check_start(config)
@@ -329,9 +333,7 @@ def _run(
     """Everything after the arguments are known to be right."""
     config = invocation.config
     status: Status = "failed"
-    for callback in callbacks:
-        require(isinstance(callback, Callback), "callbacks", "objects of Callback", callback)
-    folder, device_batch = _agree(config, ranks)
+    folder, device_batch = _agree(config, ranks, callbacks)
     _logger.info("ijepa-fast %s, training into %s", __version__, config.out)
     for note in invocation.notes:
         _logger.info("%s", note)

@@ -338,6 +338,8 @@ def test_an_encoder_is_taken_as_it_is_now(inside, tmp_path):
     weights = ijepa_fast.read_weights(ijepa_fast.export(encoder, tmp_path / "timm", format="timm"))
     written = weights.encoder()["norm.weight"]
     assert torch.equal(written, encoder.network.norm.weight)
+    # what the run measured is not of these weights
+    assert ijepa_fast.weights.as_pretrained(encoder).run is None
     # of a network without a run as well
     bare = ijepa_fast.Encoder(encoder.network, patch_size=8, mean=(0.5,) * 3, std=(0.25,) * 3)
     features = ijepa_fast.embed(bare, "images", decoder="pillow").features

@@ -60,7 +60,7 @@ def test_what_a_killed_maker_left_is_removed_and_a_living_ones_is_not(maker, tmp
 
 
 def test_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "new" / "file"
+    file = tmp_path / "file"
     for text in ("old", "new"):
         with atomic_write(file) as path:
             path.write_text(text)
@@ -68,7 +68,10 @@ def test_whole_or_not_at_all(tmp_path):
         path.write_text("half")
         raise KeyboardInterrupt
     assert file.read_text() == "new"
-    assert list(file.parent.iterdir()) == [file]
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "deleted" / "file"):
+        pass
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_folder_that_is_not_empty_is_not_replaced(tmp_path):

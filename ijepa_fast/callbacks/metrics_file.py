@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.callbacks.callback import Callback, Status
 
 __all__ = ["MetricsFile", "read_rows"]
@@ -56,9 +57,8 @@ class MetricsFile(Callback):
         self._file = self._begin()
 
     def _begin(self) -> int:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(self._path)
+        with atomic_write(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def on_step(self, row: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.callbacks.callback import Callback, RunInfo, Status
 from ijepa_fast.callbacks.scalars import scalars
 from ijepa_fast.config import flatten
@@ -50,7 +51,8 @@ class MLflow(Callback):
             found = client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else client.create_experiment(name)
             self._id = client.create_run(experiment, run_name=info.out.resolve().name).info.run_id
-            kept.write_text(self._id)
+            with atomic_write(kept) as temporary:
+                temporary.write_text(self._id)
             flat = flatten(info.settings)
             parameters = [Param(key, str(value)[:_CHARACTERS]) for key, value in flat.items()]
             for first in range(0, len(parameters), _PARAMETERS):

@@ -7,19 +7,18 @@ from typing import Any
 
 from ijepa_fast.callbacks.callback import Callback, RunInfo, Status
 
-__all__ = ["WIDTH", "Progress", "evaluation_lines", "line"]
+__all__ = ["Progress", "evaluation_lines", "line"]
 
 _logger = logging.getLogger(__name__)
+
+# columns that a line for a person fits in
+_WIDTH = 100
 
 
 def _clock(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}"
-
-
-WIDTH = 100
-"""Columns that a line for a person fits in."""
 
 
 def line(row: Mapping[str, Any], last_step: int, epochs: int) -> str:
@@ -42,7 +41,7 @@ def line(row: Mapping[str, Any], last_step: int, epochs: int) -> str:
         f"{timing['memory_gib']:.2f} GiB": True,
     }
     for part, wanted in more.items():
-        if wanted and len("  ".join([*parts, part])) <= WIDTH:
+        if wanted and len("  ".join([*parts, part])) <= _WIDTH:
             parts.append(part)
     return "  ".join(parts)
 

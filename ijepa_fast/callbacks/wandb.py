@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.callbacks.callback import Callback, RunInfo, Status
 from ijepa_fast.callbacks.metrics_file import read_rows
 from ijepa_fast.callbacks.scalars import scalars
@@ -72,6 +73,5 @@ class WeightsAndBiases(Callback):
         self._note(step)
 
     def _note(self, step: int) -> None:
-        temporary = self._kept.with_suffix(".tmp")
-        temporary.write_text(f"{self._run.id} {step}")
-        temporary.replace(self._kept)
+        with atomic_write(self._kept) as temporary:
+            temporary.write_text(f"{self._run.id} {step}")

@@ -312,7 +312,7 @@ def as_arguments(
         rule = f"a Config, a YAML file, or one of {', '.join(PRESETS)}"
         known = isinstance(config, str | os.PathLike)
         require(named or (known and Path(config).is_file()), "config", rule, config)
-        start = ["--preset" if named else "--config", str(config)]
+        start = ["--preset" if named else "--config", os.fspath(config)]
     given = {name.replace("__", "."): _plain(value) for name, value in settings.items()}
     return [*start, *_as_arguments(flatten(given))]
 

@@ -161,17 +161,7 @@ def read_item(source: ImageSource, item: int) -> bytes:
     Raises:
         OSError: with an error number where the storage fails; without one it is the item's fault.
     """
-    try:
-        data: object = source.bytes_at(item)
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
-        raise
-    except MemoryError:
-        raise
-    # other people's code raises anything
-    except Exception as error:
-        raise OSError(f"bytes_at raises {type(error).__name__}: {error}") from error
+    data = _asked(source, "bytes_at", item)
     if not isinstance(data, bytes):
         raise OSError(f"bytes_at must return bytes, got {type(data).__name__}")
     return data
@@ -183,13 +173,19 @@ def label_of(source: ImageSource, item: int) -> str | None:
     Raises:
         OSError: as of `read_item`.
     """
-    label_at = getattr(source, "label_at", None)
-    if label_at is None:
-        return None
-    try:
-        label = label_at(item)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise OSError(f"label_at raises {type(error).__name__}: {error}") from error
+    label = _asked(source, "label_at", item) if hasattr(source, "label_at") else None
     return None if label is None else str(label)
+
+
+def _asked(source: ImageSource, method: str, item: int) -> object:
+    try:
+        return getattr(source, method)(item)
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        raise
+    except MemoryError:
+        raise
+    # other people's code raises anything
+    except Exception as error:
+        raise OSError(f"{method} raises {type(error).__name__}: {error}") from error

@@ -294,10 +294,10 @@ class _Work:
         with warnings.catch_warnings(), thread_pool(threads, "ijepa-pack", self._stop) as pool:
             # Pillow's, of metadata that is not used here
             warnings.simplefilter("ignore")
-            self._require_room(pool)
-            rows = range(self.next_row, len(self._index))
-            made = self._in_order(pool, rows, 4 * threads)
             total, done = len(self._index), self.next_row
+            if done < total:
+                self._require_room(pool)
+            made = self._in_order(pool, range(done, total), 4 * threads)
             with contextlib.closing(progress(made, "packed", total, bar=True, done=done)) as shown:
                 while self.next_row < total:
                     self._write_shard(shown)
@@ -358,7 +358,9 @@ class _Work:
                     counts["source_bytes"] += found.length
                     if file.tell() >= manifest["shard_bytes"]:
                         break
-            manifest["left_out"] += left_out
+            # those behind the last image may be looked at twice
+            known = {name for name, _ in manifest["left_out"]}
+            manifest["left_out"] += [bad for bad in left_out if bad[0] not in known]
             if counts["images"]:
                 _put(self._folder / name, file, temporary)
                 size = {"bytes": (self._folder / name).stat().st_size}

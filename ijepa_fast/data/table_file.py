@@ -45,6 +45,7 @@ def write_table(
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(path) as own:
             whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

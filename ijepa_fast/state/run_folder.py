@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
+from ijepa_fast.atomic import atomic_write
 from ijepa_fast.config import Config, as_dict, completed, dump_yaml, load_yaml
 from ijepa_fast.errors import UsageError
 from ijepa_fast.state.checkpoint import checkpoint_folders, recipe_of
@@ -19,8 +20,6 @@ from ijepa_fast.state.checkpoint import checkpoint_folders, recipe_of
 __all__ = ["Console", "RunFolder", "recipe_difference"]
 
 _logger = logging.getLogger(__name__)
-
-_CONFIG_TMP = ".config.yaml.tmp"
 
 # what may change between two starts of one run: where and how it runs, not what is computed
 NOT_RECIPE = (
@@ -149,7 +148,7 @@ class RunFolder:
             if os.path.samestat(self.path.stat(), self._status):
                 return
             # what a try before left, as on a full disk, is ours
-            if {path.name for path in self.path.iterdir()} - {".lock", _CONFIG_TMP}:
+            if {path.name for path in self.path.iterdir()} - {".lock"}:
                 raise OSError(f"{self.path} is another folder now than the run began in")
         gone, self._lock = self._lock, self._begin()
         gone.close()
@@ -229,9 +228,8 @@ class RunFolder:
         if self._changes(config) and path.exists():
             # a copy: a kill between here and the end leaves no folder without config.yaml
             shutil.copyfile(path, self._spare("config", ".yaml"))
-        temporary = self.path / _CONFIG_TMP
-        temporary.write_text(dump_yaml(config), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(dump_yaml(config), encoding="utf-8")
 
     def _spare(self, stem: str, suffix: str) -> Path:
         """The first of STEM-1, STEM-2, ... that is free."""

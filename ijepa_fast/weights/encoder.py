@@ -229,7 +229,8 @@ def _as_it_is(encoder: Encoder) -> Pretrained:
     network = encoder.network
     state = {key: value.detach().cpu() for key, value in network.state_dict().items()}
     if encoder.origin:
-        return replace(encoder.origin, networks={"target_encoder": state})
+        # what the run measured need not hold for weights that were trained further
+        return replace(encoder.origin, networks={"target_encoder": state}, run=None)
     first: Any = network.blocks[0]
     shape = Shape(
         image_size=encoder.image_size,

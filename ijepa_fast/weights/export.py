@@ -225,6 +225,7 @@ def export(
         require_onnx()
     weights = as_pretrained(weights, image_size=image_size, heads=heads, mean=mean, std=std)
     state, kind = weights.encoder(which), weights.kind(which)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as folder:
         folder.mkdir()
         if layout == "hf":

@@ -1,5 +1,6 @@
 """What callbacks are told over whole runs, and what they cannot do to one."""
 
+import os
 import signal
 import time
 from unittest import mock
@@ -9,6 +10,7 @@ import torch
 
 from ijepa_fast import train
 from ijepa_fast.callbacks import Callback, Callbacks, MetricsFile
+from ijepa_fast.errors import MainRankError, UsageError
 from ijepa_fast.state import checkpoint
 from tests.trainer import tiny
 
@@ -168,3 +170,30 @@ def test_what_is_no_callback_is_refused(data, tmp_path, capsys):
     assert _run(data, tmp_path / "run", Recorder) == 2
     assert "error: callbacks must be objects of Callback, got <class" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def _rank(argv, folder, environment):
+    os.environ.update(environment)
+    is_main = environment["RANK"] == "0"
+    wrong: list = [Recorder]
+    try:
+        train._command(argv, wrong if is_main else [], ends_process=False)
+    except (UsageError, MainRankError) as error:
+        (folder / environment["RANK"]).write_text(type(error).__name__)
+        # a program that goes on
+        time.sleep(60.0 if is_main else 0.0)
+
+
+def test_the_other_ranks_are_told_of_it(data, tmp_path):
+    argv = tiny.arguments(data, tmp_path / "run", batch__device=4)
+    children = [
+        tiny._FORKS.Process(target=_rank, args=(argv, tmp_path, environment))
+        for environment in tiny.rank_environments(2)
+    ]
+    for child in children:
+        child.start()
+    children[1].join(30)
+    for child in children:
+        child.kill()
+        child.join()
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["UsageError", "MainRankError"]

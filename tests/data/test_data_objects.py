@@ -3,6 +3,7 @@
 import errno
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -177,8 +178,14 @@ def test_a_table_is_made_once_and_kept_by_a_fingerprint(tmp_path):
             assert path is not None
             assert index.read(4) == images[4]
     # items that another start may be able to read
-    with data_roots(Items([*images, OSError("lost")], fingerprint="c")) as roots:
-        assert open_index(roots, cache=tmp_path)[1] is None
+    labels = mock.Mock(side_effect=["a"] * 8 + [TimeoutError("slow")])
+    for source in (
+        Items([*images, OSError("lost")], fingerprint="c"),
+        Items(images, fingerprint="d", label_at=labels),
+    ):
+        with data_roots(source) as roots:
+            index, path = open_index(roots, cache=tmp_path)
+            assert (len(index.bad), path) == (1, None)
 
 
 def test_objects_beside_folders(tmp_path):

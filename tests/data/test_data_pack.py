@@ -180,6 +180,26 @@ def test_after_a_kill_the_bytes_are_the_same(photographs, tmp_path, monkeypatch,
     assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == before
 
 
+def test_after_a_kill_before_the_last_move(tmp_path):
+    data = tiny.write_images(tmp_path / "data", 3)
+    bad_png(data / "class1" / "bad.png")
+    index, out = build_index(data), tmp_path / "out"
+    # a shard an image: nothing comes behind the last one but what is left out
+    done = pack(index, out, side=32, shard_bytes=1)
+    whole = snapshot(out)
+    for bad in (True, False):
+        if not bad:
+            (data / "class1" / "bad.png").unlink()
+            index, out = build_index(data), tmp_path / "good"
+            done = pack(index, out, side=32, shard_bytes=1)
+            whole = snapshot(out)
+        out.rename(f"{out}.partial")
+        again = pack(index, out, side=32, shard_bytes=1)
+        assert (again.images, again.left_out) == (done.images, done.left_out)
+        assert len(again.left_out) == bad
+        assert snapshot(out) == whole
+
+
 def test_others_are_refused(photographs, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack(photographs, out, side=SIDE)

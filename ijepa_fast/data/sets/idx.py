@@ -153,6 +153,7 @@ def write_idx(folder: Path, cache: Path | None = None) -> Path:
         return final
     _LOG.info("writing the images of %s to %s", folder, final)
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(final) as own:
             counts = _write(files, own)
             about = json.dumps({"source": str(folder), "images": counts})
