@@ -329,8 +329,6 @@ def _run(
     """Everything after the arguments are known to be right."""
     config = invocation.config
     status: Status = "failed"
-    for callback in callbacks:
-        require(isinstance(callback, Callback), "callbacks", "objects of Callback", callback)
     folder, device_batch = _agree(config, ranks)
     _logger.info("ijepa-fast %s, training into %s", __version__, config.out)
     for note in invocation.notes:
@@ -460,6 +458,7 @@ def pretrain(
         require(name not in settings, name, "left to the command", settings.get(name))
     # networks are made with random numbers of torch's own, and then initialised
     with data_roots([] if data is None else data) as roots, torch.random.fork_rng(devices=[]):
+        require(data is None or bool(roots), "data", "at least one source", data)
         given = {name: value for name, value in (("data", roots), ("out", out)) if value}
         result = _command(as_arguments(config, given | settings), callbacks, ends_process=False)
     assert result is not None
@@ -470,6 +469,9 @@ def _command(
     argv: list[str] | None, callbacks: Sequence[Callback], *, ends_process: bool
 ) -> RunResult | None:
     """The whole command, its errors raised; None where it only prints."""
+    given: object = callbacks
+    known = isinstance(given, Sequence) and all(isinstance(each, Callback) for each in given)
+    require(known, "callbacks", "a list of objects of Callback", given)
     ranks, failed = None, True
     try:
         invocation = parse(argv)
