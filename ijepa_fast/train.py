@@ -307,8 +307,9 @@ def _agree(
     """What rank 0 decides before anything is read: the folder is free, and the device batch."""
 
     def decide() -> tuple[RunFolder, int]:
-        for callback in callbacks:
-            require(isinstance(callback, Callback), "callbacks", "objects of Callback", callback)
+        given: object = callbacks
+        known = isinstance(given, Sequence) and all(isinstance(each, Callback) for each in given)
+        require(known, "callbacks", "a list of objects of Callback", given)
         if not config.data.sources:
             raise UsageError("data.root must be given: --data DIR")
         check_start(config)
@@ -462,6 +463,7 @@ def pretrain(
         require(name not in settings, name, "left to the command", settings.get(name))
     # networks are made with random numbers of torch's own, and then initialised
     with data_roots([] if data is None else data) as roots, torch.random.fork_rng(devices=[]):
+        require(data is None or bool(roots), "data", "at least one source", data)
         given = {name: value for name, value in (("data", roots), ("out", out)) if value}
         result = _command(as_arguments(config, given | settings), callbacks, ends_process=False)
     assert result is not None

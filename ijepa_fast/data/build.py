@@ -24,7 +24,7 @@ from ijepa_fast.data.pixels import EXTENSIONS
 from ijepa_fast.data.reading import thread_pool
 from ijepa_fast.data.sets.named import named_data
 from ijepa_fast.data.sources import SHARDS, Bad, Entry, Source, list_source
-from ijepa_fast.errors import TooManyBadFiles
+from ijepa_fast.errors import TooManyBadFiles, UsageError
 
 __all__ = [
     "ADVICE",
@@ -52,7 +52,7 @@ _SAID_EVERY = 10.0
 _OF_IMAGE = ("offset", "length", "width", "height", "format", "plain", "verified", "mark")
 
 
-class NoImages(ValueError):
+class NoImages(UsageError):
     """Sources hold no usable image."""
 
 
@@ -79,15 +79,15 @@ def build_index(
         The table. Broken files are in its `bad`, with the reason.
 
     Raises:
-        ValueError: a source is missing, given twice or of no known kind, or they hold no usable
+        UsageError: a source is missing, given twice or of no known kind, or they hold no usable
             image.
     """
     given = source_names(sources)
     if not given:
-        raise ValueError("data.root must name at least one source, got none")
+        raise UsageError("data.root must name at least one source, got none")
     twice = next((name for name in given if given.count(name) > 1), None)
     if twice:
-        raise ValueError(f"data.root must name every source once, got {twice!r} twice")
+        raise UsageError(f"data.root must name every source once, got {twice!r} twice")
     listed = [list_source(source) for source in given]
     threads = threads or min(2 * (os.cpu_count() or 1), 16)
     stop = threading.Event()
@@ -361,13 +361,13 @@ def _require_images(given: Sequence[str], index: Index) -> None:
 
 
 def require_size(index: Index, min_side: int) -> None:
-    """Raises ValueError if an image is smaller than `min_side` pixels in width or height."""
+    """Raises UsageError if an image is smaller than `min_side` pixels in width or height."""
     small = np.flatnonzero(np.minimum(index.width, index.height) < min_side)
     if small.size:
         row = int(small[0])
         first = f"{index.name(row)!r} of {index.width[row]}x{index.height[row]}"
         others = f" and {small.size - 1} more" if small.size > 1 else ""
-        raise ValueError(
+        raise UsageError(
             f"images must be at least {min_side} pixels on each side (the patch size), "
             f"got {first}{others}"
         )

@@ -76,7 +76,7 @@ def open_index(
         The table, and the file that it was opened from; None if it could not be written.
 
     Raises:
-        ValueError: as `build_index`; an image is smaller than `min_side`.
+        UsageError: as `build_index`; an image is smaller than `min_side`.
         TooManyBadFiles: a shard is damaged or a folder cannot be listed.
     """
     given = source_names(sources)

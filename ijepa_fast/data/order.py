@@ -7,6 +7,7 @@ batch``. Nothing here knows how many ranks there are except `positions`, which s
 import numpy as np
 from numpy.typing import NDArray
 
+from ijepa_fast.errors import UsageError
 from ijepa_fast.keyed_random import Stream, integers
 
 __all__ = ["epoch_order", "positions", "replacement_id", "steps_per_epoch", "usable_ids"]
@@ -19,12 +20,12 @@ def steps_per_epoch(num_images: int, global_batch: int) -> int:
     """Whole global batches in one pass over the data; the remainder sits out that epoch.
 
     Raises:
-        ValueError: there are fewer images than one global batch holds.
+        UsageError: there are fewer images than one global batch holds.
     """
     if global_batch < 1:
         raise ValueError(f"global_batch must be at least 1, got {global_batch}")
     if num_images < global_batch:
-        raise ValueError(
+        raise UsageError(
             f"batch.global must be at most the number of usable images ({num_images}), "
             f"got {global_batch}"
         )

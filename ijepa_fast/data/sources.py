@@ -21,6 +21,7 @@ from typing import NamedTuple
 from ijepa_fast.data.index import open_regular
 from ijepa_fast.data.objects import ImageSource, find_object, item_name
 from ijepa_fast.data.pixels import EXTENSIONS, describe
+from ijepa_fast.errors import UsageError
 
 __all__ = ["OUT_OF_FILES", "SHARDS", "Bad", "Entry", "Source", "list_source", "settled"]
 
@@ -80,7 +81,7 @@ def list_source(source: str | os.PathLike[str]) -> Source:
     """Lists one source.
 
     Raises:
-        ValueError: it is missing, or none of the kinds above.
+        UsageError: it is missing, or none of the kinds above.
     """
     text = os.fspath(source)
     if found := find_object(text):
@@ -92,30 +93,30 @@ def list_source(source: str | os.PathLike[str]) -> Source:
     if match := _RANGE.match(text):
         return _shard_range(text, match)
     if not where.exists():
-        raise ValueError(f"data.root must be an existing folder, list file or tar, got {text!r}")
+        raise UsageError(f"data.root must be an existing folder, list file or tar, got {text!r}")
     if not where.is_file():
-        raise ValueError(f"data.root must be a folder or a regular file, got {text!r}")
+        raise UsageError(f"data.root must be a folder or a regular file, got {text!r}")
     if text.lower().endswith(SHARDS):
         folder, name = os.path.split(os.path.abspath(text))
         return Source(folder, [Entry(name, None)])
     if text.lower().endswith(LIST_FILES):
         return _list_file(os.path.abspath(text))
     kinds = " ".join((*LIST_FILES, *SHARDS))
-    raise ValueError(f"data.root must be a folder or a file of {kinds}, not a file like {text!r}")
+    raise UsageError(f"data.root must be a folder or a file of {kinds}, not a file like {text!r}")
 
 
 def _shard_range(text: str, match: re.Match[str]) -> Source:
     before, first, last, after = match.groups()
     if not after.lower().endswith(SHARDS):
-        raise ValueError(f"data.root with a range must name .tar files, got {text!r}")
+        raise UsageError(f"data.root with a range must name .tar files, got {text!r}")
     count = int(last) - int(first) + 1
     if not 1 <= count <= _MOST_SHARDS:
-        raise ValueError(f"data.root must name a range of 1 to {_MOST_SHARDS} shards, got {text!r}")
+        raise UsageError(f"data.root must name a range of 1 to {_MOST_SHARDS} shards, got {text!r}")
     width = len(first)
     paths = [f"{before}{n:0{width}d}{after}" for n in range(int(first), int(last) + 1)]
     missing = next((path for path in paths if not os.path.exists(path)), None)
     if missing:
-        raise ValueError(f"every shard of data.root must exist, got {text!r} without {missing!r}")
+        raise UsageError(f"every shard of data.root must exist, got {text!r} without {missing!r}")
     root = os.path.dirname(os.path.abspath(before + "0"))
     return Source(root, [Entry(os.path.relpath(path, root), None) for path in paths])
 
@@ -144,7 +145,7 @@ def _list_file(path: str) -> Source:
                 continue
             name, _, label = text.partition("\t")
             if "\0" in label or len(label) > _LONGEST_CLASS:
-                raise ValueError(
+                raise UsageError(
                     f"a class in data.root must have at most {_LONGEST_CLASS} characters and no "
                     f"NUL, got {label[:20]!r}... of {len(label)} in line {number} of {path}"
                 )
@@ -205,7 +206,7 @@ def _folder(root: str) -> Source:
             else:
                 source.ignored += 1
     if "" in runs:
-        raise ValueError(
+        raise UsageError(
             f"data.root must not be the folder of a run (config.yaml and train.log or checkpoints "
             f"are in it), got {root!r}"
         )

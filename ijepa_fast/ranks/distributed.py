@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast._torch import cpu_has, foreach_copy_
-from ijepa_fast.errors import MainRankError
+from ijepa_fast.errors import MainRankError, UsageError
 from ijepa_fast.ranks.heartbeat import Heartbeat
 from ijepa_fast.ranks.rendezvous import agree_on_life
 
@@ -78,10 +78,10 @@ def start(device: str) -> Ranks:
         Rank, number of ranks, device (cuda:LOCAL_RANK, or cpu).
 
     Raises:
-        ValueError: CUDA is asked for and missing, or there is a process group already.
+        UsageError: CUDA is asked for and missing, or there is a process group already.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu or auto where torch sees no CUDA device, got 'cuda'")
+        raise UsageError("device must be cpu or auto where torch sees no CUDA device, got 'cuda'")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     current = torch.cuda.current_device() if use_cuda else 0
     local = int(os.environ.get("LOCAL_RANK", current))
@@ -95,7 +95,7 @@ def start(device: str) -> Ranks:
     if "WORLD_SIZE" not in os.environ:
         return Ranks(rank=0, world=1, local_rank=0, local_world=1, device=chosen)
     if dist.is_initialized():
-        raise ValueError("the process group must be left to the run, got one that is there already")
+        raise UsageError("the process group must be left to the run, got one that is there already")
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(minutes=10)

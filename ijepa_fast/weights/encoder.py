@@ -148,6 +148,9 @@ class Encoder(nn.Module):
         Returns:
             (B, D), or (D,) for one image.
         """
+        given: object = images
+        rule = "a tensor, as preprocess gives it"
+        require(isinstance(given, Tensor), "images", rule, type(given).__name__)
         if images.ndim == 3:
             return self.forward(images[None])[0]
         return self.forward_features(images).mean(dim=1)

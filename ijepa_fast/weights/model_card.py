@@ -15,12 +15,14 @@ __all__ = ["model_card"]
 _RECIPE = ("model", "masks", "optim", "batch")
 _USE = {
     "hf": """```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, IJepaModel
 
 folder = "{place}"
 processor, model = AutoImageProcessor.from_pretrained(folder), IJepaModel.from_pretrained(folder)
-inputs = processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
+image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BILINEAR)
+inputs = processor(image, return_tensors="pt")
 features = model(**inputs).last_hidden_state.mean(dim=1)
 ```
 
@@ -44,11 +46,11 @@ features = encoder(encoder.preprocess(["image.jpg"]))  # (1, D)
     "onnx": """```python
 import numpy as np
 import onnxruntime
-{hub}from PIL import Image
+{hub}from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession({model})
 image = Image.open("image.jpg").convert("RGB")
-image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)
+image = ImageOps.fit(image, ({width}, {height}), Image.Resampling.BILINEAR)
 features, patches = session.run(None, {{"images": np.asarray(image)[None]}})
 ```
 
@@ -107,7 +109,8 @@ def model_card(
         "",
         use if repo else f"In the folder of this file:\n\n{use}",
         "",
-        f"Images: resized to {height} x {width} (bilinear, antialiased), divided by 255, mean "
+        f"Images: the largest central window, resized to {height} x {width} (bilinear, "
+        "antialiased), divided by 255, mean "
         f"{_numbers(weights.mean)}, std {_numbers(weights.std)}.",
         "",
         "## Training",

@@ -168,7 +168,10 @@ def test_what_the_metrics_file_raises_ends_the_run(tmp_path):
 
 def test_what_is_no_callback_is_refused(data, tmp_path, capsys):
     assert _run(data, tmp_path / "run", Recorder) == 2
-    assert "error: callbacks must be objects of Callback, got <class" in capsys.readouterr().err
+    assert (
+        "error: callbacks must be a list of objects of Callback, got (<class"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 
