@@ -35,12 +35,18 @@ def require_hub(repo: str, *, token: bool) -> None:
         )
 
 
+def _upload(folder: Path, repo: str) -> str:
+    """What to type: `hf` makes a repository public unless told."""
+    return f"hf upload {repo} {folder} --private"
+
+
 def list_folder(folder: Path, repo: str) -> None:
     """Prints what `push_folder` would upload, and the model card."""
     print(f"{repo} would get:")
     for path in sorted(folder.iterdir()):
         print(f"  {path.stat().st_size:>13,} bytes  {path.name}")
     print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}")
+    print(f"the folder stays; to upload it: {_upload(folder, repo)}")
 
 
 def push_folder(folder: Path, repo: str) -> None:
@@ -61,6 +67,6 @@ def push_folder(folder: Path, repo: str) -> None:
     except (OSError, HTTPError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise ConnectionError(
-            f"{repo} must take the upload, got {why}; nothing is lost: hf upload {repo} {folder}"
+            f"{repo} must take the upload, got {why}; nothing is lost: {_upload(folder, repo)}"
         ) from error
     print(f"uploaded to {url}")

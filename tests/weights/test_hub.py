@@ -85,6 +85,6 @@ def test_without_a_network_the_folder_is_kept(tmp_path, token, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError) as caught:
         export.export(_pretrained(SMALL), tmp_path / "a", push="me/mine")
-    assert str(caught.value).endswith(f"nothing is lost: hf upload me/mine {tmp_path / 'a'}")
+    assert str(caught.value).endswith(f": hf upload me/mine {tmp_path / 'a'} --private")
     assert "\n" not in str(caught.value)
     assert (tmp_path / "a" / "model.safetensors").is_file()
