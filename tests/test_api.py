@@ -307,15 +307,16 @@ def test_preprocess_and_encoder_are_what_embed_does(inside, tmp_path):
         opened = Image.open(path)
         assert torch.equal(encoder.preprocess(str(path)), row)
         assert torch.equal(encoder.preprocess(opened), row)
-        tensor = torch.from_numpy(np.array(opened.convert("RGB")))
-        assert torch.equal(encoder.preprocess(tensor), row)
+        array = np.array(opened.convert("RGB"))
+        assert torch.equal(encoder.preprocess(array), row)
+        assert torch.equal(encoder.preprocess(torch.from_numpy(array)), row)
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
         ([], "images must be at least one, got []"),
-        (3, "an image must be a path, a PIL image or a uint8 tensor (height, width, 3), got 'int'"),
+        (3, "an image must be a path, a PIL image or uint8 (height, width, 3), got 'int'"),
         (torch.zeros(3, 8, 8), "an image must be uint8 (height, width, 3), got 'torch.float32 (3"),
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "an image must be uint8 (height, width, 3)"),
         ("tiny.yaml", "an image must be decodable, got tiny.yaml: not an image"),

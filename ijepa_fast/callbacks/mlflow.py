@@ -13,7 +13,6 @@ from ijepa_fast.config import flatten
 __all__ = ["MLflow"]
 
 _logger = logging.getLogger(__name__)
-
 _STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 # a server's limits: parameters of one request, characters of a value
 _PARAMETERS, _CHARACTERS = 100, 500
@@ -35,12 +34,11 @@ class MLflow(Callback):
         from mlflow.entities import Metric, Param
 
         self._metric = Metric
-        store = None
-        if not mlflow.is_tracking_uri_set():
-            store = (info.out / "mlruns").resolve().as_uri()
+        given = mlflow.is_tracking_uri_set()
+        if not given and hasattr(environment, "MLFLOW_ALLOW_FILE_STORE"):
             # MLflow 3.17 refuses file stores where nobody asks for one
-            if hasattr(environment, "MLFLOW_ALLOW_FILE_STORE"):
-                environment.MLFLOW_ALLOW_FILE_STORE.set(True)
+            environment.MLFLOW_ALLOW_FILE_STORE.set(True)
+        store = None if given else (info.out / "mlruns").resolve().as_uri()
         self._client = client = mlflow.MlflowClient(store)
         kept = info.out / "mlflow_run_id"
         if info.step > 0 and kept.exists():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias, Union
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ijepa_fast.data.crops import central_windows
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Picture", "central_picture"]
 
-Picture: TypeAlias = Union[str, "os.PathLike[str]", "Image.Image", Tensor]
+Picture: TypeAlias = Union[str, "os.PathLike[str]", "Image.Image", Tensor, NDArray[np.uint8]]
 
 
 def central_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
@@ -37,6 +38,8 @@ def central_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
     """
     from PIL import Image
 
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
+        picture = torch.from_numpy(picture.copy())
     if isinstance(picture, Tensor):
         right = picture.dtype == torch.uint8 and picture.ndim == 3 and picture.shape[2] == 3
         got = f"{picture.dtype} {tuple(picture.shape)}"
@@ -48,7 +51,7 @@ def central_picture(picture: Picture, size: tuple[int, int]) -> Tensor:
     else:
         name = type(picture).__name__
         known = isinstance(picture, Image.Image)
-        require(known, "an image", "a path, a PIL image or a uint8 tensor (height, width, 3)", name)
+        require(known, "an image", "a path, a PIL image or uint8 (height, width, 3)", name)
         encoded = b""
     try:
         image = picture if isinstance(picture, Image.Image) else open_image(encoded)

@@ -74,8 +74,8 @@ class Encoder(nn.Module):
         normalised.
 
         Args:
-            images: one image, or a list of them: a file's path, a PIL image, or uint8
-                (height, width, 3) of any size.
+            images: one image, or a list of them: a file's path, a PIL image, or a uint8 tensor or
+                array (height, width, 3), of any size.
 
         Returns:
             float32 (3, H, W) for one, (B, 3, H, W) for a list, on the encoder's device.
