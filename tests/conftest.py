@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import signal
 import tempfile
 
 # before torch starts its threads, and for the processes that tests start
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+# nohup and a shell's background have them ignored, by the processes that tests start too
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser):

@@ -148,8 +148,6 @@ def _main(argv: list[str], pictures: bool) -> int:
 
 def _in_child(argv: list[str], output: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    # the tests may run under nohup
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with output.open("a", buffering=1) as file:
         # what is not Python's goes there too
         os.dup2(file.fileno(), 1)
