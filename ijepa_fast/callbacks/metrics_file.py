@@ -20,8 +20,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; lines that are none are left out, and named unless it is the last,
     which a kill may have torn.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
+    return _rows(path.read_bytes() if path.exists() else b"", path)
+
+
+def _rows(content: bytes, path: Path) -> list[dict[str, Any]]:
+    lines, rows = content.splitlines(), []
     for number, text in enumerate(lines, 1):
         try:
             row = json.loads(text)
@@ -47,26 +50,35 @@ class MetricsFile(Callback):
     def __init__(self, path: Path, *, step: int, interval: int = 1) -> None:
         last = step - 1 if step % interval else step
         evaluations = ("knn", "monitors")
-        self.rows = [
-            row
+        kept = [
+            json.dumps(row) + "\n"
             for row in read_rows(path)
             if row["step"] <= (step if any(key in row for key in evaluations) else last)
         ]
         self._path, self._waiting, self._failed = path, b"", False
         self._lock = threading.Lock()
-        self._file = self._begin()
+        self._file = self._begin("".join(kept).encode())
 
-    def _begin(self) -> int:
+    def _begin(self, content: bytes) -> int:
         with atomic_write(self._path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            temporary.write_bytes(content)
+        return os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+
+    def _content(self) -> bytes:
+        """Also of a file that was moved or deleted, as it is open."""
+        return os.pread(self._file, os.fstat(self._file).st_size, 0) + self._waiting
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows so far, read from the file: a long run has more than memory should hold."""
+        with self._lock:
+            return _rows(self._content(), self._path)
 
     def on_step(self, row: Mapping[str, Any]) -> None:
         """Writes one row and hands it to the system; what a full disk refuses waits for the next
         row, or the next checkpoint.
         """
         with self._lock:
-            self.rows.append(dict(row))
             self._waiting += json.dumps(row).encode() + b"\n"
             try:
                 self._write()
@@ -93,7 +105,7 @@ class MetricsFile(Callback):
         """
         with self._lock:
             if not self._path.exists():
-                file = self._begin()
+                file = self._begin(self._content())
                 os.close(self._file)
                 self._file, self._waiting = file, b""
             self._write()

@@ -184,7 +184,7 @@ def _rank(argv, folder, environment):
     except (UsageError, MainRankError) as error:
         (folder / environment["RANK"]).write_text(type(error).__name__)
         # a program that goes on
-        time.sleep(60.0 if is_main else 0.0)
+        time.sleep(120.0 if is_main else 0.0)
 
 
 def test_the_other_ranks_are_told_of_it(data, tmp_path):
@@ -195,7 +195,7 @@ def test_the_other_ranks_are_told_of_it(data, tmp_path):
     ]
     for child in children:
         child.start()
-    children[1].join(30)
+    children[1].join(100)
     for child in children:
         child.kill()
         child.join()
